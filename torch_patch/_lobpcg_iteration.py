@@ -20,6 +20,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 from torch._lobpcg_operator import epsilon, Operator, start_rows
+from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten
 
 
 class EigenPairs(NamedTuple):
@@ -33,31 +34,6 @@ class EigenPairs(NamedTuple):
     X: Tensor
     residual: Tensor
     scale: Tensor
-
-
-def hermitian(M: Tensor) -> Tensor:
-    return 0.5 * (M + M.mH)
-
-
-def _real_diagonal(M: Tensor) -> Tensor:
-    d = M.diagonal(0, -2, -1)
-    return d.real if d.is_complex() else d
-
-
-def _whiten(M: Tensor, drop: float) -> tuple[Tensor, Tensor]:
-    """T with T^H M T = I on the directions of M above drop times its largest, zero columns for the rest; and M's eigenvalues.
-
-    M: (*, p, p) Hermitian with unit or zero diagonal. Guarantee: finite for every M; T^H M T = I to eps / drop.
-    """
-    d, U = torch.linalg.eigh(M)
-    keep = d > drop
-    inverse_root = torch.where(keep, d, torch.ones_like(d)).rsqrt() * keep
-    return U * inverse_root.unsqueeze(-2), d
-
-
-def _append(G: Tensor, off: Tensor, corner: Tensor) -> Tensor:
-    """[[G, off], [off^H, corner]]."""
-    return torch.cat([torch.cat([G, off], -1), torch.cat([off.mH, corner], -1)], -2)
 
 
 def _take_rows(V: Tensor, index: Tensor) -> Tensor:
@@ -107,6 +83,7 @@ class LOBPCG:
         self.batch: list[int] = list(X.shape[:-2])
         self.sign = -1.0 if bparams["largest"] else 1.0
         self.eps = epsilon(X.dtype)
+        self.tiny = 1e-30 if self.eps > 1e-10 else 1e-290  # keeps quotients finite, far below every square that counts
         self.op_A = Operator(A, "A")
         self.op_B = self.op_A
         self.op_K = self.op_A
@@ -123,12 +100,10 @@ class LOBPCG:
         self.best_step = 0
         self.small_since = -1
         self.active = 0
-        self.negative_B = False
-        self.negative_K = False
-        self.not_finite = False
 
         rows = X.mT.contiguous()
         real = torch.real(rows) if rows.is_complex() else rows
+        one = torch.ones([], dtype=real.dtype, device=X.device)
         self.norm_A = torch.zeros(self.batch + [1], dtype=real.dtype, device=X.device)
         self.norm_B = torch.ones_like(self.norm_A)
         # Rows X, then P, then W: (*, q, m), q <= 3 n; two buffers each, the next X and P are written beside the present ones.
@@ -139,12 +114,10 @@ class LOBPCG:
         self.W = rows
         self.E = torch.zeros(self.batch + [self.n], dtype=real.dtype, device=X.device)
         self.G = torch.zeros(self.batch + [self.n, self.n], dtype=X.dtype, device=X.device)
-        self.p_index = torch.zeros(self.batch + [0], dtype=torch.int64, device=X.device)
-        self.p_valid = torch.zeros(self.batch + [0], dtype=real.dtype, device=X.device)
-        self.w_index = self.p_index
-        self.w_valid = self.p_valid
-        self.least = torch.ones([], dtype=real.dtype, device=X.device)
-        self.flags = torch.zeros([3], dtype=real.dtype, device=X.device)
+        self.lost = torch.zeros_like(self.E)  # 1 where a vector of [X P] is zero
+        self.w_index = torch.zeros(self.batch + [0], dtype=torch.int64, device=X.device)
+        self.w_valid = self.E
+        self.least_B, self.least_K, self.least_d, self.losses = one, one, one, torch.zeros_like(one)
         self.residual = torch.zeros_like(self.E)
         self.scale = torch.zeros_like(self.E)
         self.X = X
@@ -175,7 +148,7 @@ class LOBPCG:
         self.ivars["istep"] += 1
         self.ivars["iterations_left"] -= 1
         self.new_directions()
-        self.ritz_step()
+        self.ritz()
         # Losing a twentieth of tol to rounding cannot change the answer; below 64 eps there is nothing to win.
         limit = max(0.05 * self.fparams["tol"], 64.0 * self.eps)
         if self.drift > limit:
@@ -262,25 +235,23 @@ class LOBPCG:
         """
         n = X.size(-2)
         for attempt in range(3):
-            X = X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(self.tiny())
+            X = X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(self.tiny)
             BX = self.op_B.rows(X) if self.general else X
             gram = hermitian(X.conj() @ BX.mT)
             self.check_start(X, gram)
-            d = _real_diagonal(gram)
-            s = torch.where(d > 0, d, torch.ones_like(d)).rsqrt() * (d > 0)
             # Columns closer than sqrt(eps) to the span of the others carry fewer than half of their digits.
-            T, spectrum = _whiten(s.unsqueeze(-1) * gram * s.unsqueeze(-2), self.eps**0.5 * n)
-            X = (T.mT * s.unsqueeze(-2)) @ X
-            missing = (spectrum <= self.eps**0.5 * n).unsqueeze(-1)
-            if attempt > 0 and not bool(missing.any()):
+            drop = self.eps**0.5 * n
+            T, d = whiten(gram, drop, self.tiny)
+            X = T.mT @ X
+            missing = (d <= drop).unsqueeze(-1)
+            some = bool(missing.any())
+            if attempt > 0 and not some:
                 break
-            if bool(missing.any()):
+            if some:
                 fresh = start_rows(n, self.m, first + attempt * n, X)
                 X = torch.where(missing, fresh.expand(X.shape), X)
         self.n = n
         self.allocate(X)
-        self.p_index = self.p_index[..., :0]
-        self.p_valid = self.p_valid[..., :0]
         self.refresh()
 
     def allocate(self, X: Tensor) -> None:
@@ -291,19 +262,17 @@ class LOBPCG:
         self.BS, self.BS_next = self.S_rows, self.S_next
         if self.general:
             self.BS, self.BS_next = X.new_empty(shape), X.new_empty(shape)
+        self.W = X.new_empty(self.batch + [self.n, self.m])
         self.S_rows[..., : self.n, :] = X
         self.q = self.n
 
     def check_start(self, X: Tensor, gram: Tensor) -> None:
         """Error if B is seen not to be positive definite (X: unit or zero rows)."""
         if self.general:
-            d = _real_diagonal(gram)
+            d = real_diagonal(gram)
             nonzero = torch.linalg.vector_norm(X, dim=-1) > 0.5
             if bool(((d <= 0) & nonzero).any()):
                 self.raise_not_positive("B")
-
-    def tiny(self) -> float:
-        return 1e-30 if self.eps > 1e-10 else 1e-290
 
     def guard_against_invariant_start(self) -> None:
         """Where X0 spans an almost invariant subspace already, join fresh directions that would reveal a missed pair.
@@ -334,228 +303,180 @@ class LOBPCG:
     # -- one iteration ------------------------------------------------------------------------------------------------
 
     def new_directions(self) -> None:
-        """Append W to S: the active residuals, preconditioned, where asked for projected; and their images."""
+        """Append W to S: the active residuals, preconditioned, where asked for projected, of length one; and their images."""
         first, last = self.q, self.q + self.active
-        W = self.W
+        W, length = self.W, self.residual
         if self.active < self.n:
-            W = _take_rows(W, self.w_index)
+            W, length = _take_rows(W, self.w_index), self.residual.gather(-1, self.w_index)
         if self.preconditioned:
             R, W = W, self.op_K.rows(W)
-            # r^H K r <= 0 for r != 0 is proof that K is not positive definite. Rounding of the dot product: m eps at most.
+            product = length
+            length = torch.linalg.vector_norm(W, dim=-1)
+            # r^H K r < 0 proves that K is not positive definite, beyond the dot product's rounding error, m eps ||r|| ||K r||.
             inner = (R.conj() * W).sum(-1)
             inner = torch.real(inner) if inner.is_complex() else inner
-            product = torch.linalg.vector_norm(R, dim=-1) * torch.linalg.vector_norm(W, dim=-1)
-            self.flags[1] = ((inner < -self.eps * self.m * product) & (self.w_valid > 0)).any()
+            self.least_K = (inner + self.eps * self.m * product * length).min()
         if self.orthogonal_left > 0:
-            self.orthogonal_left -= 1
-            W = self.project(W)
-        W = W * self.w_valid.unsqueeze(-1)
-        self.S_rows[..., first:last, :] = W
-        W = self.S_rows[..., first:last, :]
-        self.AS[..., first:last, :] = self.op_A.rows(W)
+            W = self.project(W, length)
+            length = torch.linalg.vector_norm(W, dim=-1)
+        inverse = 1.0 / length.clamp_min(self.tiny)
+        if len(self.batch) > 0:
+            inverse = inverse * self.w_valid
+        slot = self.S_rows[..., first:last, :]
+        torch.mul(W, inverse.unsqueeze(-1), out=slot)
+        self.AS[..., first:last, :] = self.op_A.rows(slot)
         if self.general:
-            self.BS[..., first:last, :] = self.op_B.rows(W)
+            self.BS[..., first:last, :] = self.op_B.rows(slot)
         self.q = last
 
-    def project(self, W: Tensor) -> Tensor:
-        """W - S S^H B W for S = [X P], twice, the rows brought to length one between: twice is enough (Giraud et al. 2005)."""
+    def project(self, W: Tensor, length: Tensor) -> Tensor:
+        """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik 2005)."""
         S = self.S_rows[..., : self.q, :]
-        BS = self.BS[..., : self.q, :]
+        BSH = self.BS[..., : self.q, :].mH
         for _ in range(2):
-            W = W / torch.linalg.vector_norm(W, dim=-1, keepdim=True).clamp_min(self.tiny())
-            W = W - (W @ BS.mH) @ S
+            W = W / length.clamp_min(self.tiny).unsqueeze(-1)
+            W = W - (W @ BSH) @ S
+            length = torch.linalg.vector_norm(W, dim=-1)
         return W
 
-    def ritz_step(self) -> None:
-        """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on.
-
-        All of S^H A S but the part with W is known. W enters through W_o = (W - [X P] H) T, H = [X P]^H B W and T from the
-        Gram matrix of W - [X P] H, so that the basis [X P W_o] is B-orthonormal and the Ritz problem a standard one.
-        """
-        n, q = self.n, self.q
+    def ritz(self) -> None:
+        """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on."""
+        q = self.q
         known = q - self.active
         S, AS, BS = self.S_rows[..., :q, :], self.AS[..., :q, :], self.BS[..., :q, :]
         W = S[..., known:, :].conj()
-        gram_B, gram_A = W @ BS.mT, W @ AS.mT  # W^H B S, W^H A S: (*, p, q)
-        length = _real_diagonal(gram_B[..., known:])
-        self.flags[0] = ((length < 0) & (self.w_valid > 0)).any()
-        s = torch.where(length > 0, length, torch.ones_like(length)).rsqrt() * (length > 0)
-        row, column = s.unsqueeze(-1), s.unsqueeze(-2)
-        H = (gram_B[..., :known] * row).mH  # (*, q - p, p)
-        K = (gram_A[..., :known] * row).mH
-        M = hermitian(gram_B[..., known:] * row * column - H.mH @ H)
-        T, spectrum = _whiten(M, self.eps**0.5)
-        kept = spectrum > self.eps**0.5
-        # The digits that W - [X P] H loses, and with it the invariants; zero rows (masks) lose none.
-        self.least = torch.where(kept, spectrum, torch.ones_like(spectrum)).min() if self.active > 0 else self.least.fill_(1.0)
-        self.flags[2] = ((spectrum < 1e-3).sum(-1) > (length <= 0).sum(-1)).any()
+        gram_A, gram_B = W @ AS.mT, W @ BS.mT  # (*, p, q)
+        columns: Optional[Tensor] = None
+        if self.active < self.n:
+            columns = self.w_index
+        step = ritz_step(self.G, self.lost, gram_A, gram_B, self.n, self.sign, columns, self.eps, self.tiny)
+        self.watch(gram_B[..., known:], step.d)
+        self.advance(step, S, AS, BS)
 
-        GH = self.G @ H
-        off = (K - GH) @ T
-        HK = H.mH @ K
-        corner = T.mH @ (gram_A[..., known:] * row * column - HK - HK.mH + H.mH @ GH) @ T
-        G = _append(self.G, off, hermitian(corner)) * self.sign
-        valid = torch.cat([torch.ones_like(self.E), self.p_valid, kept.to(self.E.dtype)], -1)
-        e, C = self.extreme(G, valid)
-        C_X = C[..., :n]
-        C_P, p_valid = self.next_P(C_X)
-        C = torch.cat([C_X, C_P], -1)
-        inner = C_P.mH @ G @ C_P * self.sign
-        self.E = e[..., :n] * self.sign
-        self.set_G(hermitian(inner))
-        self.p_index, self.p_valid = self.w_index, p_valid
-
-        TC = T @ C[..., known:, :]
-        C = torch.cat([C[..., :known, :] - H @ TC, TC * row], -2)
-        self.q = n + p_valid.size(-1)
-        self.advance(C.mT, S, AS, BS)
-        self.drift += 4.0 * self.eps
-
-    def extreme(self, G: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenpairs of G, ascending; coordinates that are not valid (zero vectors) come last."""
-        beyond = 2.0 * G.abs().sum(-1).amax(-1, keepdim=True) + 1.0
-        outside = ((1.0 - valid) * beyond).to(G.dtype)
-        G = G * (valid.unsqueeze(-1) * valid.unsqueeze(-2)) + torch.diag_embed(outside)
-        return torch.linalg.eigh(G)
-
-    def next_P(self, C_X: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates of the next P: the parts of the new X outside the old one, orthonormal and orthogonal to the new X.
-
-        Householder's Q of [C_X Y] is orthonormal whatever the rank; where R says that a column has no part of its own, the
-        column is zero and not valid. Coordinates of zero vectors stay zero.
-        """
-        Y = C_X if self.active == self.n else C_X.gather(-1, self.w_index.unsqueeze(-2).expand(list(C_X.shape[:-1]) + [self.active]))
-        Y = Y.clone()
-        Y[..., : self.n, :] = 0.0
-        length = torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
-        Y = Y / length.clamp_min(self.tiny())
-        width = min(C_X.size(-2), self.n + Y.size(-1))
-        Q, R = torch.linalg.qr(torch.cat([C_X, Y], -1))
-        own = R.diagonal(0, -2, -1)[..., self.n : width].abs()
-        # A column with no more than 8 q eps of its own is rounding noise of the projection.
-        valid = (own > 8.0 * C_X.size(-2) * self.eps) & (length.squeeze(-2)[..., : width - self.n] > 0)
-        valid = valid.to(self.E.dtype) * self.w_valid[..., : width - self.n]
-        return Q[..., self.n : width] * valid.unsqueeze(-2), valid
-
-    def set_G(self, inner: Tensor) -> None:
-        """G = diag(E) + (P^H A P): X^H A P = 0 because X holds Ritz vectors."""
-        n, p = self.n, inner.size(-1)
-        G = torch.zeros(self.batch + [n + p, n + p], dtype=inner.dtype, device=inner.device)
-        G.diagonal(0, -2, -1)[..., :n] = self.E.to(inner.dtype)
-        G[..., n:, n:] = inner
-        self.G = G
-
-    def advance(self, C: Tensor, S: Tensor, AS: Tensor, BS: Tensor) -> None:
-        """Rows C S, C A S, C B S into the other buffers, which then become the present ones."""
-        q = self.q
-        torch.matmul(C, S, out=self.S_next[..., :q, :])
-        torch.matmul(C, AS, out=self.AS_next[..., :q, :])
-        if self.general:
-            torch.matmul(C, BS, out=self.BS_next[..., :q, :])
+    def watch(self, gram_W: Tensor, d: Tensor) -> None:
+        """Keep for the report: the least squared length of W in B, the least direction kept, and whether digits were lost."""
+        drop = self.eps**0.5
+        self.least_B = real_diagonal(gram_W).min()
+        self.least_d = torch.where(d > drop, d, 1.0).min()
+        loss = max(1e-3, self.eps**0.25)
+        if len(self.batch) > 0:  # masked rows of W show as zeros in d
+            self.losses = ((d < loss).sum(-1) + self.w_valid.sum(-1)).max() - self.active
         else:
-            self.BS, self.BS_next = self.S_rows, self.S_next
+            self.losses = (d < loss).sum()
+
+    def advance(self, step: Ritz, S: Tensor, AS: Tensor, BS: Tensor) -> None:
+        """Take a Ritz step: the new X, P and their images into the other buffers, which then become the present ones."""
+        C = step.C
+        self.E, self.G, self.lost = step.e * self.sign, step.G, step.lost
+        self.q = C.size(-2)
+        torch.matmul(C, S, out=self.S_next[..., : self.q, :])
+        torch.matmul(C, AS, out=self.AS_next[..., : self.q, :])
         self.S_rows, self.S_next = self.S_next, self.S_rows
         self.AS, self.AS_next = self.AS_next, self.AS
-        self.BS, self.BS_next = self.BS_next, self.BS
+        if self.general:
+            torch.matmul(C, BS, out=self.BS_next[..., : self.q, :])
+            self.BS, self.BS_next = self.BS_next, self.BS
+        else:
+            self.BS, self.BS_next = self.S_rows, self.S_next
 
     def refresh(self) -> None:
-        """Enforce the invariants: fresh products with [X P], orthonormal basis of its span, Rayleigh-Ritz in it.
+        """Enforce the invariants: fresh products with [X P], an orthonormal basis of its span, Rayleigh-Ritz in it.
 
         Cost: n + p products with A (and B). The span, and so what P remembers, is kept.
         """
-        n, q = self.n, self.q
+        q = self.q
         S, AS, BS = self.S_rows[..., :q, :], self.AS[..., :q, :], self.BS[..., :q, :]
         AS[...] = self.op_A.rows(S)
         if self.general:
             BS[...] = self.op_B.rows(S)
         conj = S.conj()
-        gram_B, gram_A = hermitian(conj @ BS.mT), hermitian(conj @ AS.mT)
-        length = _real_diagonal(gram_B)
-        s = torch.where(length > 0, length, torch.ones_like(length)).rsqrt() * (length > 0)
-        T, spectrum = _whiten(s.unsqueeze(-1) * gram_B * s.unsqueeze(-2), self.eps**0.5)
-        T = s.unsqueeze(-1) * T
-        valid = (spectrum > self.eps**0.5).to(self.E.dtype)
-        e, C = self.extreme(hermitian(T.mH @ gram_A @ T) * self.sign, valid)
-        valid = torch.sort(valid, -1, descending=True)[0]
-        self.E = e[..., :n] * self.sign
-        self.p_valid = valid[..., n:]
-        self.set_G(torch.diag_embed(e[..., n:] * self.sign * self.p_valid).to(S.dtype))
-        self.advance((T @ C).mT, S, AS, BS)
-        self.drift = 2.0 * self.eps
+        step = ritz_fresh(hermitian(conj @ AS.mT), hermitian(conj @ BS.mT), self.n, self.sign, self.eps, self.tiny)
+        self.advance(step, S, AS, BS)
+        self.drift = 4.0 * self.eps
 
     def update_residual(self) -> None:
         """W := A X - B X E of all n columns, their norms, and rerr."""
         n = self.n
         X, AX, BX = self.S_rows[..., :n, :], self.AS[..., :n, :], self.BS[..., :n, :]
-        self.W = AX - BX * self.E.unsqueeze(-1)
+        torch.mul(BX, self.E.unsqueeze(-1), out=self.W)
+        torch.sub(AX, self.W, out=self.W)
         self.residual = torch.linalg.vector_norm(self.W, dim=-1)
-        self.scale = self.norm_A.maximum(self.E.abs().amax(-1, keepdim=True)) + self.E.abs() * self.norm_B
+        size = self.E.abs()
+        self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size * self.norm_B
         if self.general:
             self.scale = self.scale * torch.linalg.vector_norm(X, dim=-1)
-        safe = torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
-        self.tvars["rerr"] = self.residual / safe
+        self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
 
     def update_converged_count(self) -> int:
         """Active set and converged_count from rerr; the iteration's one transfer to the host is here."""
         k, tol = self.iparams["k"], self.fparams["tol"]
         rerr = self.tvars["rerr"]
         done = rerr <= tol
-        lead = torch.cumprod(done[..., :k].to(torch.int64), -1).sum(-1)  # (*)
+        wanted = done[..., :k]
+        lead = torch.cumprod(wanted, -1).sum(-1)  # (*)
         locked = done
         if self.suspicious:
-            settled = self.settled(rerr)
-            lead = torch.where(settled, lead, lead.clamp_max(k - 1))
+            lead = torch.where(self.settled(rerr), lead, lead.clamp_max(k - 1))
             if self.ivars["istep"] < 5:
                 locked = rerr <= 8.0 * self.eps
-        running = (lead < k).unsqueeze(-1) & ~locked  # (*, n)
-        worst = torch.where(done[..., :k], torch.zeros_like(rerr[..., :k]), rerr[..., :k])
-        report = torch.stack(
+        waiting = ~(locked | (lead >= k).unsqueeze(-1))  # (*, n)
+        worst = torch.where(wanted, 0.0, rerr[..., :k]).max()
+        real = rerr.dtype
+        values: list[float] = torch.stack(
             [
-                running.sum(-1).max().to(rerr.dtype),
-                lead.min().to(rerr.dtype),
-                worst.max(),
-                self.least.to(rerr.dtype),
+                waiting.sum(-1).max().to(real),
+                lead.min().to(real),
+                worst,
                 self.residual.sum(),
-                self.flags[0],
-                self.flags[1],
-                self.flags[2],
+                self.least_B,
+                self.least_K,
+                self.least_d,
+                self.losses.to(real),
             ]
-        )
-        values: list[float] = report.tolist()
+        ).tolist()
         self.read_report(values)
-        order = torch.sort((~running).to(torch.int8), stable=True, dim=-1)[1]
-        self.w_index = order[..., : self.active]
-        self.w_valid = running.gather(-1, self.w_index).to(rerr.dtype)
+        if self.active < self.n or len(self.batch) > 0:
+            order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
+            self.w_index = order[..., : self.active]
+            self.w_valid = waiting.gather(-1, self.w_index).to(real)
         return self.ivars["converged_count"]
 
     def settled(self, rerr: Tensor) -> Tensor:
-        """Whether the first column that no caller chose has found its own eigenvalue, so that none before it was missed: (*)."""
+        """Whether the first column that no caller chose has found an eigenvalue of its own, so that none before it was missed: (*).
+
+        Its residual, an error bound for its eigenvalue, must be a tenth of its distance from the wanted ones, after five
+        iterations, which carry even a weight of 1 / m on a missed eigenvector into view; or it must be small in itself.
+        """
         j = max(self.probe, self.iparams["k"])
         if j >= self.n:
             return torch.ones_like(rerr[..., 0], dtype=torch.bool)
-        distance = (self.E[..., j] - self.E[..., self.iparams["k"] - 1]).abs()
-        near = self.residual[..., j] <= 0.1 * distance * self.norm_B[..., 0]
-        return ((near & (self.ivars["istep"] >= 5)) | (rerr[..., j] <= self.fparams["tol"] ** 0.5)) | (rerr[..., j] <= 8.0 * self.eps)
+        small = rerr[..., j] <= max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
+        if self.ivars["istep"] < 5:
+            return small
+        distance = (self.E[..., j] - self.E[..., self.iparams["k"] - 1]).abs() * self.norm_B[..., 0]
+        return small | (self.residual[..., j] <= 0.1 * distance)
 
     def read_report(self, values: list[float]) -> None:
         self.active = int(values[0])
         self.ivars["converged_count"] = int(values[1])
-        if values[4] != values[4] or values[4] == float("inf"):
+        if not values[3] < float("inf"):
             self.raise_not_finite()
-        if values[5] > 0:
+        if values[4] < 0.0:
             self.raise_not_positive("B")
-        if values[6] > 0:
+        if values[5] < 0.0:
             self.raise_not_positive("iK")
         if values[2] < 0.9 * self.best:
             self.best = values[2]
             self.best_step = self.ivars["istep"]
-        self.drift += self.eps / max(values[3], self.eps)
-        if values[7] > 0 and self.method != "basic":
+        self.drift += 4.0 * self.eps + self.eps / values[6]
+        if self.orthogonal_left > 0:
+            self.orthogonal_left -= 1
+        elif values[7] > 0.0 and self.method != "basic":
             self.orthogonal_left = 10
 
     def raise_not_positive(self, name: str) -> None:
         raise ValueError(
-            f"lobpcg: {name} is not positive definite: x^H {name} x <= 0 for a vector met in iteration {self.ivars['istep']}; "
+            f"lobpcg: {name} is not positive definite: x^H {name} x <= 0 for a vector x met in iteration {self.ivars['istep']}; "
             f"{name} must be Hermitian positive definite"
         )
 

@@ -5,8 +5,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 from torch._lobpcg_arguments import Settings
-from torch._lobpcg_iteration import EigenPairs, hermitian, LOBPCG
+from torch._lobpcg_iteration import EigenPairs, LOBPCG
 from torch._lobpcg_operator import epsilon, is_sparse_layout, largest_entry, Operator, safe_scale, start_rows
+from torch._lobpcg_ritz import hermitian
 
 
 # Up to this size one dense factorisation costs less than the iterations it replaces (1 thread, k = 5: break-even near m = 500).
