@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch._lobpcg_derivative import ComputedPairs, forward_mode, reverse_mode
+from torch._lobpcg_function import accepts_legacy_vmap, batched_first, save, saved, without_autocast
 from torch._lobpcg_pattern import is_sparse, is_symmetric_pattern
-from torch._lobpcg_resolvent import batched_first, save, saved, without_autocast
 
 
 class Problem:
@@ -58,7 +58,8 @@ def hermitian_part(M: Any) -> Any:
         return M
     if not torch._C._are_functorch_transforms_active() and _is_hermitian(M.detach()):
         return M
-    return (M + M.mH) / 2
+    # A conjugate that is only marked as such breaks forward mode under vmap.
+    return (M + (torch.conj_physical(M.mT) if M.is_complex() else M.mT)) / 2
 
 
 def _is_hermitian(M: Tensor, tile: int = 512) -> bool:
@@ -95,6 +96,7 @@ class LOBPCGAutogradFunction(Function):
         save(ctx, A=A, B=B, iK=iK, E=E, X=X, T=T, Y=Y, residual=residual, scale=scale)
 
     @staticmethod
+    @accepts_legacy_vmap
     def backward(ctx, gE, gX, *_):
         if gE is None and gX is None:
             return None, None, None, None, None
@@ -104,6 +106,7 @@ class LOBPCGAutogradFunction(Function):
         return gA, gB, None, None, None
 
     @staticmethod
+    @accepts_legacy_vmap
     def jvp(ctx, dA, dB, _dX, _diK, _problem):
         pairs = _pairs(ctx)
         if dA is None and dB is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch._lobpcg_complement import warn_cut_cluster
-from torch._lobpcg_resolvent import batched_first
+from torch._lobpcg_function import batched_first
 
 
 class CheckOptions:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from torch._lobpcg_function import accepts_legacy_vmap
+
 # Elements of gathered rows held at one time by a product on a pattern: 32 MiB of float64.
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -215,6 +217,7 @@ class _PatternValues(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @accepts_legacy_vmap
     def backward(ctx, g: Optional[Tensor]):
         U, V = ctx.saved_tensors
         gU = gV = None
@@ -225,6 +228,7 @@ class _PatternValues(Function):
         return gU, gV, None
 
     @staticmethod
+    @accepts_legacy_vmap
     def jvp(ctx, dU, dV, _pattern):
         U, V = ctx.saved_tensors
         terms = [_PatternValues.apply(*pair, ctx.pattern) for pair in ((dU, V), (U, dV)) if None not in pair]
@@ -246,6 +250,7 @@ class _PatternProduct(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @accepts_legacy_vmap
     def backward(ctx, g: Optional[Tensor]):
         values, V = ctx.saved_tensors
         gvalues = gV = None
@@ -256,6 +261,7 @@ class _PatternProduct(Function):
         return gvalues, gV, None, None
 
     @staticmethod
+    @accepts_legacy_vmap
     def jvp(ctx, dvalues, dV, _pattern, _adjoint):
         values, V = ctx.saved_tensors
         terms = [
@@ -281,6 +287,7 @@ class _SparseProduct(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @accepts_legacy_vmap
     def backward(ctx, g: Optional[Tensor]):
         M, V = ctx.saved_tensors
         gM = gV = None
@@ -291,6 +298,7 @@ class _SparseProduct(Function):
         return gM, gV
 
     @staticmethod
+    @accepts_legacy_vmap
     def jvp(ctx, dM, dV):
         M, V = ctx.saved_tensors
         terms = []

@@ -16,13 +16,14 @@ Forward mode:
     dz_j = R_j (db_j - (dA - E_j dB) z_j + dE_j B z_j - d(B X) c_j) - X d(B X)^H z_j
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from torch._lobpcg_complement import solve_on_complement
+from torch._lobpcg_function import accepts_legacy_vmap, batched_first, save, saved, without_autocast
 from torch._lobpcg_pattern import _sum_to, apply, hermitian_apply, hermitian_outer
 
 
@@ -57,6 +58,7 @@ class ReducedResolvent(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @accepts_legacy_vmap
     def backward(ctx, gz):
         if gz is None:
             return (None,) * 8
@@ -81,6 +83,7 @@ class ReducedResolvent(Function):
         return gA, gB, gE, gX, w, None, None, None
 
     @staticmethod
+    @accepts_legacy_vmap
     def jvp(ctx, dA, dB, dE, dX, db, dY, diK, _options):
         s = saved(ctx)
         A, B, E, X, b, z = s["A"], s["B"], s["E"], s["X"], s["b"], s["z"]
@@ -104,7 +107,7 @@ class ReducedResolvent(Function):
     def vmap(info, in_dims, A, B, E, X, b, Y, iK, options):
         tensors = [A, B, E, X, b, Y, iK]
         size = info.batch_size
-        A, B, E, X, b, Y, iK = batched_first(size, in_dims[:-1], tensors, trailing=(2, 2, 1, 2, 2, 2, 2))
+        (A, B, E, X, b, Y, iK), _ = batched_first(size, in_dims[:-1], tensors, trailing=(2, 2, 1, 2, 2, 2, 2))
         # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
         operator_mapped = any(dim is not None for i, dim in enumerate(in_dims[:-1]) if i != 4)
         if in_dims[4] is None:
@@ -114,47 +117,6 @@ class ReducedResolvent(Function):
         if operator_mapped and in_dims[3] is None:
             X = X.expand((size,) + tuple(X.shape))
         return ReducedResolvent.apply(A, B, E, X, b, Y, iK, options), 0
-
-
-# ------------------------------------------------------------------ what both Functions of lobpcg have in common
-
-
-def save(ctx, **values) -> None:
-    """Save tensors for backward and forward mode under their names, and everything else (callables, None) on ctx."""
-    ctx.names = [name for name, value in values.items() if isinstance(value, Tensor)]
-    tensors = [values[name] for name in ctx.names]
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.others = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-
-
-def saved(ctx) -> dict:
-    return {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors))}
-
-
-def without_autocast(like: Tensor):
-    """Products inside run in the dtype of the input: an autocast half-precision product would lose the derivative."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
-def batched_first(size: int, in_dims, values, trailing) -> Tuple[list, int]:
-    """Move mapped dimensions to the front and insert dimensions of size 1 so that all batch shapes broadcast.
-
-    `trailing`: number of dimensions of each value that are not batch dimensions.  Values that are not mapped stay
-    as they are: they broadcast.  Returns the values and the largest number of batch dimensions below the mapped one.
-    """
-    ranks = [
-        value.dim() - t - (dim is not None) if isinstance(value, Tensor) else 0
-        for value, dim, t in zip(values, in_dims, trailing)
-    ]
-    deepest = max(ranks)
-    out = []
-    for value, dim, rank in zip(values, in_dims, ranks):
-        if isinstance(value, Tensor) and dim is not None:
-            value = value.movedim(dim, 0)
-            value = value.reshape((size,) + (1,) * (deepest - rank) + tuple(value.shape[1:]))
-        out.append(value)
-    return out, deepest
 
 
 def _real(x: Tensor) -> Tensor:
