@@ -118,7 +118,7 @@ class Problem:
         return X.to(device=device, dtype=dtype)
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
+# --- Parts ---
 
 
 def _generator(*key):
@@ -190,7 +190,7 @@ def _angles(n):
     return math.pi * _count(n, 1) / (n + 1)
 
 
-# Difference operators ---------------------------------------------------------------------------------------------------
+# --- Difference operators ---
 
 
 def _modes(sizes):
@@ -254,7 +254,7 @@ def laplacian_mass(*sizes):
 
 
 def sakurai(m):
-    """Square of the 1-D Laplacian, eigenvalues 16 sin^4: condition ~ m^4. Sakurai, Tadano, Inadomi, Nagashima (2003)."""
+    """Square of the 1-D Laplacian, eigenvalues 16 sin^4: condition ~ m^4. Sakurai et al. (2003)."""
 
     def assemble():
         diagonal = _full(m, 6)
@@ -286,7 +286,7 @@ def ring(m, flux=0.0):
     )
 
 
-# Mechanics --------------------------------------------------------------------------------------------------------------
+# --- Mechanics ---
 
 
 def mikota(m):
@@ -321,7 +321,7 @@ def rod(m):
     )
 
 
-# Graphs -----------------------------------------------------------------------------------------------------------------
+# --- Graphs ---
 
 
 def _graph(name, m, i, j, spectrum, normalized=False):
@@ -375,7 +375,7 @@ def hypercube_graph(d):
     return _graph(f"hypercube{d}", 2**d, *_grid_edges((2,) * d), spectrum)
 
 
-# Prescribed spectra -----------------------------------------------------------------------------------------------------
+# --- Prescribed spectra ---
 
 
 def prescribed(name, spectrum, condition=1.0, is_complex=False):
@@ -472,7 +472,7 @@ def rank_deficient(m, rank):
     return prescribed(f"rank{rank}_of_{m}", spectrum)
 
 
-# Problems from problems -------------------------------------------------------------------------------------------------
+# --- Problems from problems ---
 
 
 def scaled(p, factor):
@@ -517,7 +517,7 @@ def batch(p, shape, dtype=torch.float64, device="cpu"):
     return (1 + c) * A + c * (identity if B is None else B), B, (1 + b) * p.spectrum + b
 
 
-# The catalogue ----------------------------------------------------------------------------------------------------------
+# --- The catalogue ---
 
 
 @functools.lru_cache(maxsize=None)
