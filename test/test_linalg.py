@@ -3,7 +3,6 @@
 
 import itertools
 import math
-import unittest
 import warnings
 
 import torch
@@ -198,7 +197,6 @@ class TestLobpcgForward(LobpcgTestCase):
         self.assertEqual(self.solve(A, k=2, X=self.start(50, 4))[0], p.extreme(2, True), atol=1e-6, rtol=0)
         self.assertEqual(self.solve(A, 3, None, None, 5)[0], p.extreme(3, True), atol=1e-6, rtol=0)
 
-    @unittest.skipIf(not __debug__, "keeps the assertions of the solver on")
     def test_default_tolerance_is_met(self):
         for dtype, method in itertools.product((torch.float32, torch.float64), ("ortho", "basic")):
             p = self.problems.laplacian(12, 9)
