@@ -1,10 +1,10 @@
-"""Gradient checks along the symmetric (complex: Hermitian) matrices, for the keyword `symmetric` of gradcheck and gradgradcheck.
+"""Gradient checks along symmetric (complex: Hermitian) matrices: `symmetric` of gradcheck and gradgradcheck.
 
-A function of symmetric matrices has no meaning at X + eps * e_i e_j^T, so entry-wise differences say nothing about it. Let
-P(X) = (X + X^H)/2, the orthogonal projection onto the symmetric matrices for the real inner product Re tr(X^H Y). The check
-runs on func composed with P: every perturbation becomes symmetric, and, as P is its own adjoint, the gradient of the
-composition at a symmetric X is P(G), with G what func's backward returned. Whether G itself is symmetric is a second
-question, which `check_symmetric_grad` asks of func alone.
+A function of symmetric matrices has no meaning at X + eps * e_i e_j^T, so differences entry by entry say nothing about
+it. Let P(X) = (X + X^H)/2, the orthogonal projection onto the symmetric matrices for the inner product Re tr(X^H Y).
+The check runs on func composed with P. Every perturbation is then symmetric and, as P is its own adjoint, the gradient
+of the composition at a symmetric X is P(G), with G what func's backward returned. Whether G itself is symmetric is a
+second question, which `check_symmetric_grad` asks of func alone.
 """
 
 import torch
@@ -24,8 +24,8 @@ def symmetric_gradcheck(*, func, inputs, symmetric, check_symmetric_grad, raise_
     """gradcheck with the inputs marked by `symmetric` restricted to symmetric matrices.
 
     Args:
-        symmetric: True (every differentiable input) or a list or tuple with one bool per input. Marked inputs have shape
-            (*, m, m), are symmetric to rounding, and are strided, COO, or unbatched CSR, CSC, BSR, BSC.
+        symmetric: True (every differentiable input) or a list or tuple with one bool per input. Marked inputs have
+            shape (*, m, m), are symmetric to rounding, and are strided, COO, or unbatched CSR, CSC, BSR, BSC.
         check_symmetric_grad: whether func's own gradient must be symmetric too, matrix by matrix:
             |G - G^H|_F / 2 <= atol + rtol |G|_F.
         options: all other arguments of gradcheck, every one given.
@@ -35,7 +35,10 @@ def symmetric_gradcheck(*, func, inputs, symmetric, check_symmetric_grad, raise_
         GradcheckError: a check failed and `raise_exception` is set.
     """
     if check_symmetric_grad and not options["check_backward_ad"]:
-        raise ValueError("gradcheck: check_symmetric_grad looks at gradients, which needs check_backward_ad=True; set it")
+        raise ValueError(
+            "gradcheck: check_symmetric_grad looks at what backward returns, which check_backward_ad=False leaves out; "
+            "set check_backward_ad=True"
+        )
     inputs = _as_tuple(inputs)
     marked = _marked("gradcheck", inputs, symmetric, check_symmetric_grad)
     composed = _along_symmetric("gradcheck", func, marked)
@@ -43,12 +46,10 @@ def symmetric_gradcheck(*, func, inputs, symmetric, check_symmetric_grad, raise_
     if not (passed and check_symmetric_grad):
         return passed
     what = "gradient of output {} with respect to input {}"
-    return _check_symmetric_gradients(f"gradcheck: expected the {what}", func, inputs, marked, raise_exception, options)
+    return _symmetric_gradients(f"gradcheck: expected the {what}", func, inputs, marked, raise_exception, options)
 
 
-def symmetric_gradgradcheck(
-    *, func, inputs, grad_outputs, symmetric, check_symmetric_grad, raise_exception, **options
-):
+def symmetric_gradgradcheck(*, func, inputs, grad_outputs, symmetric, check_symmetric_grad, raise_exception, **options):
     """gradgradcheck with the inputs marked by `symmetric` restricted to symmetric matrices.
 
     What is checked is the derivative of P(G), with G the gradient of func at P(X). `check_symmetric_grad` demands that
@@ -57,7 +58,8 @@ def symmetric_gradgradcheck(
     """
     if check_symmetric_grad and not options["check_rev_over_rev"]:
         raise ValueError(
-            "gradgradcheck: check_symmetric_grad looks at second gradients, which needs check_rev_over_rev=True; set it"
+            "gradgradcheck: check_symmetric_grad looks at what double backward returns, which check_rev_over_rev=False "
+            "leaves out; set check_rev_over_rev=True"
         )
     inputs = _as_tuple(inputs)
     marked = _marked("gradgradcheck", inputs, symmetric, check_symmetric_grad)
@@ -67,7 +69,7 @@ def symmetric_gradgradcheck(
         return passed
     first = _first_gradients(func, marked, grad_outputs)
     what = "gradient, with respect to input {1}, of the first gradient with respect to input {0}"
-    return _check_symmetric_gradients(f"gradgradcheck: expected the {what}", first, inputs, marked, raise_exception, options)
+    return _symmetric_gradients(f"gradgradcheck: expected the {what}", first, inputs, marked, raise_exception, options)
 
 
 # Arguments
@@ -77,13 +79,16 @@ def _marked(name, inputs, symmetric, check_symmetric_grad):
     """Indices of the inputs to be restricted: flagged, differentiable, and found to be symmetric matrices."""
     if any(isinstance(x, str) and x == _TAKEN_APART for x in inputs):
         raise ValueError(
-            f"{name}: symmetric cannot be combined with torch.sparse.as_sparse_gradcheck, which hands on the stored values "
-            f"of a sparse matrix in its place; give the sparse matrix to torch.autograd.{name} itself"
+            f"{name}: symmetric cannot be combined with torch.sparse.as_sparse_gradcheck, which hands on the stored "
+            f"values of a sparse matrix in its place; give the sparse matrix to torch.autograd.{name} itself"
         )
     flags = _flags(name, inputs, symmetric)
     for i, x in enumerate(inputs):
         if flags[i] and not is_tensor_like(x):
-            raise TypeError(f"{name}: expected input {i}, marked symmetric, to be a Tensor, got {type(x).__name__}; set its flag to False")
+            raise TypeError(
+                f"{name}: expected input {i}, marked symmetric, to be a Tensor, got {type(x).__name__}; "
+                "set its flag to False"
+            )
     marked = [i for i, x in enumerate(inputs) if flags[i] and x.requires_grad]
     if check_symmetric_grad and not marked:
         raise ValueError(
@@ -126,8 +131,8 @@ def _require_known_layout(name, i, x):
     if x.layout in _COMPRESSED and x.dim() == 2:
         return
     raise ValueError(
-        f"{name}: input {i}, marked symmetric, has layout {x.layout} and shape {tuple(x.shape)}; a symmetric input is strided, "
-        "COO without dense dimensions, or a single CSR, CSC, BSR or BSC matrix; convert it inside func"
+        f"{name}: input {i}, marked symmetric, has layout {x.layout} and shape {tuple(x.shape)}; a symmetric input is "
+        "strided, COO without dense dimensions, or a single CSR, CSC, BSR or BSC matrix; convert it inside func"
     )
 
 
@@ -139,7 +144,7 @@ def _require_symmetric_input(name, i, x):
     bad = ~(skew <= 10 * x.shape[-1] * torch.finfo(x.dtype).eps * size)
     if bad.any():
         raise ValueError(
-            f"{name}: expected input {i} to be {_kind(x)}, got a skew part of {_worst(skew, size, bad)} of its norm; "
+            f"{name}: expected input {i} to be {_kind(x)}, got a skew part of relative norm {_worst(skew, size, bad)}; "
             "pass (X + X.mH) / 2"
         )
     if x.layout is not torch.strided:
@@ -168,7 +173,8 @@ def _strided_part(x):
 
 
 class _SparsePart(torch.autograd.Function):
-    """P on a sparse matrix. Its own backward, P being self-adjoint: the conversions need not be differentiable."""
+    """P on a sparse matrix, by way of COO: compressed layouts do not add two patterns, and their conversions are not
+    differentiable in complex. They need not be: P is its own backward."""
 
     @staticmethod
     def forward(ctx, x):
@@ -177,8 +183,8 @@ class _SparsePart(torch.autograd.Function):
         part = ((coo + coo.transpose(-2, -1).conj_physical()) * 0.5).coalesce()
         if x.layout is torch.sparse_coo:
             return part
-        # Compressed layouts have no transposed sum of their own.
-        return part.to_sparse(layout=x.layout, blocksize=x.values().shape[1:3] if x.layout in _BLOCKED else None)
+        blocksize = x.values().shape[1:3] if x.layout in _BLOCKED else None
+        return part.to_sparse(layout=x.layout, blocksize=blocksize)
 
     @staticmethod
     def backward(ctx, gP):
@@ -199,7 +205,10 @@ def _along_symmetric(name, func, marked):
         outputs = func(*inputs)
         for i, version in zip(marked, versions):
             if inputs[i]._version != version:
-                raise ValueError(f"{name}: expected func to leave its inputs unchanged, but it changed input {i} in place; clone it in func")
+                raise ValueError(
+                    f"{name}: expected func to leave its inputs unchanged, but it changed input {i} in place; "
+                    "clone it in func"
+                )
         return outputs
 
     return composed
@@ -208,7 +217,7 @@ def _along_symmetric(name, func, marked):
 # The gradient of func itself
 
 
-def _check_symmetric_gradients(expected, func, inputs, marked, raise_exception, options):
+def _symmetric_gradients(expected, func, inputs, marked, raise_exception, options):
     try:
         _require_symmetric_gradients(expected, func, inputs, marked, options)
     except GradcheckError:
@@ -236,13 +245,13 @@ def _require_symmetric_gradient(expected, G, options):
     bad = ~(skew <= options["atol"] + options["rtol"] * size)
     if bad.any():
         raise GradcheckError(
-            f"{expected} to be {_kind(G)}, got a skew part of {_worst(skew, size, bad)} of its norm; "
+            f"{expected} to be {_kind(G)}, got a skew part of relative norm {_worst(skew, size, bad)}; "
             "return (G + G.mH) / 2 from backward, or drop check_symmetric_grad"
         )
 
 
 def _cotangents(output, fast_mode):
-    """Slow mode: the real basis of output's space. Fast mode: one random element, which misses a skew part with probability 0."""
+    """Slow mode: a real basis of output's space. Fast mode: one random element, blind to a skew part by accident only."""
     if fast_mode:
         yield _random_like(output)
         return
@@ -294,7 +303,7 @@ def _worst(skew, size, bad):
     for length in reversed(skew.shape):
         worst, k = divmod(worst, length)
         place.insert(0, k)
-    return f"{ratio.max():.1e} (matrix {tuple(place)} of the batch)"
+    return f"{ratio.max():.1e} in matrix {tuple(place)} of the batch"
 
 
 def _kind(x):
