@@ -8,8 +8,9 @@ second question, which `check_symmetric_grad` asks of func alone.
 """
 
 import torch
-from torch.autograd.gradcheck import gradcheck, GradcheckError, gradgradcheck
+from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.overrides import is_tensor_like
+
 
 __all__: list = []  # private: reached through gradcheck and gradgradcheck only
 
@@ -162,7 +163,7 @@ def _require_symmetric_input(name, i, x):
 
 
 def _hermitian_part(x):
-    """(X + X^H)/2 in the layout of X, differentiable any number of times in each layout that a marked input may have."""
+    """(X + X^H)/2 in the layout of X, differentiable any number of times, for each layout of a marked input."""
     return _strided_part(x) if x.layout is torch.strided else _SparsePart.apply(x)
 
 
@@ -173,8 +174,8 @@ def _strided_part(x):
 
 
 class _SparsePart(torch.autograd.Function):
-    """P on a sparse matrix, by way of COO: compressed layouts do not add two patterns, and their conversions are not
-    differentiable in complex. They need not be: P is its own backward."""
+    """P on a sparse matrix, by way of COO, as compressed layouts do not add two patterns. These conversions are not
+    differentiable for complex entries and need not be: P is its own backward."""
 
     @staticmethod
     def forward(ctx, x):
@@ -228,7 +229,7 @@ def _symmetric_gradients(expected, func, inputs, marked, raise_exception, option
 
 
 def _require_symmetric_gradients(expected, func, inputs, marked, options):
-    """GradcheckError unless each output's gradient is symmetric in each marked input, for the cotangents of the mode."""
+    """GradcheckError unless, for the cotangents of the mode, all gradients of all outputs are symmetric."""
     wanted = [inputs[i] for i in marked]
     for j, output in enumerate(_as_tuple(func(*inputs))):
         if not (is_tensor_like(output) and output.requires_grad):
@@ -251,7 +252,7 @@ def _require_symmetric_gradient(expected, G, options):
 
 
 def _cotangents(output, fast_mode):
-    """Slow mode: a real basis of output's space. Fast mode: one random element, blind to a skew part by accident only."""
+    """Slow mode: a real basis of output's space. Fast mode: one random element, blind to a skew part with chance 0."""
     if fast_mode:
         yield _random_like(output)
         return
