@@ -109,6 +109,7 @@ class Complement:
         self.BX = multiply(self.B, X)
         self.sign = -1.0 if largest else 1.0
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
+        self.u: Optional[Tensor] = None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
 
     def set_scale(self, b: Tensor) -> None:
         """Divide by a power of two near the norm of the operator, so that no dot product leaves the range."""
@@ -124,16 +125,28 @@ class Complement:
         return self.project_dual(self.raw(z))
 
     def project(self, z: Tensor) -> Tensor:
-        return z - self.X @ (self.BX.mH @ z)
+        z = z - self.X @ (self.BX.mH @ z)
+        return z if self.u is None else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
 
     def project_dual(self, b: Tensor) -> Tensor:
-        return b - self.BX @ (self.X.mH @ b)
+        b = b - self.BX @ (self.X.mH @ b)
+        return b if self.u is None else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
 
-    def restrict(self, columns: Tensor) -> "Complement":
+    def exclude(self, u: Tensor) -> "Complement":
+        """The same operators on the complement of u_j too; u: (*, m, q) in the complement of X."""
+        part = self.restrict(slice(None))
+        part.Bu = multiply(self.B, u)
+        size = torch.sqrt(_dot(u, part.Bu))
+        part.u, part.Bu = u / size, part.Bu / size
+        return part
+
+    def restrict(self, columns: Any) -> "Complement":
         """The same operators for some of the columns."""
         part = object.__new__(Complement)
         part.__dict__.update(self.__dict__)
         part.shifts = self.shifts[..., columns]
+        if self.u is not None:
+            part.u, part.Bu = self.u[..., columns], self.Bu[..., columns]
         return part
 
     def dense(self) -> Tuple[Tensor, Optional[Tensor]]:
@@ -294,21 +307,27 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
     budget = max(20, m // (8 + 4 * q)) if dense else min(10 * m, _MOST_ITERATIONS)
     z, state = _conjugate_gradients(op, b, z, deflation, precondition, rtol, budget)
     if state.all_done:
-        return z
+        return _without_cut_cluster(op, b, z, state, precondition, rtol)
     if dense and not state.indefinite:
         A, B = op.dense()
         first = op.shifts[..., :1]
         L, info = torch.linalg.cholesky_ex(_positive_matrix(op, A, B, first).squeeze(-3))
         if not bool((info != 0).any()):
-            z, state = _conjugate_gradients(op, b, z, deflation, lambda r: torch.cholesky_solve(r, L), rtol, 200)
+            precondition = lambda r: torch.cholesky_solve(r, L)  # noqa: E731
+            z, state = _conjugate_gradients(op, b, z, deflation, precondition, rtol, 200)
             if state.all_done:
-                return z
+                return _without_cut_cluster(op, b, z, state, precondition, rtol)
     elif precondition is not None and state.indefinite:
         z, state = _conjugate_gradients(op, b, torch.zeros_like(b), deflation, None, rtol, budget)
         if state.all_done:
             return z
     if m < _SPECTRAL_BELOW:
         return _spectral(op, b, *op.dense())
+    _warn_residual(state, rtol)
+    return z
+
+
+def _warn_residual(state: "_State", rtol: float) -> None:
     warnings.warn(
         f"lobpcg: a linear system of the derivative reached a relative residual of {state.residual:.1e} where "
         f"{rtol:.1e} was asked for"
@@ -319,14 +338,45 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
         RuntimeWarning,
         stacklevel=2,
     )
-    return z
+
+
+def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: "_State", precondition, rtol: float) -> Tensor:
+    """z, or where the operator is singular to rounding the solution without the component along its null vector.
+
+    A solution of size 1 / eps relative to 1 / |K| is that null vector: it is excluded from its column, and the
+    column solved again.  A further null vector is not seen by b - (B u) u^H b, so one vector per column is enough.
+    """
+    eps = torch.finfo(op.shifts.dtype).eps
+    amplification = (state.norm * torch.linalg.vector_norm(z, dim=-2)).reshape(-1, z.shape[-1]).amax(0)
+    large = (amplification > eps**-0.5).nonzero()[:, 0]
+    if large.numel() == 0:
+        return z
+    part = op.restrict(large)
+    u = op.project(z)[..., large]
+    size = _safe_norm(u)
+    u = u / torch.where(size > 0, size, torch.ones_like(size))
+    gap = _dot(u, part(u)) / _dot(u, multiply(op.B, u))
+    # Rounding in the eigenvalues themselves: the two of a cluster agree to a modest multiple of eps |K|.
+    singular = (gap.abs() <= 64 * eps * state.norm).reshape(-1, large.numel()).any(0)
+    if not bool(singular.any()):
+        return z
+    large, u = large[singular], u[..., singular]
+    excluded = op.restrict(large).exclude(u)
+    again, state = _conjugate_gradients(
+        excluded, excluded.project_dual(b[..., large]), torch.zeros_like(u), None, precondition, rtol, _MOST_ITERATIONS
+    )
+    k = op.X.shape[-1]
+    warn_cut_cluster(int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max()))
+    if not state.all_done:
+        _warn_residual(state, rtol)
+    return z.index_copy(-1, large, excluded.project(again))
 
 
 class _State:
-    """How a run of conjugate gradients ended: worst relative residual, and whether curvature was not positive."""
+    """How a run of conjugate gradients ended: worst relative residual, whether curvature was not positive, |K|."""
 
-    def __init__(self, residual: float, all_done: bool, indefinite: bool) -> None:
-        self.residual, self.all_done, self.indefinite = residual, all_done, indefinite
+    def __init__(self, residual: float, all_done: bool, indefinite: bool, norm: Tensor) -> None:
+        self.residual, self.all_done, self.indefinite, self.norm = residual, all_done, indefinite, norm
 
 
 def _conjugate_gradients(
@@ -361,11 +411,11 @@ def _conjugate_gradients(
         late = (size > torch.clamp(attainable, min=2 * rtol)).reshape(-1, columns.numel()).any(0)
         worst = float(size.max()) if size.numel() else 0.0
         if not bool(late.any()):
-            return z, _State(worst, True, False)
+            return z, _State(worst, True, False, norm)
         columns = columns[late]
         if budget <= 0 or indefinite:
             break
-    return z, _State(worst, False, indefinite)
+    return z, _State(worst, False, indefinite, norm)
 
 
 def _sweep(

@@ -104,8 +104,10 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     if T.shape[-1] and gE is not None:
         _check_cut(E, gE, x, T, scale, options)
     if gE is not None:
-        _check_weights(E, gE, gap, equal)
+        _check_weights(gE, gap, equal)
     if G is None:
+        if gE is not None:
+            _check_blur(_weighs_differently(gE) & distinct & ~equal, E, x, gap, size, T, residual, options)
         return (distinct & ~equal).to(E.dtype)
     if options.forward_mode:
         if bool((equal & (G.abs() > 16 * math.sqrt(m) * eps * size)).any()):
@@ -130,6 +132,11 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3).  A loss that is invariant in the
     # cluster has a Hermitian block, skew part zero up to noise, and then the exact factor is zero.
     invariant = (gap <= eps ** (1 / 3) * size) & (skew <= noise)
+    if gE is not None or bool((~invariant & distinct & ~equal).any()):
+        used = skew > noise
+        if gE is not None:
+            used = used | _weighs_differently(gE)
+        _check_blur(used & distinct & ~equal, E, x, gap, size, T, residual, options)
     return (distinct & ~equal & ~invariant).to(E.dtype)
 
 
@@ -161,15 +168,44 @@ def _check_phase(G: Tensor, amplitude: Tensor, eps: float) -> None:
         )
 
 
-def _check_weights(E: Tensor, gE: Tensor, gap: Tensor, equal: Tensor) -> None:
-    """Equal eigenvalues must enter the loss alike: their order is not a function of the matrices."""
+def _weighs_differently(gE: Tensor) -> Tensor:
+    """Pairs (i, j) that enter the loss with different weight: (+, *, k, k)."""
     difference = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
-    # A smooth symmetric loss has gE differing by its curvature times a gap at rounding level.
-    largest = gE.abs().amax(-1)[..., None, None]
-    seen = equal & (difference > torch.finfo(E.dtype).eps ** (1 / 3) * largest)
+    # A smooth symmetric loss has gE that differ by its curvature times the gap, at most eps^(1/3) in a cluster.
+    return difference > torch.finfo(gE.dtype).eps ** (1 / 3) * gE.abs().amax(-1)[..., None, None]
+
+
+def _check_weights(gE: Tensor, gap: Tensor, equal: Tensor) -> None:
+    """Equal eigenvalues must enter the loss alike: their order is not a function of the matrices."""
+    seen = equal & _weighs_differently(gE)
     if bool(seen.any()):
         i, j = _first(seen, 2)
         _warn_cluster(i, j, gap, "the loss weighs them differently")
+
+
+def _check_blur(used: Tensor, E, x, gap, size, T, residual, options: CheckOptions) -> None:
+    """Warn where single vectors of a close pair matter and are not accurate to two digits.
+
+    After Rayleigh-Ritz the vectors i and j mix by |r_i| |r_j| / (distance to the rest), plus rounding, over their gap.
+    """
+    k = options.k
+    r = residual[..., :k] * x
+    coupling = torch.finfo(E.dtype).eps * size
+    if T.shape[-1]:
+        rest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
+        rest = torch.where(rest > 0, rest, torch.ones_like(rest))
+        coupling = coupling + (r / rest).unsqueeze(-1) * r.unsqueeze(-2)
+    blurred = used & (coupling > 0.01 * gap)
+    if bool(blurred.any()):
+        i, j = _first(blurred, 2)
+        error = float((coupling / gap)[..., i, j].max())
+        warnings.warn(
+            f"lobpcg: the loss distinguishes eigenpairs {i} and {j}, whose gap {float(gap[..., i, j].min()):.1e} is so "
+            f"small that their vectors, and the gradient, have a relative error of about {error:.1e}. Tighten tol, or "
+            "use a loss that treats the two alike.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _check_cut(E: Tensor, gE: Tensor, x: Tensor, T: Tensor, scale: Tensor, options: CheckOptions) -> None:
@@ -190,11 +226,12 @@ def _check_convergence(E, x, gap, equal, T, residual, scale, options) -> None:
     late = residual > max(options.tol, 16 * math.sqrt(options.m) * eps) * scale
     if not bool(late.any()):
         return
-    infinite = torch.full_like(gap, math.inf)
-    eye = torch.eye(k, dtype=torch.bool, device=E.device)
-    nearest = torch.where(equal | eye, infinite, gap).amin(-2)
     if T.shape[-1]:
-        nearest = torch.minimum(nearest, (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1))
+        # Errors inside the block are of second order after Rayleigh-Ritz: the distance to the rest counts.
+        nearest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
+    else:
+        eye = torch.eye(k, dtype=torch.bool, device=E.device)
+        nearest = torch.where(equal | eye, torch.full_like(gap, math.inf), gap).amin(-2)
     relative = residual / torch.where(scale > 0, scale, torch.ones_like(scale))
     worst = torch.where(late, relative, torch.zeros_like(relative)).max()
     error = torch.where(late, residual * x / nearest, torch.zeros_like(residual)).max()

@@ -78,7 +78,7 @@ def hermitian_outer(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
     if not is_sparse(M):
         return _sum_to(torch.matmul(left, right.mH), M.shape)
     pattern = Pattern(M)
-    return pattern.with_values(_PatternValues.apply(left, right, pattern))
+    return _SparseFromValues.apply(_PatternValues.apply(left, right, pattern), pattern)
 
 
 def is_symmetric_pattern(M: Tensor) -> bool:
@@ -166,7 +166,7 @@ class Pattern:
             yield (start, end) + self.positions(start, end)
 
     def with_values(self, values: Tensor) -> Tensor:
-        """A sparse tensor of this pattern with other values, differentiable in them."""
+        """A sparse tensor of this pattern with other values, not differentiated."""
         if self.layout == torch.sparse_coo:
             return torch.sparse_coo_tensor(self.indices, values, self.shape, is_coalesced=True)
         return torch.sparse_compressed_tensor(self.compressed, self.plain, values, self.shape, layout=self.layout)
@@ -270,6 +270,34 @@ class _PatternProduct(Function):
             if None not in pair
         ]
         return sum(terms[1:], terms[0])
+
+
+class _SparseFromValues(Function):
+    """values -> the sparse tensor that holds them.  PyTorch's own constructors refuse a gradient for complex CSR."""
+
+    @staticmethod
+    def forward(values: Tensor, pattern: Pattern) -> Tensor:
+        return pattern.with_values(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.pattern = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g: Optional[Tensor]):
+        if g is None:
+            return None, None
+        if is_sparse(g):
+            # Autograd gives a sparse output a gradient on the positions that the output stores.
+            return Pattern(g).values, None
+        pattern = ctx.pattern
+        height, width = pattern.block
+        size = pattern.block_rows
+        rows, cols = pattern.positions(0, pattern.count)
+        blocks = g.reshape(-1, size, height, size, width).transpose(-2, -3)
+        values = blocks[rows // size, rows % size, cols % size]
+        return values.reshape(pattern.values.shape), None
 
 
 class _SparseProduct(Function):
