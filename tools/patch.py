@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 if sys.version_info < (3, 10):
-    sys.exit(f"found Python {sys.version.split()[0]}; expected 3.10 or newer; run tools/patch.py with such an interpreter")
+    sys.exit(
+        f"found Python {sys.version.split()[0]}; expected 3.10 or newer; run tools/patch.py with such an interpreter"
+    )
 
 from patchset.commands import patcher
 from patchset.errors import PatchError

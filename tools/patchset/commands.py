@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional
 
 from . import disk
 from .errors import PatchError, Problems
@@ -108,10 +108,10 @@ class Patcher:
         created = self.applied.folders if self.applied else []
         return make_plan(self.series, self.target, originals(self.store, self.applied), created)
 
-    def edited(self) -> List[Step]:
+    def edited(self) -> list[Step]:
         return [step for step in self.applied.steps if disk.state_of(self.store.root / step.path) != step.after]
 
-    def outdated(self) -> List[PatchError]:
+    def outdated(self) -> list[PatchError]:
         """Why `apply` would change the patched PyTorch; empty if it would not."""
         wanted = {step.path: step for step in self.plan().transaction.steps}
         found = {step.path: step for step in self.applied.steps}
@@ -157,7 +157,9 @@ class Patcher:
         return PatchError(f"{step.path} was changed in line {line}", "the patched bytes", REINSTALL)
 
     def untested(self) -> str:
-        return f"untested: {self.target.version} has every anchor, but the tests ran on {comma_list(self.series.tested)}"
+        return (
+            f"untested: {self.target.version} has every anchor, but the tests ran on {comma_list(self.series.tested)}"
+        )
 
     # --- refusing
 
@@ -175,10 +177,12 @@ class Patcher:
             place = self.store.root / step.path
             if place.parent.exists() and place.parent.resolve() != self.store.root.resolve() / Path(step.path).parent:
                 remedy = f"give as TARGET the folder that really holds it ({place.parent.resolve()})"
-                raise PatchError(f"{place.parent} is reached through a symbolic link", "folders of this PyTorch", remedy)
+                raise PatchError(
+                    f"{place.parent} is reached through a symbolic link", "folders of this PyTorch", remedy
+                )
         self.refuse_unwritable(transaction.steps)
 
-    def refuse_unwritable(self, steps: List[Step]) -> None:
+    def refuse_unwritable(self, steps: list[Step]) -> None:
         folders = {self.store.root} | {_existing((self.store.root / step.path).parent) for step in steps}
         effective = os.access in os.supports_effective_ids
         closed = [str(f) for f in sorted(folders) if not os.access(f, os.W_OK | os.X_OK, effective_ids=effective)]
@@ -194,7 +198,7 @@ def _existing(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def patcher(project: Path, given: Optional[str], say: Callable[[str], object] = print) -> Iterator[Patcher]:
+def patcher(project: Path, given: str | None, say: Callable[[str], object] = print) -> Iterator[Patcher]:
     """Find the PyTorch, lock it, roll back what was interrupted."""
     target = find_target(given)
     with locked(target.root):

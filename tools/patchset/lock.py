@@ -3,8 +3,8 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from .errors import PatchError
 from .text import sha256

@@ -7,7 +7,6 @@ line need be stored and one edit serves every version that still has the anchors
 
 import ast
 import re
-from typing import Dict, List, Optional, Tuple
 
 from .errors import PatchError, Problems
 from .text import comma_list, indented, leading_space, newline_of, split_lines
@@ -15,10 +14,10 @@ from .text import comma_list, indented, leading_space, newline_of, split_lines
 _KEYS = {"function", "parameters", "docstring_after", "docstring", "block"}
 _AFTER_ARGUMENT = re.compile(rb"[ \t]*,[ \t]*(#.*)?\r?\n?\Z")
 
-Insertions = Dict[int, List[str]]  # number of the line that the texts follow -> lines
+Insertions = dict[int, list[str]]  # number of the line that the texts follow -> lines
 
 
-def weave(data: bytes, edits: List[dict], name: str = "<woven>") -> bytes:
+def weave(data: bytes, edits: list[dict], name: str = "<woven>") -> bytes:
     """`data` with all `edits`. Raises PatchError where an anchor is missing or ambiguous, or a parameter exists.
 
     Guarantee: the result compiles, and its syntax tree without the inserted nodes is that of `data`.
@@ -27,7 +26,7 @@ def weave(data: bytes, edits: List[dict], name: str = "<woven>") -> bytes:
     lines = split_lines(text)
     tree = parsed(data, name)
     insertions: Insertions = {}
-    errors: List[PatchError] = []
+    errors: list[PatchError] = []
     for edit in edits:
         try:
             check_edit(edit, name)
@@ -62,7 +61,7 @@ def check_edit(edit: dict, name: str) -> None:
         raise PatchError(f"{name}: {function}: quotes or a backslash in docstring", "plain text", "reword the entry")
 
 
-def _insert_edit(tree: ast.Module, lines: List[str], edit: dict, name: str, insertions: Insertions) -> None:
+def _insert_edit(tree: ast.Module, lines: list[str], edit: dict, name: str, insertions: Insertions) -> None:
     function = find_function(tree, edit["function"], name)
     places = []
     if edit.get("parameters"):
@@ -84,7 +83,7 @@ def find_function(tree: ast.Module, function: str, name: str) -> ast.FunctionDef
     return found[0]
 
 
-def _parameters_place(function: ast.FunctionDef, lines: List[str], edit: dict, name: str) -> Tuple[int, List[str]]:
+def _parameters_place(function: ast.FunctionDef, lines: list[str], edit: dict, name: str) -> tuple[int, list[str]]:
     arguments = function.args
     names = _argument_names(arguments)
     new = [_argument(parameter, name, function.name).args.kwonlyargs[0].arg for parameter in edit["parameters"]]
@@ -96,7 +95,9 @@ def _parameters_place(function: ast.FunctionDef, lines: List[str], edit: dict, n
             "restore the file, or use this PyTorch without the patch",
         )
     if not arguments.kwonlyargs:
-        raise PatchError(f"{name}: {function.name} has no keyword-only parameter", "one", "this version is not supported")
+        raise PatchError(
+            f"{name}: {function.name} has no keyword-only parameter", "one", "this version is not supported"
+        )
     last, default = arguments.kwonlyargs[-1], arguments.kw_defaults[-1]
     end = default if default is not None else last
     # Columns are counted in UTF-8 bytes.
@@ -112,7 +113,7 @@ def _parameters_place(function: ast.FunctionDef, lines: List[str], edit: dict, n
     return end.end_lineno, [f"{column}{parameter},{newline}" for parameter in edit["parameters"]]
 
 
-def _docstring_place(function: ast.FunctionDef, lines: List[str], edit: dict, name: str) -> Tuple[int, List[str]]:
+def _docstring_place(function: ast.FunctionDef, lines: list[str], edit: dict, name: str) -> tuple[int, list[str]]:
     node = _docstring(function)
     if node is None:
         raise PatchError(f"{name}: {function.name} has no docstring", "one", "this version is not supported")
@@ -135,7 +136,7 @@ def _docstring_place(function: ast.FunctionDef, lines: List[str], edit: dict, na
     )
 
 
-def _entry_end(lines: List[str], start: int, stop: int) -> int:
+def _entry_end(lines: list[str], start: int, stop: int) -> int:
     """One past the last line of the entry that begins at `start`: it owns the lines that are indented deeper."""
     column, end = len(leading_space(lines[start])), start + 1
     for i in range(start + 1, stop):
@@ -146,11 +147,11 @@ def _entry_end(lines: List[str], start: int, stop: int) -> int:
     return end
 
 
-def _entry_lines(anchor_line: str, text: str) -> List[str]:
+def _entry_lines(anchor_line: str, text: str) -> list[str]:
     return indented(text, leading_space(anchor_line), newline_of(anchor_line))
 
 
-def _block_place(function: ast.FunctionDef, lines: List[str], edit: dict, name: str) -> Tuple[int, List[str]]:
+def _block_place(function: ast.FunctionDef, lines: list[str], edit: dict, name: str) -> tuple[int, list[str]]:
     documentation = _docstring(function)
     if documentation is not None:
         before = documentation
@@ -170,7 +171,7 @@ def _header_end(function: ast.FunctionDef) -> int:
     return max(ends + ([function.returns.end_lineno] if function.returns else []))
 
 
-def _docstring(function: ast.FunctionDef) -> Optional[ast.Constant]:
+def _docstring(function: ast.FunctionDef) -> ast.Constant | None:
     statement = function.body[0]
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
         return statement.value if isinstance(statement.value.value, str) else None
@@ -188,7 +189,7 @@ def _argument(parameter: str, name: str, function: str) -> ast.FunctionDef:
     raise PatchError(f"{name}: {function}: parameter {parameter!r}", "'name: annotation = default'", "correct the edit")
 
 
-def _argument_names(arguments: ast.arguments) -> List[str]:
+def _argument_names(arguments: ast.arguments) -> list[str]:
     every = arguments.posonlyargs + arguments.args + arguments.kwonlyargs
     return [argument.arg for argument in every + [a for a in (arguments.vararg, arguments.kwarg) if a]]
 
@@ -210,7 +211,7 @@ def parsed(data: bytes, name: str) -> ast.Module:
         raise PatchError(f"{name}: {error}", "Python", "run with the interpreter that runs this PyTorch") from None
 
 
-def _prove(old: bytes, new: bytes, edits: List[dict], name: str) -> None:
+def _prove(old: bytes, new: bytes, edits: list[dict], name: str) -> None:
     """Take the edits out of the new tree again; what is left must be the old tree."""
     before, after = parsed(old, name), parsed(new, name)
     compile(new, name, "exec", dont_inherit=True)
@@ -222,7 +223,9 @@ def _prove(old: bytes, new: bytes, edits: List[dict], name: str) -> None:
             _take_entry(function, original, edit["docstring"], name)
         _take_block(function, edit.get("block", ""), name)
     if ast.dump(after) != ast.dump(before):
-        raise PatchError(f"{name}: the woven file means something else", "insertions only", "report this, with the file")
+        raise PatchError(
+            f"{name}: the woven file means something else", "insertions only", "report this, with the file"
+        )
 
 
 def _take_parameters(function: ast.FunctionDef, count: int) -> None:
@@ -246,7 +249,9 @@ def _take_block(function: ast.FunctionDef, block: str, name: str) -> None:
     try:
         statements = ast.parse(block).body
     except SyntaxError as error:
-        raise PatchError(f"{name}: {function.name}: block: {error}", "complete statements", "correct the edit") from None
+        raise PatchError(
+            f"{name}: {function.name}: block: {error}", "complete statements", "correct the edit"
+        ) from None
     start = 1 if _docstring(function) is not None else 0
     inserted = function.body[start : start + len(statements)]
     if [ast.dump(node) for node in inserted] != [ast.dump(node) for node in statements]:
