@@ -1,4 +1,4 @@
-"""Small stand-ins for a PyTorch wheel, a checkout and this project, for the tests of the patch tool."""
+"""Small stand-ins for a PyTorch wheel, a checkout and this project, and the commands of the patch tool on them."""
 
 import base64
 import hashlib
@@ -6,6 +6,11 @@ import os
 import stat
 import subprocess
 from pathlib import Path
+
+import pytest
+from patchset.commands import patcher
+from patchset.errors import PatchError
+
 
 LOBPCG = b"def lobpcg(A):\n    return 'upstream'\n"
 GRADCHECK = b'''import math
@@ -194,3 +199,48 @@ def snapshot(folder: Path) -> dict:
         else:
             found[name] = (stat.S_IMODE(status.st_mode), path.read_bytes())
     return found
+
+
+# --- commands
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, permissions and links")
+
+
+def run(command, project, target):
+    """Carry out one command; returns what it says."""
+    said = []
+    with patcher(project, str(target), said.append) as running:
+        assert getattr(running, command)() == 0
+    return "\n".join(said)
+
+
+def refusal(command, project, target):
+    """The message with which a command refuses."""
+    with pytest.raises(PatchError) as caught:
+        run(command, project, target)
+    return str(caught.value)
+
+
+def word(project, target):
+    """The state that status finds, having rolled back what was interrupted."""
+    return run("status", project, target).replace("an interrupted run was rolled back\n", "").split(":")[0]
+
+
+def unchanged_refusal(command, project, target):
+    """The message with which a command refuses, and leaves every byte."""
+    before = snapshot(target)
+    message = refusal(command, project, target)
+    assert snapshot(target) == before
+    return message
+
+
+def in_child(action):
+    """The exit status of a forked process that runs `action`."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            status = action() or 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -4,214 +4,23 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
-PROJECT_FOLDER = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT_FOLDER / "tools"), str(Path(__file__).resolve().parent)]
-
 import fake_pytorch as fake
+import pytest
+from fake_pytorch import in_child, posix, refusal, run, unchanged_refusal, word
 from patchset import lock, toml
-from patchset.classes import insert_classes
-from patchset.commands import patcher
 from patchset.errors import PatchError
 from patchset.record import Record
 from patchset.series import load_series
 from patchset.store import FOLDER
 from patchset.target import find_target
-from patchset.weave import weave
-
-EDITS = toml.loads(fake.EDITS)["edit"]
-posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, permissions and links")
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    """No test here cuts the power, and bringing each file to the disk takes longer than all the rest."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-@pytest.fixture
-def project(tmp_path):
-    return fake.write_files(tmp_path / "project", fake.PROJECT)
-
-
-@pytest.fixture
-def wheel(tmp_path):
-    return fake.make_wheel(tmp_path / "site-packages")
-
-
-def run(command, project, target):
-    """Carry out one command; returns what it says."""
-    said = []
-    with patcher(project, str(target), said.append) as running:
-        assert getattr(running, command)() == 0
-    return "\n".join(said)
-
-
-def refusal(command, project, target):
-    """The message with which a command refuses."""
-    with pytest.raises(PatchError) as caught:
-        run(command, project, target)
-    return str(caught.value)
-
-
-def word(project, target):
-    """The state that status finds, having rolled back what was interrupted."""
-    return run("status", project, target).replace("an interrupted run was rolled back\n", "").split(":")[0]
-
-
-# --- the manifest's reader
-
-
-TOML_ACCEPTED = [
-    "",
-    "a = 1\nb-c = -20 # comment\n_d = true\ne=false",
-    'a = "x # y\\\\ \\n \\t \\""\nb = \'c:\\d\'',
-    "a = '''\nfirst\n  'second'\n'''\nb = \"\"\"\none \\\\ \"two\"\n\"\"\"",
-    "a = []\nb = [1, [2, 3], # why\n\n 'x',\n]\n",
-    "[t]\na = 1\n[[r]]\na = 1\n[[r]]\na = 2\n[[r.s]]\nb = 1\n[t.u]\nc = ['[[r]]']\n",
-    "a = 'x'\r\nb = '''\r\ny\r\n'''\r\n",
-    fake.SERIES,
-    fake.EDITS,
-]
-TOML_REFUSED = [
-    "a = 1.5",
-    "a = 1979-05-27",
-    "a = {b = 1}",
-    "a.b = 1",
-    '"a" = 1',
-    "a = 0x1F",
-    "a = 1_000",
-    "a = 012",
-    "a = truer",
-    "a = 1 b = 2",
-    "a = 1\na = 2",
-    "[t]\n[t]",
-    "a = [1]\n[[a]]",
-    "a = 1\n[a.b]",
-    "[[t]\na = 1",
-    "a = [1 2]",
-    "a = [1, 2",
-    "a = 'x\ny'",
-    "a = '''x",
-    'a = "\\u0041"',
-    'a = """x\\\n  y"""',
-    'a = """x""""',
-    "a = '\x01'",
-    "a",
-]
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib, the oracle, is new in 3.11")
-@pytest.mark.parametrize("text", TOML_ACCEPTED)
-def test_toml_reads_what_tomllib_reads(text):
-    import tomllib
-
-    assert toml.loads(text) == tomllib.loads(text)
-
-
-@pytest.mark.parametrize("text", TOML_REFUSED)
-def test_toml_refuses_the_rest_with_its_line(text):
-    with pytest.raises(toml.TOMLError, match=r"line \d+: found "):
-        toml.loads("# first\n" + text)
-
-
-# --- weaving
-
-
-def test_weave_only_inserts():
-    woven = weave(fake.GRADCHECK, EDITS)
-    kept = iter(woven.splitlines())
-    assert all(line in kept for line in fake.GRADCHECK.splitlines())  # a subsequence
-    assert len(woven.splitlines()) == len(fake.GRADCHECK.splitlines()) + 1 + 2 + 6 + 1
-    assert b"            (two lines)\n        symmetric (bool): perturb symmetric\n            inputs only\n" in woven
-
-
-def test_woven_function_is_upstreams_without_the_keyword():
-    names = {}
-    exec(weave(fake.GRADCHECK, EDITS), names)
-    assert names["gradcheck"](None, None) == ["eps", "func", "inputs", "masked"]
-    assert names["gradcheck"].__kwdefaults__["symmetric"] is False
-
-
-def test_weave_keeps_carriage_returns_and_non_ascii_columns():
-    text = fake.GRADCHECK.replace(b"masked: bool = False,", "masked: 'µ\f' = 'éè',".encode())
-    assert weave(text.replace(b"\n", b"\r\n"), EDITS) == weave(text, EDITS).replace(b"\n", b"\r\n")
-
-
-@pytest.mark.parametrize(
-    "old, new, message",
-    [
-        (b"def gradcheck", b"def other", "0 functions gradcheck"),
-        (b"def gradgradcheck", b"def gradcheck", "2 functions gradcheck"),
-        (b"    eps: float", b"    symmetric=1,\n    eps: float", "already has symmetric"),
-        (b"bool = False,  #", b"bool = False  #", "a comma and the end of the line"),
-        (b"        masked (bool): sparse only\n            (two", b"        x\n            (two", "no docstring entry"),
-        (b"        eps (float): step", b"        masked (bool): twice", "2 entries for masked"),
-        (b'    r"""Compare derivatives.\n', b'    x = r"""Compare derivatives.\n', "has no docstring"),
-        (b"    *,\n    eps: float = 1e-6,\n", b"    eps: float = 1e-6,\n", "no keyword-only parameter"),
-        (b"import math\n", b"import math\rx = 1\n", "carriage return"),
-        (b"import math\n", b"import math(\n", "expected Python"),
-        (b"import math\n", b"# \xff\n", "expected UTF-8"),
-    ],
-)
-def test_weave_refuses_a_missing_or_ambiguous_anchor(old, new, message):
-    assert old in fake.GRADCHECK
-    with pytest.raises(PatchError, match=message.replace("(", r"\(")):
-        weave(fake.GRADCHECK.replace(old, new, 1), EDITS)
-
-
-@pytest.mark.parametrize(
-    "edit, message",
-    [
-        ({"parameters": ["a=1"]}, "the keys"),
-        ({"function": "gradcheck"}, "the keys"),
-        ({"function": "gradcheck", "blocks": "pass"}, "the keys"),
-        ({"function": "gradcheck", "parameters": ["a"]}, "parameter 'a'"),
-        ({"function": "gradcheck", "parameters": ["a=1, b=2"]}, "parameter 'a=1, b=2'"),
-        ({"function": "gradcheck", "docstring": "a"}, "docstring_after"),
-        ({"function": "gradcheck", "docstring": 'a """', "docstring_after": ["eps"]}, "plain text"),
-        ({"function": "gradcheck", "block": "if True:"}, "complete statements|expected Python"),
-        ({"function": "gradcheck", "block": "x = '''a\nb'''"}, "changed its meaning"),
-    ],
-)
-def test_weave_refuses_a_faulty_edit(edit, message):
-    with pytest.raises(PatchError, match=message):
-        weave(fake.GRADCHECK, [edit])
-
-
-# --- test classes
-
-
-def test_classes_go_before_main_with_their_imports():
-    result = insert_classes(fake.THEIR_TESTS, fake.OUR_TESTS, ["TestSymmetric"]).decode()
-    inserted = result[result.index("import math") : result.index("if __name__")]
-    assert inserted.startswith("import math\nfrom torch.autograd import gradcheck\n\n\n# What a comment")
-    assert result.replace(inserted, "").encode() == fake.THEIR_TESTS
-    assert "import torch\n" not in inserted  # upstream's file has it
-
-
-@pytest.mark.parametrize(
-    "theirs, ours, message",
-    [
-        (fake.THEIR_TESTS.replace(b"'__main__'", b"'main'"), fake.OUR_TESTS, "0 times if __name__"),
-        (fake.THEIR_TESTS.replace(b"TestTheirs", b"TestSymmetric"), fake.OUR_TESTS, "already defines TestSymmetric"),
-        (fake.THEIR_TESTS, b"import torch\n", "no TestSymmetric"),
-        (fake.THEIR_TESTS, b"helper = 1\n" + fake.OUR_TESTS.replace(b"()):", b"helper)):"), "need helper"),
-        (b"import x as math\n" + fake.THEIR_TESTS, fake.OUR_TESTS, "binds math otherwise"),
-    ],
-)
-def test_classes_refuse_clashes_and_unmet_needs(theirs, ours, message):
-    if b"helper" in ours:
-        ours = ours.replace(b"gradcheck(torch.sin, ())", b"helper")
-    with pytest.raises(PatchError, match=message):
-        insert_classes(theirs, ours, ["TestSymmetric"])
+PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 
 
 # --- a wheel, from unpatched to patched and back
@@ -260,7 +69,8 @@ def test_bytecode_of_replaced_files_goes(project, wheel):
         for path in [kept, *stale]:
             fake.write_files(path.parent, {path.name: b""})
         run(command, project, wheel)
-        assert kept.exists() and not any(path.exists() for path in stale)
+        assert kept.exists()
+        assert not any(path.exists() for path in stale)
 
 
 def test_apply_after_a_change_of_the_patch_set(project, wheel):
@@ -285,13 +95,6 @@ def test_revert_needs_no_series(project, wheel):
 
 
 # --- a wheel in other states
-
-
-def unchanged_refusal(command, project, target):
-    before = fake.snapshot(target)
-    message = refusal(command, project, target)
-    assert fake.snapshot(target) == before
-    return message
 
 
 @pytest.mark.parametrize("path", fake.PATCHED)
@@ -327,7 +130,8 @@ def test_verify_sees_modes_and_missing_files(project, wheel):
     (wheel / "torch/_lobpcg.py").chmod(0o600)
     (wheel / "torch/_lobpcg_worker.py").unlink()
     message = refusal("verify", project, wheel)
-    assert "mode 600; expected 644" in message and "_lobpcg_worker.py is missing" in message
+    assert "mode 600; expected 644" in message
+    assert "_lobpcg_worker.py is missing" in message
 
 
 def test_verify_sees_damaged_backups(project, wheel):
@@ -339,7 +143,7 @@ def test_verify_sees_damaged_backups(project, wheel):
 
 
 @pytest.mark.parametrize(
-    "version, message", [("2.5.1", "expected version 2.6.0 or newer"), ("1.13.1", "2.6.0 or newer")]
+    ("version", "message"), [("2.5.1", "expected version 2.6.0 or newer"), ("1.13.1", "2.6.0 or newer")]
 )
 def test_old_versions_are_refused(tmp_path, project, version, message):
     wheel = fake.make_wheel(tmp_path / "site-packages", version=version)
@@ -389,7 +193,8 @@ def test_links_into_a_cache_are_not_written_through(tmp_path, project, wheel):
     run("apply", project, wheel)
     assert fake.snapshot(cache) == cached
     run("revert", project, wheel)
-    assert fake.snapshot(wheel) == before and fake.snapshot(cache) == cached
+    assert fake.snapshot(wheel) == before
+    assert fake.snapshot(cache) == cached
 
 
 @posix
@@ -411,18 +216,6 @@ def test_a_linked_folder_is_refused(tmp_path, project, wheel):
     (wheel / "torch").rename(tmp_path / "torch")
     (wheel / "torch").symlink_to(tmp_path / "torch")
     assert f"give {tmp_path} as TARGET" in refusal("apply", project, wheel)
-
-
-def in_child(action):
-    """The exit status of a forked process that runs `action`."""
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            status = action() or 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @posix
@@ -469,159 +262,6 @@ def test_commands_at_the_same_time(project, wheel):
         os.waitpid(child, 0)
     run("apply", project, wheel)
     run("verify", project, wheel)
-
-
-# --- killed at every write
-
-WRITES = ("write", "replace", "unlink", "mkdir", "rmdir", "symlink", "fsync", "fchmod")
-
-
-def killed_run(command, project, target, survive):
-    """Run `command` in a process that dies at write number `survive` + 1, a write of bytes being half done then."""
-
-    def attempt():
-        left = [survive]
-
-        def wrapped(name, real):
-            def call(*arguments, **options):
-                if left[0] == 0:
-                    if name == "write":
-                        real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-                    os._exit(137)
-                left[0] -= 1
-                return real(*arguments, **options)
-
-            return call
-
-        for name in WRITES:
-            setattr(os, name, wrapped(name, getattr(os, name)))
-        run(command, project, target)
-        return 0
-
-    return in_child(attempt)
-
-
-@pytest.fixture
-def bench(project):
-    """A wheel with a link, before and after; a function that makes fresh copies of either state."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # thousands of small files
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        folder = Path(name)
-        wheel = fake.make_wheel(folder / "before")
-        (folder / "cached.py").write_bytes(fake.LOBPCG)
-        (wheel / "torch/_lobpcg.py").unlink()
-        (wheel / "torch/_lobpcg.py").symlink_to(folder / "cached.py")
-        shutil.copytree(wheel, folder / "after", symlinks=True)
-        run("apply", project, folder / "after")
-
-        def fresh(state):
-            shutil.rmtree(folder / "site-packages", ignore_errors=True)
-            return Path(shutil.copytree(folder / state, folder / "site-packages", symlinks=True))
-
-        yield fresh, fake.snapshot(folder / "before"), fake.snapshot(folder / "after")
-
-
-def without_store(files):
-    return {name: entry for name, entry in files.items() if name.split("/")[0] != FOLDER}
-
-
-def settled(project, wheel, before, after):
-    """The next command finds one of the two states, whole, and can go on to the other and back."""
-    found = word(project, wheel)
-    now = fake.snapshot(wheel)
-    assert (found, without_store(now)) in (("unpatched", before), ("patched", without_store(after)))
-    assert found == "patched" or now == before
-    run("apply", project, wheel)
-    run("verify", project, wheel)
-    assert without_store(fake.snapshot(wheel)) == without_store(after)
-    run("revert", project, wheel)
-    assert fake.snapshot(wheel) == before
-    return found
-
-
-@posix
-@pytest.mark.parametrize("command, start, end", [("apply", "before", "patched"), ("revert", "after", "unpatched")])
-def test_killed_at_every_write(project, bench, command, start, end):
-    fresh, before, after = bench
-    outcomes = []
-    for survive in range(1000):
-        wheel = fresh(start)
-        if killed_run(command, project, wheel, survive) == 0:
-            break
-        outcomes.append(settled(project, wheel, before, after))
-    assert len(outcomes) > 40 and survive < 999
-    assert set(outcomes) == {"patched", "unpatched"}
-    # Once done it stays done: the outcome changes once.
-    assert outcomes.index(end) == len(outcomes) - outcomes.count(end)
-
-
-@posix
-@pytest.mark.parametrize(
-    "command, start, survive",
-    [("apply", "before", n) for n in (5, 60, 90)] + [("revert", "after", n) for n in (5, 25, 45)],
-)
-def test_killed_while_rolling_back(project, bench, command, start, survive):
-    fresh, before, after = bench
-    for again in range(1000):
-        wheel = fresh(start)
-        assert killed_run(command, project, wheel, survive) == 137
-        if killed_run("status", project, wheel, again) == 0:
-            break
-        settled(project, wheel, before, after)
-    assert again < 999
-
-
-@posix
-@pytest.mark.parametrize("name", ["write", "replace", "fsync"])
-def test_a_failing_disk_is_rolled_back_at_once(monkeypatch, project, wheel, name):
-    before, real = fake.snapshot(wheel), getattr(os, name)
-    for survive in range(0, 60, 3):
-        left = [survive]
-
-        def failing(*arguments, **options):
-            left[0] -= 1
-            if left[0] == -1:
-                raise OSError(28, "No space left on device")
-            return real(*arguments, **options)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, name, failing)
-            with contextlib.suppress(OSError):
-                run("apply", project, wheel)
-        if left[0] < 0:
-            assert fake.snapshot(wheel) == before
-        run("revert", project, wheel)
-
-
-@posix
-def test_contents_reach_the_disk_before_their_names(monkeypatch, project, wheel):
-    synced, events = set(), []
-    replace = os.replace
-
-    def fsync(handle):
-        status = os.fstat(handle)
-        synced.add(status.st_ino)
-        events.append(("folder" if stat.S_ISDIR(status.st_mode) else "file", status.st_ino))
-
-    def checked(source, destination):
-        assert os.stat(source).st_ino in synced
-        replace(source, destination)
-        events.append(("rename", os.stat(Path(destination).parent).st_ino))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", checked)
-    run("apply", project, wheel)
-    renames = [i for i, event in enumerate(events) if event[0] == "rename"]
-    assert len(renames) > 10
-    assert all(events[i + 1] == ("folder", events[i][1]) for i in renames)
-
-
-@posix
-def test_files_changed_after_an_interruption_are_kept(project, wheel):
-    assert killed_run("apply", project, wheel, 75) == 137
-    assert (wheel / FOLDER / "journal.json").exists()
-    (wheel / "torch/_lobpcg.py").write_bytes(b"mine\n")
-    assert "files changed since: torch/_lobpcg.py" in unchanged_refusal("status", project, wheel)
 
 
 # --- checkouts
@@ -692,99 +332,11 @@ def test_a_source_tree_without_git(tmp_path, project):
     assert fake.snapshot(tree) == before
 
 
-# --- what TARGET means
-
-
-def test_targets(tmp_path, monkeypatch, wheel):
-    environment = tmp_path / "venv"
-    place = environment / "lib/python3.11/site-packages"
-    place.parent.mkdir(parents=True)
-    shutil.copytree(wheel, place)
-    (environment / "lib64").symlink_to("lib")
-    assert find_target(str(environment)).root == place
-    assert find_target(str(wheel)) == (wheel, "2.13.0+cpu", "torch-2.13.0+cpu.dist-info/RECORD")
-    tree = fake.make_checkout(tmp_path / "pytorch", git=False)
-    assert find_target(str(tree)) == (tree, "2.13.0a0", None)
-    monkeypatch.setattr(sys, "path", [str(wheel), *sys.path])
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert find_target(None).root == wheel
-    assert "torch" not in sys.modules
-
-
-@posix
-def test_a_linked_package_is_found_where_it_is_installed(tmp_path, monkeypatch, wheel):
-    shutil.copytree(wheel, tmp_path / "cache")
-    (wheel / "torch/__init__.py").unlink()
-    (wheel / "torch/__init__.py").symlink_to(tmp_path / "cache/torch/__init__.py")
-    monkeypatch.setattr(sys, "path", [str(wheel), *sys.path])
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert find_target(None).root == wheel
-
-
-@pytest.mark.parametrize("style", ["direct_url.json", "egg-link"])
-def test_an_editable_build_is_its_checkout(tmp_path, style):
-    tree = fake.make_checkout(tmp_path / "pytorch", git=False)
-    place = tmp_path / "venv/lib/python3.11/site-packages"
-    if style == "egg-link":
-        fake.write_files(place, {"torch.egg-link": f"{tree}\n.".encode()})
-    else:
-        source = f'{{"url": "{tree.as_uri()}", "dir_info": {{"editable": true}}}}'.encode()
-        metadata = b"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0a0\n\n"
-        info = place / "torch-2.13.0a0.dist-info"
-        fake.write_files(info, {"METADATA": metadata, "direct_url.json": source, "RECORD": b""})
-    assert find_target(str(tmp_path / "venv")).root == tree
-
-
-def without_info(wheel):
-    shutil.rmtree(wheel / "torch-2.13.0+cpu.dist-info")
-
-
-def without_record(wheel):
-    (wheel / "torch-2.13.0+cpu.dist-info/RECORD").unlink()
-
-
-def twice_installed(wheel):
-    fake.write_files(wheel / "torch-2.12.0.dist-info", {"METADATA": b"Name: torch\nVersion: 2.12.0\n\n"})
-
-
-def half_uninstalled(wheel):
-    (wheel / "torch/__init__.py").unlink()
-
-
-def uninstalled(wheel):
-    shutil.rmtree(wheel / "torch")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (without_info, "no torch-.*dist-info"),
-        (without_record, "has no RECORD"),
-        (twice_installed, "torch-2.12.0.dist-info, torch-2.13.0"),
-        (half_uninstalled, "has no __init__.py"),
-        (uninstalled, "holds no torch"),
-    ],
-)
-def test_no_target(wheel, change, message):
-    change(wheel)
-    with pytest.raises(PatchError, match=message):
-        find_target(str(wheel))
-
-
-def test_no_target_at_all(tmp_path, wheel):
-    for folder, message in (("nowhere", "is not a folder"), (".", "holds no torch"), ("site-packages/torch", "give ")):
-        with pytest.raises(PatchError, match=message):
-            find_target(str(tmp_path / folder))
-    (tmp_path / "venv/lib/python3.11/site-packages").mkdir(parents=True)
-    with pytest.raises(PatchError, match="0 of the site-packages folders"):
-        find_target(str(tmp_path / "venv"))
-
-
 # --- the series
 
 
 @pytest.mark.parametrize(
-    "old, new, message",
+    ("old", "new", "message"),
     [
         (b'"torch/_lobpcg_worker.py", ', b"", "_lobpcg_worker.py is in no patch"),
         (b'"torch/_lobpcg_worker.py", ', b'"torch/_lobpcg_worker.py", "torch/more.py", ', "more.py, which is missing"),
@@ -868,13 +420,15 @@ def test_the_series_patches_the_installed_torch(installed):
 
 def test_command_line(wheel):
     script = [sys.executable, str(PROJECT_FOLDER / "tools/patch.py")]
-    done = subprocess.run([*script, "revert", str(wheel)], capture_output=True, text=True)
+    done = subprocess.run([*script, "revert", str(wheel)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"not patched, nothing to do: torch 2.13.0+cpu in {wheel}\n")
-    done = subprocess.run([*script, "revert", str(wheel / "nothing")], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("patch: ")
-    assert subprocess.run([*script, "undo"], capture_output=True).returncode == 2
+    done = subprocess.run([*script, "revert", str(wheel / "nothing")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("patch: ")
+    assert subprocess.run([*script, "undo"], capture_output=True, check=False).returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("TORCH_PATCH_SLOW" not in os.environ, reason="installs torch; set TORCH_PATCH_SLOW=1")
 def test_pip_sees_an_ordinary_torch(tmp_path):
     """In an environment of its own: pip check, import, scripting and uninstall behave as without the patch."""

@@ -1,7 +1,7 @@
 """Test classes of this project inserted into an upstream test file, before its `if __name__ == "__main__":`.
 
-Named definitions travel with the imports they use (where upstream's file lacks them) and with the module-level calls that mention
-them. Nothing else travels: a definition that needs a helper must have it named as well.
+Named definitions travel with the imports they use (where upstream's file lacks them) and with the module-level calls
+that mention them. Nothing else travels: a definition that needs a helper must have it named as well.
 """
 
 import ast
@@ -9,8 +9,8 @@ import builtins
 from collections.abc import Iterable
 
 from .errors import PatchError
+from .source import decoded, parsed
 from .text import comma_list, newline_of, split_lines
-from .weave import decoded, parsed
 
 
 def insert_classes(theirs: bytes, ours: bytes, names: list[str], name: str = "<test>") -> bytes:
@@ -35,7 +35,7 @@ def _main_line(tree: ast.Module, name: str) -> int:
     found = [node for node in tree.body if isinstance(node, ast.If) and ast.dump(node.test) == wanted]
     if len(found) != 1:
         raise PatchError(
-            f"{name}: {len(found)} times if __name__ == '__main__'", "once", "this version is not supported"
+            f"{name}: {len(found)} times if __name__ == '__main__'", "once", "this version of PyTorch is not supported"
         )
     return found[0].lineno - 1
 

@@ -1,7 +1,8 @@
 """What a path holds, and writes that a crash cannot tear.
 
-No file is ever written in place: package managers link installed files to a shared cache, and a write through such a link would
-corrupt every other environment. A new file is completed and synchronised elsewhere, then renamed over the old name.
+No file is ever written in place: package managers link installed files to a shared cache, and a write through such a
+link would corrupt every other environment. A new file is completed and synchronised elsewhere, then renamed over the
+old name.
 """
 
 import os

@@ -8,13 +8,14 @@ from typing import NamedTuple
 from . import disk
 from .classes import insert_classes
 from .disk import FileState
-from .errors import PatchError, Problems
+from .errors import PatchError, raise_all
 from .record import Record
 from .series import Patch, Series
 from .store import Step, Store, Transaction
 from .target import Target, version_numbers
 from .text import sha256
 from .weave import weave
+
 
 Original = Callable[[str], tuple[FileState | None, bytes | None]]
 
@@ -29,8 +30,8 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     """The transaction that patches `target`; `original` gives the unpatched state and bytes of a path, `created` the
     folders that an earlier patch made.
 
-    Raises PatchError with everything that stands in the way: a version too old, a file that is not as installed, a new file
-    that exists, an anchor that is missing.
+    Raises PatchError with everything that stands in the way: a version too old, a file that is not as installed, a
+    new file that exists, an anchor that is missing.
     """
     numbers = version_numbers(target.version)
     if numbers < version_numbers(series.oldest):
@@ -38,8 +39,7 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     planner = _Planner(series, target, original, created)
     for patch in series.patches:
         planner.add(patch)
-    if planner.errors:
-        raise planner.errors[0] if len(planner.errors) == 1 else Problems(planner.errors)
+    raise_all(planner.errors)
     tested = numbers in [version_numbers(version) for version in series.tested]
     return Plan(planner.transaction(), planner.contents, tested)
 
@@ -50,7 +50,7 @@ class _Planner:
         self.groups: dict[str, dict[str, bytes]] = {"new": {}, "record": {}, "replace": {}, "weave": {}}
         self.contents: dict[str, bytes] = {}
         self.errors: list[PatchError] = []
-        self.record = Record(original(target.record)[1]) if target.record else None
+        self.record = Record(original(target.record)[1] or b"") if target.record else None
 
     def add(self, patch: Patch) -> None:
         for path in patch.new:
@@ -66,7 +66,7 @@ class _Planner:
             for page in patch.docs:
                 self.attempt(self.page, page)
 
-    def attempt(self, operation: Callable, *arguments: object) -> None:
+    def attempt(self, operation: Callable[..., None], *arguments: object) -> None:
         try:
             operation(*arguments)
         except PatchError as error:
@@ -120,7 +120,7 @@ class _Planner:
 
     def transaction(self) -> Transaction:
         """New files first (nothing imports them yet), then RECORD, then what imports them; woven modules last."""
-        if self.record:
+        if self.record and self.target.record:
             changed = {path: data for group in self.groups.values() for path, data in group.items()}
             self.groups["record"][self.target.record] = self.record.updated(changed)
         steps = [self.step(path, data) for group in self.groups.values() for path, data in group.items()]

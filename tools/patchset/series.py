@@ -1,12 +1,13 @@
 """The series: what torch_patch/series.toml says, checked against the files it names."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import disk, toml
-from .errors import PatchError, Problems
+from .errors import PatchError, raise_all
 from .text import comma_list
-from .weave import check_edit
+from .weave import Edit, check_edit
+
 
 _LISTS = ("resolves", "tests", "new", "replace", "weave", "classes", "docs")
 _HERE = "torch_patch/series.toml"
@@ -39,10 +40,10 @@ class Series(NamedTuple):
                 return self.folder / ours / path[len(theirs) :]
         raise PatchError(f"{_HERE}: {path}", "a path in torch/, test/ or docs/", "correct it")
 
-    def edits(self, path: str) -> list[dict]:
+    def edits(self, path: str) -> list[Edit]:
         """The woven edits for the module `path`."""
         source = self.source(path).with_suffix(".toml")
-        edits = _parsed(source).get("edit", [])
+        edits: list[Edit] = _parsed(source).get("edit", [])
         for edit in edits:
             check_edit(edit, str(source))
         return edits
@@ -62,7 +63,7 @@ def load_series(folder: Path) -> Series:
     return series
 
 
-def _parsed(path: Path) -> dict:
+def _parsed(path: Path) -> dict[str, Any]:
     data = disk.read(path)
     if data is None:
         raise PatchError(f"{path} is missing", "a manifest", "restore this project's files")
@@ -72,7 +73,7 @@ def _parsed(path: Path) -> dict:
         raise PatchError(f"{path}: {error}", "the TOML subset", "correct the manifest") from None
 
 
-def _patch(row: dict) -> Patch:
+def _patch(row: dict[str, Any]) -> Patch:
     unknown = sorted(set(row) - {"subject", "why", *_LISTS})
     if unknown or not row.get("subject") or not row.get("why"):
         found = f"{_HERE}: patch {row.get('subject')!r} with unknown keys: {comma_list(unknown) or 'none'}"
@@ -107,5 +108,4 @@ def _check_files(series: Series) -> None:
         for file in here
         if file not in named and "__pycache__" not in file.parts
     ]
-    if errors:
-        raise errors[0] if len(errors) == 1 else Problems(errors)
+    raise_all(errors)

@@ -6,16 +6,18 @@ A transaction is a list of steps, each taking one path from `before` to `after`.
 - renaming journal.json to state.json is the commit: before it the transaction did not happen, after it it did.
 """
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import disk
 from .disk import FileState
 from .errors import PatchError
 from .text import comma_list, sha256
+
 
 FOLDER = ".torch_lobpcg_patch"
 FORMAT = 1
@@ -111,12 +113,6 @@ class Store:
         self.tidy()
         return True
 
-    def forget(self) -> None:
-        """Drop all backups: what they belong to is gone."""
-        if self.committed.exists():
-            disk.remove(self.committed)
-        self.tidy()
-
     def tidy(self) -> None:
         """Remove the store, or what is left of one, unless something is applied or in progress."""
         if self.folder.exists() and not self.journal.exists() and self.applied() is None:
@@ -167,10 +163,8 @@ class Store:
     def _remove_folders(self, folders: list[str]) -> None:
         for folder in reversed(folders):
             for path in (self.root / folder / "__pycache__", self.root / folder):
-                try:
+                with contextlib.suppress(OSError):  # absent, or holds files of the user's
                     path.rmdir()
-                except OSError:
-                    pass  # absent, or holds files of the user's
 
 
 def inverse(transaction: Transaction) -> Transaction:
@@ -198,5 +192,5 @@ def _load(path: Path) -> Transaction | None:
         ) from None
 
 
-def _state(fields: list | None) -> FileState | None:
+def _state(fields: list[Any] | None) -> FileState | None:
     return None if fields is None else FileState(*fields)

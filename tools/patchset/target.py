@@ -13,6 +13,7 @@ from typing import NamedTuple
 from . import disk
 from .errors import PatchError
 
+
 _VERSION = re.compile(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 _GIVE_TARGET = "name a PyTorch checkout, a virtual environment or a site-packages folder that holds torch"
 
@@ -60,7 +61,7 @@ def _importable() -> Path:
             f"{sys.executable} finds no torch", "one", "run this with that environment's python, or " + _GIVE_TARGET
         )
     if spec.origin is None:
-        folder = list(spec.submodule_search_locations or ["?"])[0]
+        folder = next(iter(spec.submodule_search_locations or ["?"]))
         raise PatchError(
             f"{folder} has no __init__.py", "a complete torch", "delete what an uninstall left and reinstall"
         )
