@@ -15,7 +15,7 @@ from fake_pytorch import in_child, posix, refusal, run, unchanged_refusal, word
 from patchset import lock, toml
 from patchset.errors import PatchError
 from patchset.record import Record
-from patchset.series import load_series
+from patchset.series import check_classes, load_series
 from patchset.store import FOLDER
 from patchset.target import find_target
 
@@ -350,6 +350,11 @@ def test_a_source_tree_without_git(tmp_path, project):
         (b"oldest", b"eldest", r"\[supported\]"),
         (b"oldest =", b"oldest", "line 3: "),
         (b"torch/_lobpcg.py", b"lobpcg.py", "a path in torch/, test/ or docs/"),
+        (
+            b"::TestSymmetric",
+            b"::TestOther",
+            "(?s)names test/test_autograd.py::TestOther.*TestSymmetric is in no patch",
+        ),
     ],
 )
 def test_a_faulty_series_is_refused(project, old, new, message):
@@ -357,12 +362,13 @@ def test_a_faulty_series_is_refused(project, old, new, message):
     assert old in manifest.read_bytes()
     manifest.write_bytes(manifest.read_bytes().replace(old, new, 1))
     with pytest.raises(PatchError, match=message):
-        load_series(project)
+        check_classes(load_series(project))
 
 
 def test_the_series_of_this_project_names_its_files():
-    """Both directions: a file no patch names, and a name without a file."""
+    """Both directions, files and test classes: what no patch names, and a name of nothing."""
     series = load_series(PROJECT_FOLDER)
+    check_classes(series)
     for patch in series.patches:
         for path in patch.weave:
             assert series.edits(path)

@@ -139,9 +139,12 @@ def test_weave_refuses_a_faulty_edit(edit, message):
 def test_classes_go_before_main_with_their_imports():
     result = insert_classes(fake.THEIR_TESTS, fake.OUR_TESTS, ["TestSymmetric"]).decode()
     inserted = result[result.index("import math") : result.index("if __name__")]
+    assert "    pass\n\n\nimport math" in result
     assert inserted.startswith("import math\nfrom torch.autograd import gradcheck\n\n\n# What a comment")
-    assert result.replace(inserted, "").encode() == fake.THEIR_TESTS
+    assert result.replace("\n" + inserted, "").encode() == fake.THEIR_TESTS
     assert "import torch\n" not in inserted  # upstream's file has it
+    theirs = fake.THEIR_TESTS.replace(b"import torch\n", b"import torch\nimport torch.nn\n")
+    assert inserted in insert_classes(theirs, fake.OUR_TESTS, ["TestSymmetric"]).decode()
 
 
 @pytest.mark.parametrize(

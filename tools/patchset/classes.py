@@ -9,7 +9,7 @@ import builtins
 from collections.abc import Iterable
 
 from .errors import PatchError
-from .source import decoded, parsed
+from .source import decoded, end_of, parsed
 from .text import comma_list, newline_of, split_lines
 
 
@@ -24,10 +24,16 @@ def insert_classes(theirs: bytes, ours: bytes, names: list[str], name: str = "<t
     own_lines = split_lines(decoded(ours, name).replace("\r\n", "\n"))
     texts = ["\n".join(ast.unparse(node) for node in imports)] if imports else []
     texts += [_text(own_lines, node) for node in selected]
-    inserted = "\n\n\n".join(texts) + "\n\n\n"
+    blank = next((n for n in (0, 1) if lines[:place] and lines[place - 1 - n].strip()), 2)  # lines above, up to 2
+    inserted = "\n" * (2 - blank) + "\n\n\n".join(texts) + "\n\n\n"
     result = "".join(lines[:place] + [inserted.replace("\n", newline)] + lines[place:]).encode("utf-8")
-    _prove(upstream, parsed(result, name), len(imports) + len(selected), name)
+    _prove(upstream, parsed(result, name), place, inserted.count("\n"), name)
     return result
+
+
+def class_names(data: bytes, name: str) -> list[str]:
+    """The classes at module level of a test file, in order."""
+    return [node.name for node in parsed(data, name).body if isinstance(node, ast.ClassDef)]
 
 
 def _main_line(tree: ast.Module, name: str) -> int:
@@ -70,26 +76,40 @@ def _needed_imports(
         raise PatchError(
             f"{name}: {comma_list(names)} need {comma_list(unnamed)}", "it named too", "add it to series.toml"
         )
-    needed = {bound: node for bound, node in _imports(own).items() if bound in used}
-    for bound, node in needed.items():
-        if bound in there and ast.dump(theirs.get(bound, ast.Pass())) != ast.dump(node):
-            found = f"{name} binds {bound} otherwise than by {ast.unparse(node)}"
-            raise PatchError(found, "the same import", "import it in the class's own methods, or under another name")
-    return [node for bound, node in needed.items() if bound not in there]
+    needed = []
+    for bound, nodes in _imports(own).items():
+        if bound in used and bound in there:
+            if {_origin(node) for node in theirs.get(bound, [])} != {_origin(node) for node in nodes}:
+                found = f"{name} binds {bound} otherwise than by {ast.unparse(nodes[0])}"
+                raise PatchError(
+                    found, "the same import", "import it in the class's own methods, or under another name"
+                )
+        elif bound in used:
+            needed += nodes
+    return needed
 
 
-def _imports(tree: ast.Module) -> dict[str, ast.stmt]:
-    """Each name a module-level import binds -> an import of this name alone."""
-    found: dict[str, ast.stmt] = {}
+def _imports(tree: ast.Module) -> dict[str, list[ast.stmt]]:
+    """Each name that module-level imports bind -> imports of this name alone."""
+    found: dict[str, list[ast.stmt]] = {}
     for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", "") != "__future__":
+        if isinstance(node, ast.Import):
             for alias in node.names:
-                bound = alias.asname or (alias.name.split(".")[0] if isinstance(node, ast.Import) else alias.name)
-                if isinstance(node, ast.Import):
-                    found[bound] = ast.Import([ast.alias(alias.name, alias.asname)])
-                else:
-                    found[bound] = ast.ImportFrom(node.module, [ast.alias(alias.name, alias.asname)], node.level)
+                bound = alias.asname or alias.name.split(".")[0]
+                found.setdefault(bound, []).append(ast.Import([ast.alias(alias.name, alias.asname)]))
+        elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            for alias in node.names:
+                one = ast.ImportFrom(node.module, [ast.alias(alias.name, alias.asname)], node.level)
+                found.setdefault(alias.asname or alias.name, []).append(one)
     return found
+
+
+def _origin(node: ast.stmt) -> str:
+    """What an import of one name binds it to: `import a.b` binds the name a to the package a."""
+    if isinstance(node, ast.Import):
+        return node.names[0].name if node.names[0].asname else node.names[0].name.split(".")[0]
+    assert isinstance(node, ast.ImportFrom)
+    return "." * node.level + f"{node.module or ''}.{node.names[0].name}"
 
 
 def _bound(body: list[ast.stmt]) -> set[str]:
@@ -131,9 +151,17 @@ def _text(lines: list[str], node: ast.stmt) -> str:
     return "".join(lines[start : node.end_lineno]).rstrip("\n")
 
 
-def _prove(upstream: ast.Module, result: ast.Module, count: int, name: str) -> None:
-    """Without the `count` statements before the main block, `result` must be upstream's tree."""
-    start = next(i for i, node in enumerate(result.body) if node.lineno - 1 == _main_line(result, name)) - count
-    del result.body[start : start + count]
-    if ast.dump(result) != ast.dump(upstream):
+def _prove(upstream: ast.Module, result: ast.Module, place: int, added: int, name: str) -> None:
+    """Upstream's statements lie in `result` on the lines they had, or `added` lines below from line `place` on.
+
+    Whole lines went in between two statements, so equal positions are equal statements; comparing the trees of files
+    of ten thousand lines would take seconds.
+    """
+    wanted = [_moved(node, added if node.lineno > place else 0) for node in upstream.body]
+    found = [_moved(node, 0) for node in result.body if not place < node.lineno <= place + added]
+    if found != wanted:
         raise PatchError(f"{name}: the result means something else", "insertions only", "report this, with the file")
+
+
+def _moved(node: ast.stmt, by: int) -> tuple[type, int, int]:
+    return type(node), node.lineno + by, end_of(node)[0] + by

@@ -10,7 +10,7 @@ from .classes import insert_classes
 from .disk import FileState
 from .errors import PatchError, raise_all
 from .record import Record
-from .series import Patch, Series
+from .series import Patch, Series, check_classes
 from .store import Step, Store, Transaction
 from .target import Target, version_numbers
 from .text import sha256
@@ -36,6 +36,8 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     numbers = version_numbers(target.version)
     if numbers < version_numbers(series.oldest):
         raise PatchError(f"{target}", f"version {series.oldest} or newer", "patch a newer PyTorch")
+    if target.is_checkout:
+        check_classes(series)
     planner = _Planner(series, target, original, created)
     for patch in series.patches:
         planner.add(patch)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import disk, toml
+from .classes import class_names
 from .errors import PatchError, raise_all
 from .text import comma_list
 from .weave import Edit, check_edit
@@ -85,27 +86,34 @@ def _check_files(series: Series) -> None:
     """Every file under torch_patch/ is named once, and every file named exists."""
     whole = [path for patch in series.patches for path in patch.new + patch.replace]
     woven = [path for patch in series.patches for path in patch.weave]
-    named = [series.source(path) for path in whole] + [series.source(path).with_suffix(".toml") for path in woven]
-    named += [series.source(entry.split("::")[0]) for patch in series.patches for entry in patch.classes]
     errors = [
-        PatchError(
-            f"{_HERE} names {file.relative_to(series.folder)}, which is missing", "every file", "add it or its line"
-        )
-        for file in dict.fromkeys(named)
-        if not file.is_file()
-    ]
-    errors += [
         PatchError(f"{_HERE} names {path} {(whole + woven).count(path)} times", "once", "keep it in one patch")
         for path in dict.fromkeys(whole + woven)
         if (whole + woven).count(path) > 1
     ]
     top = series.folder / "torch_patch"
-    here = [file for kind in ("*.py", "*.toml") for file in sorted(top.rglob(kind)) if file != series.folder / _HERE]
-    errors += [
-        PatchError(
-            f"{file.relative_to(series.folder)} is in no patch of {_HERE}", "every file named", "name it or delete it"
-        )
-        for file in here
-        if file not in named and "__pycache__" not in file.parts
-    ]
+    found = {file for kind in ("*.py", "*.toml") for file in top.rglob(kind)} - {series.folder / _HERE}
+    named = {series.source(path) for path in whole} | {series.source(path).with_suffix(".toml") for path in woven}
+    errors += _compared(*(sorted(f.relative_to(series.folder).as_posix() for f in files) for files in (named, found)))
     raise_all(errors)
+
+
+def check_classes(series: Series) -> None:
+    """Every class of the test files that the series names is named, and exists. An installed torch needs no tests."""
+    errors = []
+    entries = [entry for patch in series.patches for entry in patch.classes]
+    for path in dict.fromkeys(entry.split("::")[0] for entry in entries):
+        data = disk.read(series.source(path))
+        classes = [] if data is None else class_names(data, path)
+        errors += _compared(
+            [entry for entry in entries if entry.startswith(path + "::")], [f"{path}::{c}" for c in classes]
+        )
+    raise_all(errors)
+
+
+def _compared(named: list[str], found: list[str]) -> list[PatchError]:
+    missing = [name for name in named if name not in found]
+    unnamed = [name for name in found if name not in named]
+    return [
+        PatchError(f"{_HERE} names {n}, which is missing", "what it names", "add it or drop its line") for n in missing
+    ] + [PatchError(f"{n} is in no patch of {_HERE}", "everything named", "name it or delete it") for n in unnamed]
