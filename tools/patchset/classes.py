@@ -1,19 +1,19 @@
 """Test classes of this project inserted into an upstream test file, before its `if __name__ == "__main__":`.
 
-Named definitions travel with the imports they use (where upstream's file lacks them) and with the module-level calls that mention
-them. Nothing else travels: a definition that needs a helper must have it named as well.
+Named definitions travel with the imports they use (where upstream's file lacks them) and with the module-level calls
+that mention them. Nothing else travels: a definition that needs a helper must have it named as well.
 """
 
 import ast
 import builtins
-from typing import Dict, Iterable, List, Set
+from collections.abc import Iterable
 
 from .errors import PatchError
+from .source import decoded, parsed
 from .text import comma_list, newline_of, split_lines
-from .weave import decoded, parsed
 
 
-def insert_classes(theirs: bytes, ours: bytes, names: List[str], name: str = "<test>") -> bytes:
+def insert_classes(theirs: bytes, ours: bytes, names: list[str], name: str = "<test>") -> bytes:
     """`theirs` with the definitions `names` of `ours`. Raises PatchError on a clash of names or an unmet need."""
     upstream, own = parsed(theirs, name), parsed(ours, name)
     lines = split_lines(decoded(theirs, name))
@@ -34,14 +34,18 @@ def _main_line(tree: ast.Module, name: str) -> int:
     wanted = ast.dump(ast.parse("__name__ == '__main__'", mode="eval").body)
     found = [node for node in tree.body if isinstance(node, ast.If) and ast.dump(node.test) == wanted]
     if len(found) != 1:
-        raise PatchError(f"{name}: {len(found)} times if __name__ == '__main__'", "once", "this version is not supported")
+        raise PatchError(
+            f"{name}: {len(found)} times if __name__ == '__main__'", "once", "this version of PyTorch is not supported"
+        )
     return found[0].lineno - 1
 
 
-def _selected(own: ast.Module, names: List[str], name: str) -> List[ast.stmt]:
+def _selected(own: ast.Module, names: list[str], name: str) -> list[ast.stmt]:
     missing = [wanted for wanted in names if wanted not in _bound(own.body)]
     if missing:
-        raise PatchError(f"{name}: no {comma_list(missing)} in this project's file", "its definition", "correct series.toml")
+        raise PatchError(
+            f"{name}: no {comma_list(missing)} in this project's file", "its definition", "correct series.toml"
+        )
     return [node for node in own.body if _defines(node, names) or _calls_with(node, names)]
 
 
@@ -54,8 +58,8 @@ def _calls_with(node: ast.stmt, names: Iterable[str]) -> bool:
 
 
 def _needed_imports(
-    upstream: ast.Module, own: ast.Module, selected: List[ast.stmt], names: List[str], name: str
-) -> List[ast.stmt]:
+    upstream: ast.Module, own: ast.Module, selected: list[ast.stmt], names: list[str], name: str
+) -> list[ast.stmt]:
     theirs, there = _imports(upstream), _bound(upstream.body)
     clash = sorted(there & set(names))
     if clash:
@@ -63,7 +67,9 @@ def _needed_imports(
     used = _used(selected) - _stored(selected) - set(dir(builtins))
     unnamed = sorted(used & _bound(own.body) - set(_imports(own)) - set(names))
     if unnamed:
-        raise PatchError(f"{name}: {comma_list(names)} need {comma_list(unnamed)}", "it named too", "add it to series.toml")
+        raise PatchError(
+            f"{name}: {comma_list(names)} need {comma_list(unnamed)}", "it named too", "add it to series.toml"
+        )
     needed = {bound: node for bound, node in _imports(own).items() if bound in used}
     for bound, node in needed.items():
         if bound in there and ast.dump(theirs.get(bound, ast.Pass())) != ast.dump(node):
@@ -72,9 +78,9 @@ def _needed_imports(
     return [node for bound, node in needed.items() if bound not in there]
 
 
-def _imports(tree: ast.Module) -> Dict[str, ast.stmt]:
+def _imports(tree: ast.Module) -> dict[str, ast.stmt]:
     """Each name a module-level import binds -> an import of this name alone."""
-    found: Dict[str, ast.stmt] = {}
+    found: dict[str, ast.stmt] = {}
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", "") != "__future__":
             for alias in node.names:
@@ -86,22 +92,24 @@ def _imports(tree: ast.Module) -> Dict[str, ast.stmt]:
     return found
 
 
-def _bound(body: List[ast.stmt]) -> Set[str]:
+def _bound(body: list[ast.stmt]) -> set[str]:
     names = set(_imports(ast.Module(body, [])))
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+            names |= {
+                part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+            }
     return names
 
 
-def _used(nodes: List[ast.stmt]) -> Set[str]:
+def _used(nodes: list[ast.stmt]) -> set[str]:
     every = (part for node in nodes for part in ast.walk(node))
     return {part.id for part in every if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
 
 
-def _stored(nodes: List[ast.stmt]) -> Set[str]:
+def _stored(nodes: list[ast.stmt]) -> set[str]:
     names = set()
     for node in nodes:
         for part in ast.walk(node):
@@ -114,7 +122,7 @@ def _stored(nodes: List[ast.stmt]) -> Set[str]:
     return names
 
 
-def _text(lines: List[str], node: ast.stmt) -> str:
+def _text(lines: list[str], node: ast.stmt) -> str:
     """The lines of `node`, with its decorators and the comment right above it."""
     decorators = getattr(node, "decorator_list", [])
     start = min([node.lineno] + [part.lineno for part in decorators]) - 1

@@ -1,12 +1,13 @@
 """The series: what torch_patch/series.toml says, checked against the files it names."""
 
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import Any, NamedTuple
 
 from . import disk, toml
-from .errors import PatchError, Problems
+from .errors import PatchError, raise_all
 from .text import comma_list
-from .weave import check_edit
+from .weave import Edit, check_edit
+
 
 _LISTS = ("resolves", "tests", "new", "replace", "weave", "classes", "docs")
 _HERE = "torch_patch/series.toml"
@@ -17,20 +18,20 @@ class Patch(NamedTuple):
 
     subject: str
     why: str
-    resolves: List[str]
-    tests: List[str]  # that show it works, as arguments of pytest
-    new: List[str]  # whole files that upstream does not have
-    replace: List[str]  # whole files that take the place of upstream's
-    weave: List[str]  # upstream modules that receive insertions
-    classes: List[str]  # test/FILE.py::Name, for upstream's test files
-    docs: List[str]  # documentation pages
+    resolves: list[str]
+    tests: list[str]  # that show it works, as arguments of pytest
+    new: list[str]  # whole files that upstream does not have
+    replace: list[str]  # whole files that take the place of upstream's
+    weave: list[str]  # upstream modules that receive insertions
+    classes: list[str]  # test/FILE.py::Name, for upstream's test files
+    docs: list[str]  # documentation pages
 
 
 class Series(NamedTuple):
     folder: Path  # of this project
     oldest: str
-    tested: List[str]
-    patches: List[Patch]
+    tested: list[str]
+    patches: list[Patch]
 
     def source(self, path: str) -> Path:
         """The file of this project that belongs to upstream's `path`."""
@@ -39,10 +40,10 @@ class Series(NamedTuple):
                 return self.folder / ours / path[len(theirs) :]
         raise PatchError(f"{_HERE}: {path}", "a path in torch/, test/ or docs/", "correct it")
 
-    def edits(self, path: str) -> List[dict]:
+    def edits(self, path: str) -> list[Edit]:
         """The woven edits for the module `path`."""
         source = self.source(path).with_suffix(".toml")
-        edits = _parsed(source).get("edit", [])
+        edits: list[Edit] = _parsed(source).get("edit", [])
         for edit in edits:
             check_edit(edit, str(source))
         return edits
@@ -54,13 +55,15 @@ def load_series(folder: Path) -> Series:
     supported = fields.pop("supported", {})
     rows = fields.pop("patch", [])
     if fields or sorted(supported) != ["oldest", "tested"] or not rows:
-        raise PatchError(f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'}", "[supported] and [[patch]]", "see there")
+        raise PatchError(
+            f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'}", "[supported] and [[patch]]", "see there"
+        )
     series = Series(folder, supported["oldest"], supported["tested"], [_patch(row) for row in rows])
     _check_files(series)
     return series
 
 
-def _parsed(path: Path) -> dict:
+def _parsed(path: Path) -> dict[str, Any]:
     data = disk.read(path)
     if data is None:
         raise PatchError(f"{path} is missing", "a manifest", "restore this project's files")
@@ -70,7 +73,7 @@ def _parsed(path: Path) -> dict:
         raise PatchError(f"{path}: {error}", "the TOML subset", "correct the manifest") from None
 
 
-def _patch(row: dict) -> Patch:
+def _patch(row: dict[str, Any]) -> Patch:
     unknown = sorted(set(row) - {"subject", "why", *_LISTS})
     if unknown or not row.get("subject") or not row.get("why"):
         found = f"{_HERE}: patch {row.get('subject')!r} with unknown keys: {comma_list(unknown) or 'none'}"
@@ -85,7 +88,9 @@ def _check_files(series: Series) -> None:
     named = [series.source(path) for path in whole] + [series.source(path).with_suffix(".toml") for path in woven]
     named += [series.source(entry.split("::")[0]) for patch in series.patches for entry in patch.classes]
     errors = [
-        PatchError(f"{_HERE} names {file.relative_to(series.folder)}, which is missing", "every file", "add it or its line")
+        PatchError(
+            f"{_HERE} names {file.relative_to(series.folder)}, which is missing", "every file", "add it or its line"
+        )
         for file in dict.fromkeys(named)
         if not file.is_file()
     ]
@@ -97,9 +102,10 @@ def _check_files(series: Series) -> None:
     top = series.folder / "torch_patch"
     here = [file for kind in ("*.py", "*.toml") for file in sorted(top.rglob(kind)) if file != series.folder / _HERE]
     errors += [
-        PatchError(f"{file.relative_to(series.folder)} is in no patch of {_HERE}", "every file named", "name it or delete it")
+        PatchError(
+            f"{file.relative_to(series.folder)} is in no patch of {_HERE}", "every file named", "name it or delete it"
+        )
         for file in here
         if file not in named and "__pycache__" not in file.parts
     ]
-    if errors:
-        raise errors[0] if len(errors) == 1 else Problems(errors)
+    raise_all(errors)
