@@ -11,6 +11,7 @@ torch_patch/ is patched in again. The exit status is that of the command that ra
 environment: LOBPCG_TORCH=REQUIREMENT   what pip installs instead of the pinned PyTorch: torch==2.6.0, or a wheel's path
              LOBPCG_PYTHON=INTERPRETER  an interpreter to use as it is: nothing is installed or patched, only checked
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,12 +24,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-try:
+
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # no advisory locks on this platform
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -170,7 +172,7 @@ def patch_venv() -> None:
     """Leave the PyTorch of .venv patched with torch_patch/ as it is now."""
     python, env = venv_python(), venv_environment()
     verify = [str(python), str(PATCH), "verify"]
-    if subprocess.run(verify, cwd=ROOT, env=env, capture_output=True).returncode == 0:
+    if subprocess.run(verify, cwd=ROOT, env=env, check=False, capture_output=True).returncode == 0:
         return
     say("patching the PyTorch of .venv")
     if subprocess.call([str(python), str(PATCH), "apply"], cwd=ROOT, env=env) != 0:
@@ -181,9 +183,9 @@ def patch_venv() -> None:
 
 
 @contextlib.contextmanager
-def one_at_a_time():
+def one_at_a_time() -> Iterator[None]:
     """Hold back a second set-up of the same repository; the lock goes with the process, so none is left behind."""
-    if fcntl is None:
+    if sys.platform == "win32":  # has no advisory lock on a folder
         yield
         return
     handle = os.open(ROOT, os.O_RDONLY)
@@ -209,7 +211,7 @@ def check_interpreter(python: str) -> None:
         f"print(json.dumps([n for n in {names!r} if importlib.util.find_spec(n) is None]))"
     )
     try:
-        answer = subprocess.run([python, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+        answer = subprocess.run([python, "-c", probe], cwd=ROOT, check=False, capture_output=True, text=True)
     except OSError as error:
         raise SetupError(f"LOBPCG_PYTHON={python} cannot be run: {error.strerror}") from error
     if answer.returncode != 0:
@@ -220,7 +222,7 @@ def check_interpreter(python: str) -> None:
         raise SetupError(
             f"{python} lacks {', '.join(missing)}; install with: {command_line(python, '-m', 'pip', 'install', *what)}"
         )
-    verify = subprocess.run([python, str(PATCH), "verify"], cwd=ROOT, capture_output=True, text=True)
+    verify = subprocess.run([python, str(PATCH), "verify"], cwd=ROOT, check=False, capture_output=True, text=True)
     if verify.returncode != 0:
         sys.stderr.write(verify.stdout + verify.stderr)
         raise SetupError(
@@ -247,10 +249,10 @@ def prepare() -> tuple[str, dict[str, str]]:
     return str(venv_python()), venv_environment()
 
 
-def become(command: list[str], env: dict[str, str]) -> int:
+def become(command: list[str], env: dict[str, str]) -> NoReturn:
     """Go over to the command, so that signals reach it and its status is ours; Windows can only wait for it."""
-    if os.name == "nt":
-        return subprocess.call(command, cwd=ROOT, env=env)
+    if sys.platform == "win32":
+        sys.exit(subprocess.call(command, cwd=ROOT, env=env))
     os.chdir(ROOT)
     os.execve(command[0], command, env)
 
@@ -272,12 +274,12 @@ def main(arguments: list[str]) -> int:
         return 2
     command = [python, *jobs[name], *rest]
     say(f"ready after {time.monotonic() - begin:.1f} s; running {command_line(*command)}")
-    return become(command, env)
+    become(command, env)
 
 
 if __name__ == "__main__":
     if sys.version_info < (3, 10):
-        sys.exit("dev.py: expected Python 3.10 or newer, got " + sys.version.split()[0] + "; run it with a newer python3")
+        sys.exit("dev.py: expected Python 3.10 or newer, got " + sys.version.split()[0] + "; run it with a newer one")
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
