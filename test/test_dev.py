@@ -112,9 +112,8 @@ def test_environment_does_not_leak_into_the_one_made_here(dev, monkeypatch):
 def interpreter(folder, missing, verified):
     """A script that answers as an interpreter which lacks the packages `missing`."""
     script = folder / "python"
-    script.write_text(
-        f"#!/bin/sh\ncase $1 in -c) echo '{json.dumps(missing)}';; *) exit {0 if verified else 1};; esac\n"
-    )
+    answers = f"-c) echo '{json.dumps(missing)}';; *) exit {0 if verified else 1};;"
+    script.write_text(f"#!/bin/sh\ncase $1 in {answers} esac\n")
     script.chmod(0o755)
     return str(script)
 
