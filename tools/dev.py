@@ -95,7 +95,7 @@ def requirements() -> list[str]:
 
 def fingerprint() -> str:
     """Changes whenever an environment made earlier no longer is what a set-up would make now."""
-    base = [sys.version, getattr(sys, "_base_executable", sys.executable), str(VENV)]
+    base = [list(sys.version_info[:2]), str(VENV)]
     return hashlib.sha256(json.dumps([base, requirements()]).encode()).hexdigest()
 
 
