@@ -169,17 +169,13 @@ def install() -> None:
 
 
 def patch_venv() -> None:
-    """Leave the PyTorch of .venv patched with torch_patch/ as it is now."""
-    python, env = venv_python(), venv_environment()
-    verify = [str(python), str(PATCH), "verify"]
-    if subprocess.run(verify, cwd=ROOT, env=env, check=False, capture_output=True).returncode == 0:
-        return
-    say("patching the PyTorch of .venv")
-    if subprocess.call([str(python), str(PATCH), "apply"], cwd=ROOT, env=env) != 0:
-        say("taking the earlier patch out first")
-        run(python, PATCH, "revert", env=env)
-        run(python, PATCH, "apply", env=env)
-    run(*verify, env=env)
+    """Leave the PyTorch of .venv patched with torch_patch/ as it is now; quick where it is already."""
+    try:
+        run(venv_python(), PATCH, "apply", env=venv_environment())
+    except SetupError as error:
+        raise SetupError(
+            f"{error}\nwhat patch.py says above is about .venv; where it is past repair, delete it"
+        ) from None
 
 
 @contextlib.contextmanager
