@@ -1,5 +1,6 @@
-"""The examples of README.md do what they say, the demo's parts keep their bounds, and named files exist."""
+"""The pages at the top: examples print what they say, bounds are kept, named files exist, imports follow the map."""
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -56,19 +57,43 @@ def test_named_files_exist(page):
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("tol", [None, 1e-11])
+def imported_siblings(file):
+    """The _lobpcg modules that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("torch._lobpcg")}
+    return found
+
+
+def test_imports_follow_the_map():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    _, *parts = text.split("|-- ")
+    differentiation, solution = (re.findall(r"^    [ |]   (_lobpcg_\w+)", part, re.MULTILINE) for part in parts)
+    files = {file.stem: file for file in (ROOT / "torch_patch").glob("_lobpcg*.py")}
+    assert sorted(files) == sorted(["_lobpcg", *differentiation, *solution])
+    for part in (differentiation, solution):
+        for position, name in enumerate(part):
+            assert imported_siblings(files[name]) <= set(part[position + 1 :]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "ortho", "tol": 1e-11}], ids=["default", "ortho"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_issue_38948(demo, seed, tol):
-    assert broken_bounds(demo.issue_38948(seed=seed, tol=tol)) == []
+def test_issue_38948(demo, seed, options):
+    assert broken_bounds(demo.issue_38948(seed=seed, **options)) == []
 
 
 def test_karate_club(demo):
     assert broken_bounds(demo.karate_club(report=silent)) == []
 
 
-@pytest.mark.parametrize("fast_mode", [False, True])
-def test_symmetric_gradcheck(demo, fast_mode):
-    assert broken_bounds(demo.symmetric_gradcheck(fast_mode=fast_mode)) == []
+@pytest.mark.parametrize("options", [{"size": 6}, {"fast_mode": True, "method": "ortho"}], ids=["slow", "fast"])
+def test_symmetric_gradcheck(demo, options):
+    assert broken_bounds(demo.symmetric_gradcheck(**options)) == []
 
 
 def test_demo_notices_a_wrong_gradient(demo, monkeypatch):
@@ -86,6 +111,6 @@ def test_demo_notices_a_wrong_gradient(demo, monkeypatch):
         return right(enlarge(A), k, enlarge(B), **options)
 
     monkeypatch.setattr(torch, "lobpcg", wrong)
-    figures = [*demo.issue_38948(), *demo.karate_club(report=silent), *demo.symmetric_gradcheck()]
+    figures = [*demo.issue_38948(), *demo.karate_club(report=silent), *demo.symmetric_gradcheck(fast_mode=True)]
     kept = [figure.name for figure in figures if figure.kept]
     assert kept == ["karate club, eigenvalues: largest error"]
