@@ -1,0 +1,138 @@
+"""Extreme eigenpairs as one differentiable operation: torch.autograd, forward mode, torch.func."""
+
+import math
+from typing import Any, Callable, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch._lobpcg_derivative import ComputedPairs, forward_mode, reverse_mode
+from torch._lobpcg_function import accepts_legacy_vmap, batched_first, save, saved, without_autocast
+from torch._lobpcg_pattern import is_sparse, is_symmetric_pattern
+
+
+class Problem:
+    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance."""
+
+    def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float) -> None:
+        self.solve, self.k, self.largest, self.tol = solve, k, largest, tol
+
+
+def differentiable_eigenpairs(
+    A: Any,
+    B: Any,
+    X: Optional[Tensor],
+    iK: Any,
+    solve: Callable[..., Any],
+    k: int,
+    largest: bool,
+    tol: Optional[float],
+) -> Tuple[Tensor, Tensor]:
+    """E (*, k), X (*, m, k) of A X = B X diag(E), differentiable in A and B.
+
+    A, B: dense (*, m, m), taken through their Hermitian part, or sparse Hermitian, or a callable on blocks
+    (*, m, p), which is a constant; B may be None.  X (start block) and iK (preconditioner) never get a gradient.
+    `solve(A, B, X, iK)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale (*, n), n >= k.
+    `tol` is its relative tolerance, to which the derivative's linear systems are solved as well.
+
+    Raises ValueError if a sparse matrix whose gradient is asked for stores (r, c) but not (c, r).
+    """
+    for name, M in (("A", A), ("B", B)):
+        if is_sparse(M) and M.requires_grad and not is_symmetric_pattern(M.detach()):
+            raise ValueError(
+                f"lobpcg: the gradient of sparse {name} is Hermitian and lives on its stored positions, but {name} "
+                "stores a position (r, c) without (c, r); store both, explicit zeros included, or pass a dense matrix"
+            )
+    A, B = hermitian_part(A), hermitian_part(B)
+    if tol is None:
+        dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))
+        tol = math.sqrt(torch.finfo(dtype).eps)
+    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, Problem(solve, k, largest, tol))
+    return outputs[0], outputs[1]
+
+
+def hermitian_part(M: Any) -> Any:
+    """(M + M^H) / 2 of a dense matrix; M itself where that changes no bit, and for every other kind of operand."""
+    if not isinstance(M, Tensor) or is_sparse(M):
+        return M
+    if not torch._C._are_functorch_transforms_active() and _is_hermitian(M.detach()):
+        return M
+    # A conjugate that is only marked as such breaks forward mode under vmap.
+    return (M + (torch.conj_physical(M.mT) if M.is_complex() else M.mT)) / 2
+
+
+def _is_hermitian(M: Tensor, tile: int = 512) -> bool:
+    """Tile by tile: a comparison with the whole transpose would miss the cache at every element."""
+    m = M.shape[-1]
+    return all(
+        torch.equal(M[..., i : i + tile, j : j + tile], M[..., j : j + tile, i : i + tile].mH)
+        for i in range(0, m, tile)
+        for j in range(0, i + 1, tile)
+    )
+
+
+class LOBPCGAutogradFunction(Function):
+    """(A, B, X, iK, problem) -> E (*, k), X (*, m, k), and constants of the backward solve: further pairs T (*, p),
+    Y (*, m, p), residual (*, n), scale (*, n)."""
+
+    @staticmethod
+    def forward(A, B, X, iK, problem):
+        like = next(M for M in (A, B, X) if isinstance(M, Tensor))
+        with without_autocast(like):
+            pairs = problem.solve(A, B, X, iK)
+        k = problem.k
+        E, X = pairs.E, pairs.X
+        # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
+        parts = (E[..., :k], X[..., :k], E[..., k:], X[..., k:], pairs.residual, pairs.scale)
+        return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        A, B, _, iK, ctx.problem = inputs
+        E, X, T, Y, residual, scale = output
+        ctx.mark_non_differentiable(T, Y, residual, scale)
+        ctx.set_materialize_grads(False)
+        save(ctx, A=A, B=B, iK=iK, E=E, X=X, T=T, Y=Y, residual=residual, scale=scale)
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def backward(ctx, gE, gX, *_):
+        if gE is None and gX is None:
+            return None, None, None, None, None
+        pairs = _pairs(ctx)
+        with without_autocast(pairs.X):
+            gA, gB = reverse_mode(pairs, gE, gX, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        return gA, gB, None, None, None
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def jvp(ctx, dA, dB, _dX, _diK, _problem):
+        pairs = _pairs(ctx)
+        if dA is None and dB is None:
+            dE, dX = torch.zeros_like(pairs.E), torch.zeros_like(pairs.X)
+        else:
+            with without_autocast(pairs.X):
+                dE, dX = forward_mode(pairs, dA, dB)
+        return dE, dX, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, A, B, X, iK, problem):
+        tensors, deepest = batched_first(info.batch_size, in_dims[:4], (A, B, X, iK), trailing=(2, 2, 2, 2))
+        A, B, X, iK = tensors
+        mapped = [M for M, dim in zip(tensors, in_dims) if isinstance(M, Tensor) and dim is not None]
+        # The forward takes its batch shape from A: give A every batch dimension that another operand has.
+        if isinstance(A, Tensor) and in_dims[0] is None:
+            A = A.expand((info.batch_size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
+        if isinstance(A, Tensor):
+            shapes = [M.shape[:-2] for M in [A] + mapped]
+            A = A.expand(torch.broadcast_shapes(*shapes) + A.shape[-2:])
+        return LOBPCGAutogradFunction.apply(A, B, X, iK, problem), (0,) * 6
+
+
+def _pairs(ctx) -> ComputedPairs:
+    s = saved(ctx)
+    problem = ctx.problem
+    return ComputedPairs(
+        s["A"], s["B"], s["E"], s["X"], s["T"], s["Y"], s["residual"], s["scale"], s["iK"], problem.largest, problem.tol
+    )

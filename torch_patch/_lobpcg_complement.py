@@ -1,0 +1,436 @@
+"""Numerical solution of (A - E_j B) z_j = b_j on the B-orthogonal complement of k eigenvectors, no autograd.
+
+On the complement of k extreme pairs s (A - E_j B) is positive definite, s = -1 for the largest and +1 for the
+smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not computed.  Three routes, chosen by cost:
+
+* factorised: one Cholesky factorisation of s (A - E_j B) + sigma (B X)(B X)^H per pair j, for small m;
+* conjugate gradients on all columns at once, projected, preconditioned, deflated by the extra columns that the
+  forward carried (Saad, Yeung, Erhel, Guyomarc'h 2000), for anything else; a dense A gets one Cholesky
+  factorisation as preconditioner as soon as plain iterations have cost as much as that factorisation;
+* spectral: all eigenpairs on the complement, where the operator turns out indefinite or singular to rounding
+  (an eigenvalue cluster cut at k, or pairs that are not the extreme ones).
+"""
+
+import math
+import warnings
+from typing import Any, Callable, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from torch._lobpcg_pattern import fast_operand, multiply
+
+# Measured on one core: below this order k factorisations take less time than the iterations that they replace.
+_FACTORISE_BELOW = 256
+# Largest order at which an O(m^3) eigendecomposition is an acceptable answer to an indefinite operator.
+_SPECTRAL_BELOW = 2049
+# Elements of the batch of factorised matrices held at one time: 64 MiB of float64.
+_FACTOR_ELEMENTS = 1 << 23
+_MOST_ITERATIONS = 20000
+_RESTARTS = 2
+
+
+def solve_on_complement(
+    A: Any,
+    B: Any,
+    E: Tensor,
+    X: Tensor,
+    b: Tensor,
+    Y: Optional[Tensor],
+    iK: Any,
+    largest: bool,
+    tol: float,
+) -> Tensor:
+    """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
+
+    E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, Y: (*, m, p) further approximate
+    eigenvectors or None.  Relative residual at most `tol` in every column, or the smallest that rounding allows;
+    a column that misses both is reported by a RuntimeWarning.
+    """
+    k = E.shape[-1]
+    batch = X.shape[:-2]
+    b, more = _columns_of_further_dimensions(b, len(batch))
+    shifts = E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
+    op = Complement(A, B, shifts, X, largest)
+    b = op.project_dual(b)
+    size = _safe_norm(b)
+    b = b / torch.where(size > 0, size, torch.ones_like(size))
+    op.set_scale(b)
+    m = X.shape[-2]
+    if m < _FACTORISE_BELOW:
+        z = _factorised(op, b, k) if m > k else torch.zeros_like(b)
+    else:
+        z = _iterate(op, b, Y, iK, tol)
+    z = op.project(z) * (size * op.sign / op.scale)
+    return _further_dimensions_of_columns(z, more, len(batch))
+
+
+def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, Tensor]:
+    """b: (+, *, m, k) as (*, m, + k), and an empty tensor of shape (+, k) that remembers how to go back."""
+    further = b.dim() - batch_dims - 2
+    shape = tuple(b.shape[:further]) + (b.shape[-1],)
+    remember = torch.empty(shape, device="meta")
+    if further == 0:
+        return b, remember
+    b = b.reshape((-1,) + tuple(b.shape[further:])).movedim(0, -2)  # (*, m, +, k)
+    return b.reshape(tuple(b.shape[:-2]) + (-1,)), remember
+
+
+def _further_dimensions_of_columns(z: Tensor, remember: Tensor, batch_dims: int) -> Tensor:
+    if remember.dim() == 1:
+        return z
+    z = z.reshape(tuple(z.shape[:-1]) + (-1, remember.shape[-1])).movedim(-2, 0)
+    return z.reshape(tuple(remember.shape[:-1]) + tuple(z.shape[1:]))
+
+
+def _safe_norm(V: Tensor) -> Tensor:
+    """2-norms of columns, without overflow or underflow of squares; (*, m, p) -> (*, 1, p)."""
+    top = V.abs().amax(-2, keepdim=True)
+    unit = torch.where(top > 0, top, torch.ones_like(top))
+    return top * torch.linalg.vector_norm(V / unit, dim=-2, keepdim=True)
+
+
+def _dot(U: Tensor, V: Tensor) -> Tensor:
+    """Real parts of u_j^H v_j; (*, m, p) -> (*, 1, p)."""
+    if U.is_complex():
+        return (torch.view_as_real(U) * torch.view_as_real(V)).sum((-1, -3)).unsqueeze(-2)
+    return (U * V).sum(-2, keepdim=True)
+
+
+class Complement:
+    """The operators z_j -> s (A - E_j B) z_j / scale between complement and dual, one shift per column.
+
+    Invariants: X^H B X = I; `project` maps onto {z : X^H B z = 0}, `project_dual` onto {b : X^H b = 0}, its adjoint.
+    """
+
+    def __init__(self, A: Any, B: Any, shifts: Tensor, X: Tensor, largest: bool) -> None:
+        self.A, self.B = fast_operand(A), fast_operand(B)
+        self.shifts, self.X = shifts, X  # (*, q), (*, m, k)
+        self.BX = multiply(self.B, X)
+        self.sign = -1.0 if largest else 1.0
+        self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
+
+    def set_scale(self, b: Tensor) -> None:
+        """Divide by a power of two near the norm of the operator, so that no dot product leaves the range."""
+        top = self.raw(b).abs().amax((-2, -1), keepdim=True)
+        one = torch.ones_like(top)
+        self.scale = torch.where(top > 0, torch.ldexp(one, torch.frexp(top).exponent), one)  # (*, 1, 1)
+
+    def raw(self, z: Tensor) -> Tensor:
+        """s (A - E_j B) z_j / scale."""
+        return (multiply(self.A, z) - multiply(self.B, z) * self.shifts[..., None, :]) * (self.sign / self.scale)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.project_dual(self.raw(z))
+
+    def project(self, z: Tensor) -> Tensor:
+        return z - self.X @ (self.BX.mH @ z)
+
+    def project_dual(self, b: Tensor) -> Tensor:
+        return b - self.BX @ (self.X.mH @ b)
+
+    def restrict(self, columns: Tensor) -> "Complement":
+        """The same operators for some of the columns."""
+        part = object.__new__(Complement)
+        part.__dict__.update(self.__dict__)
+        part.shifts = self.shifts[..., columns]
+        return part
+
+    def dense(self) -> Tuple[Tensor, Optional[Tensor]]:
+        """A and B as dense Hermitian matrices: O(m^2) memory, called for small m only."""
+        return tuple(None if M is None else _dense(M, self.X) for M in (self.A, self.B))
+
+
+def _dense(M: Any, like: Tensor) -> Tensor:
+    if not isinstance(M, Tensor):
+        M = M(torch.eye(like.shape[-2], dtype=like.dtype, device=like.device))
+    if M.layout != torch.strided:
+        M = M.to_dense()
+    return M
+
+
+def _identity(op: Complement) -> Tensor:
+    return torch.eye(op.X.shape[-2], dtype=op.X.dtype, device=op.X.device)
+
+
+# ---------------------------------------------------------------------------------------------- factorised
+
+
+def _positive_matrix(op: Complement, A: Tensor, B: Optional[Tensor], shifts: Tensor) -> Tensor:
+    """s (A - E_j B) / scale + sigma (B X)(B X)^H for shifts (*, q): (*, q, m, m), positive definite.
+
+    On span X the quadratic form is s (E_i - E_j) / scale + sigma: sigma exceeds twice the spread of the shifts, and
+    is of the size of the operator (1 after scaling) so that it does not spoil the condition.
+    """
+    B = _identity(op) if B is None else B
+    spread = (op.shifts.amax(-1) - op.shifts.amin(-1))[..., None, None] / op.scale
+    lift = ((1 + 2 * spread) * op.BX) @ op.BX.mH
+    K = (A.unsqueeze(-3) - shifts[..., None, None] * B.unsqueeze(-3)) * (op.sign / op.scale).unsqueeze(-3)
+    return K.add_(lift.unsqueeze(-3))
+
+
+def _factorised(op: Complement, b: Tensor, k: int) -> Tensor:
+    """All columns by Cholesky factors, one per distinct shift (the first k), then one step of refinement."""
+    A, B = op.dense()
+    m, q = b.shape[-2:]
+    rhs = b.reshape(tuple(b.shape[:-1]) + (q // k, k)).movedim(-1, -3)  # (*, k, m, q / k)
+    step = max(1, _FACTOR_ELEMENTS // (m * m * max(1, b[..., 0, 0].numel())))
+    pieces: List[Tensor] = []
+    for start in range(0, k, step):
+        part = rhs[..., start : start + step, :, :]
+        K = _positive_matrix(op, A, B, op.shifts[..., start : min(start + step, k)])
+        L, info = torch.linalg.cholesky_ex(K)
+        z = torch.cholesky_solve(part, L)
+        correction = torch.cholesky_solve(part - K @ z, L)
+        z = z + correction
+        # 1 / |z| bounds the smallest eigenvalue: at sqrt(eps) half of the digits are gone and the cause, a
+        # cluster cut at k, deserves to be looked at.
+        limit = torch.finfo(op.shifts.dtype).eps ** -0.5
+        if bool((info != 0).any() | ~(z.abs().amax() < limit)):
+            return _spectral(op, b, A, B)
+        pieces.append(z)
+    z = torch.cat(pieces, -3).movedim(-3, -1)  # (*, m, q / k, k)
+    return z.reshape(b.shape)
+
+
+# ------------------------------------------------------------------------------------------------ spectral
+
+
+def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tensor:
+    """All columns by the eigenpairs mu, U of the pencil on the complement: z_j = U ((U^H b_j) / (mu - E_j)).
+
+    Components with mu equal to E_j to rounding belong to a cluster cut at k: no derivative exists along them; they
+    are left out, with a warning unless b does not see them.
+    """
+    m, k = op.X.shape[-2:]
+    Q = torch.linalg.qr(op.BX, mode="complete").Q[..., k:]  # (*, m, m - k), spans {z : X^H B z = 0}
+    shift = op.shifts[..., :1, None]
+    BQ = Q if B is None else B @ Q
+    # Shifting by one of the E_j first keeps the digits of mu - E_j when the spectrum lies far from zero.
+    inner = Q.mH @ ((A @ Q - shift * BQ) * (op.sign / op.scale))
+    inner = (inner + inner.mH) / 2
+    if B is None:
+        mu, U = torch.linalg.eigh(inner)
+    else:
+        L = torch.linalg.cholesky(Q.mH @ BQ)
+        inner = torch.linalg.solve_triangular(L, inner, upper=False)
+        inner = torch.linalg.solve_triangular(L, inner.mH, upper=False)
+        mu, U = torch.linalg.eigh((inner + inner.mH) / 2)
+        U = torch.linalg.solve_triangular(L.mH, U, upper=True)
+    U = Q @ U
+    gap = mu.unsqueeze(-1) - (op.shifts.unsqueeze(-2) - shift) * (op.sign / op.scale)  # (*, m - k, q)
+    eps = torch.finfo(mu.dtype).eps
+    # Backward error of the eigensolver: m eps times the size of the operator, eigenvalues of the forward included.
+    size = torch.maximum(mu.abs().amax(-1), op.shifts.abs().amax(-1) / op.scale[..., 0, 0])[..., None, None]
+    lost = gap.abs() <= m * eps * size
+    c = U.mH @ b
+    # Rounding of an inner product of length m with unit b.
+    noise = 8 * math.sqrt(m) * eps * torch.linalg.vector_norm(U, dim=-2).unsqueeze(-1)
+    if bool((lost & (c.abs() > noise)).any()):
+        j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
+        width = float((torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax())
+        warn_cut_cluster(j, k, width)
+    return U @ torch.where(lost, torch.zeros_like(c), c / torch.where(lost, torch.ones_like(gap), gap))
+
+
+def warn_cut_cluster(j: int, k: int, gap: float) -> None:
+    warnings.warn(
+        f"lobpcg: eigenvalue {j} of the k={k} asked for equals one that was not asked for (gap {gap:.1e}, rounding "
+        "level), so its eigenvector is not a differentiable function of the matrices; the part of the gradient that "
+        "exists is returned. Raise k until the cluster is complete, or use a loss that does not depend on this vector.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+# ------------------------------------------------------------------------------------ conjugate gradients
+
+
+class _Deflation:
+    """Coarse space of further approximate eigenvectors Y, exact for any Y: directions are kept K_j-orthogonal to Y."""
+
+    def __init__(self, op: Complement, Y: Tensor) -> None:
+        self.Y = Y = op.project(Y)
+        factor = op.sign / op.scale
+        self.AY = op.project_dual(multiply(op.A, Y)) * factor
+        self.BY = op.project_dual(multiply(op.B, Y)) * factor
+        self.shifts = op.shifts
+        gram = (Y.mH @ self.AY).unsqueeze(-3) - op.shifts[..., None, None] * (Y.mH @ self.BY).unsqueeze(-3)
+        L, info = torch.linalg.cholesky_ex((gram + gram.mH) / 2)  # (*, q, p, p)
+        smallest = torch.diagonal(L, dim1=-2, dim2=-1).real.amin()
+        # Below sqrt(eps) of the operator's size the coarse space holds a cluster cut at k: dividing by it is noise.
+        floor = torch.finfo(op.shifts.dtype).eps ** 0.5
+        self.usable = bool(~(info != 0).any() & (smallest * smallest > floor))
+        self.inverse = torch.cholesky_inverse(L) if self.usable else L
+
+    def restrict(self, columns: Tensor) -> "_Deflation":
+        part = object.__new__(_Deflation)
+        part.__dict__.update(self.__dict__)
+        part.shifts, part.inverse = self.shifts[..., columns], self.inverse[..., columns, :, :]
+        return part
+
+    def coarse(self, c: Tensor) -> Tensor:
+        """Y M_j^-1 c_j for c: (*, p, q)."""
+        return self.Y @ (self.inverse @ c.mT.unsqueeze(-1)).squeeze(-1).mT
+
+    def __call__(self, t: Tensor) -> Tensor:
+        c = self.AY.mH @ t - (self.BY.mH @ t) * self.shifts[..., None, :]
+        return t - self.coarse(c)
+
+
+def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float) -> Tensor:
+    """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance."""
+    eps = torch.finfo(op.shifts.dtype).eps
+    m, q = b.shape[-2:]
+    dense = all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (op.A, op.B))
+    precondition = None if iK is None else lambda r: multiply(iK, r)
+    rtol = max(tol, 4 * eps)
+    z = torch.zeros_like(b)
+    deflation = None
+    if Y is not None and Y.shape[-1] > 0:
+        deflation = _Deflation(op, Y)
+        deflation = deflation if deflation.usable else None
+    # An iteration with a dense A costs about 1/60 (measured) of its factorisation for few columns.
+    budget = max(20, m // (8 + 4 * q)) if dense else min(10 * m, _MOST_ITERATIONS)
+    z, state = _conjugate_gradients(op, b, z, deflation, precondition, rtol, budget)
+    if state.all_done:
+        return z
+    if dense and not state.indefinite:
+        A, B = op.dense()
+        first = op.shifts[..., :1]
+        L, info = torch.linalg.cholesky_ex(_positive_matrix(op, A, B, first).squeeze(-3))
+        if not bool((info != 0).any()):
+            z, state = _conjugate_gradients(op, b, z, deflation, lambda r: torch.cholesky_solve(r, L), rtol, 200)
+            if state.all_done:
+                return z
+    elif precondition is not None and state.indefinite:
+        z, state = _conjugate_gradients(op, b, torch.zeros_like(b), deflation, None, rtol, budget)
+        if state.all_done:
+            return z
+    if m < _SPECTRAL_BELOW:
+        return _spectral(op, b, *op.dense())
+    warnings.warn(
+        f"lobpcg: a linear system of the derivative reached a relative residual of {state.residual:.1e} where "
+        f"{rtol:.1e} was asked for"
+        + (" (its operator is not definite: an eigenvalue cluster is cut at k, or the pairs are inaccurate)"
+           if state.indefinite else "")
+        + "; the gradient is less accurate than that by the inverse relative gap. Raise k or n past the cluster, "
+        "pass a preconditioner iK, or tighten tol.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return z
+
+
+class _State:
+    """How a run of conjugate gradients ended: worst relative residual, and whether curvature was not positive."""
+
+    def __init__(self, residual: float, all_done: bool, indefinite: bool) -> None:
+        self.residual, self.all_done, self.indefinite = residual, all_done, indefinite
+
+
+def _conjugate_gradients(
+    op: Complement,
+    b: Tensor,
+    z: Tensor,
+    deflation: Optional[_Deflation],
+    precondition: Optional[Callable[[Tensor], Tensor]],
+    rtol: float,
+    budget: int,
+) -> Tuple[Tensor, _State]:
+    """Independent conjugate gradients on the unit columns b_j, restarted from the true residual where rounding asks.
+
+    Every column stops at rtol or at the accuracy attainable for it, c eps |K| |z_j|: its recursive residual would go
+    on shrinking while the true one does not.
+    """
+    eps = torch.finfo(op.shifts.dtype).eps
+    columns = torch.arange(b.shape[-1], device=b.device)
+    indefinite = False
+    for _ in range(1 + _RESTARTS):
+        part = op.restrict(columns)
+        r = b[..., columns] - part(z[..., columns])
+        dz, norm, used, indefinite = _sweep(
+            part, r, z[..., columns], deflation and deflation.restrict(columns), precondition, rtol, budget
+        )
+        budget -= used
+        z = z.index_add(-1, columns, dz)
+        r = b[..., columns] - part(z[..., columns])
+        size = torch.linalg.vector_norm(r, dim=-2)
+        # Two products and a subtraction, each with an error of a few eps |K| |z|.
+        attainable = 16 * eps * (1 + norm * torch.linalg.vector_norm(z[..., columns], dim=-2))
+        late = (size > torch.clamp(attainable, min=2 * rtol)).reshape(-1, columns.numel()).any(0)
+        worst = float(size.max()) if size.numel() else 0.0
+        if not bool(late.any()):
+            return z, _State(worst, True, False)
+        columns = columns[late]
+        if budget <= 0 or indefinite:
+            break
+    return z, _State(worst, False, indefinite)
+
+
+def _sweep(
+    op: Complement,
+    r: Tensor,
+    z0: Tensor,
+    deflation: Optional[_Deflation],
+    precondition: Optional[Callable[[Tensor], Tensor]],
+    rtol: float,
+    budget: int,
+) -> Tuple[Tensor, Tensor, int, bool]:
+    """One run from residual r: the increment of z, an estimate of |K|, iterations used, whether K was indefinite.
+
+    Columns that stop leave the block, so products are with active columns only.  One synchronisation per iteration.
+    """
+    eps = torch.finfo(op.shifts.dtype).eps
+    out = torch.zeros_like(r)
+    index = torch.arange(r.shape[-1], device=r.device)
+    tiny = torch.finfo(op.shifts.dtype).tiny
+    dz = torch.zeros_like(r) if deflation is None else deflation.coarse(deflation.Y.mH @ r)
+    if deflation is not None:
+        r = r - op(dz)
+    norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
+    size0 = torch.linalg.vector_norm(z0, dim=-2, keepdim=True)
+    p = Kp = rho = alpha = None
+    indefinite = False
+    step = 0
+    while True:
+        size = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
+        reach = 2 * eps * norm * (size0 + torch.linalg.vector_norm(dz, dim=-2, keepdim=True))
+        active = (size > torch.clamp(reach, min=rtol)).reshape(-1, index.numel()).any(0)
+        flags = active.tolist()  # the synchronisation
+        if not all(flags) or step >= budget:
+            out.index_copy_(-1, index, dz)
+            keep = [i for i, flag in enumerate(flags) if flag]
+            if not keep or step >= budget:
+                return out, norm, step, indefinite
+            keep = torch.tensor(keep, device=r.device)
+            op = op.restrict(keep)
+            deflation = deflation and deflation.restrict(keep)
+            index, r, dz, size0 = index[keep], r[..., keep], dz[..., keep], size0[..., keep]
+            size, reach = size[..., keep], reach[..., keep]
+            if p is not None:
+                p, Kp, rho, alpha = p[..., keep], Kp[..., keep], rho[..., keep], alpha[..., keep]
+        t = r
+        if precondition is not None or op.B is not None:
+            t = op.project(t if precondition is None else precondition(t))
+        if deflation is not None:
+            t = deflation(t)
+        new = _dot(r, t)
+        if p is None:
+            p = t
+        else:
+            # <t, r_old> = 0 for a fixed symmetric preconditioner; written out it may vary or be nonsymmetric.
+            beta = new / rho if precondition is None else -alpha * _dot(t, Kp) / rho
+            p = torch.addcmul(t, p, beta.to(p.dtype))
+        rho = torch.clamp(new, min=tiny)
+        Kp = op(p)
+        curvature = _dot(p, Kp)
+        norm = torch.maximum(norm, (torch.linalg.vector_norm(Kp, dim=-2) / torch.linalg.vector_norm(p, dim=-2)).amax())
+        good = (curvature > 0) & (new > 0)
+        alpha = torch.where(good, new / curvature, torch.zeros_like(new))
+        dz = torch.addcmul(dz, p, alpha.to(p.dtype))
+        r = torch.addcmul(r, Kp, -alpha.to(p.dtype))
+        step += 1
+        if step % 8 == 0 and bool((~good & (size > torch.clamp(reach, min=rtol))).any()):
+            out.index_copy_(-1, index, dz)
+            return out, norm, step, True

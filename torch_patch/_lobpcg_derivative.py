@@ -1,0 +1,87 @@
+"""Forward- and reverse-mode derivatives of k extreme eigenpairs, tensors in, tensors out.
+
+A X = B X diag(E), X^H B X = I.  With G = X^H gX, F_ij = 1 / (E_j - E_i) off the diagonal, and the reduced
+resolvents R_j of module _lobpcg_resolvent (Magnus 1985; Giles 2008, NA-08-01; generalized to B != I):
+
+    reverse   W    = X (diag(gE) + G o F) - [R_j gX_j]
+              gA   = Herm(W X^H)
+              gB   = -Herm(W diag(E) X^H + 1/2 X Re diag(G) X^H)
+
+    forward   S    = X^H (dA X - dB X diag(E))
+              dE   = Re diag(S)
+              dX_j = sum_i X_i S_ij F_ij - 1/2 X_j (X_j^H dB X_j) - R_j (dA X_j - E_j dB X_j)
+
+All of it consists of differentiable operations, so every order of derivative follows from this one.
+"""
+
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from torch._lobpcg_gauge import CheckOptions, pair_factors
+from torch._lobpcg_pattern import hermitian_apply, hermitian_outer
+from torch._lobpcg_resolvent import SolveOptions, reduced_resolvent
+
+
+class ComputedPairs:
+    """A pencil and what the forward found: E (*, k), X (*, m, k), further approximate pairs T (*, p), Y (*, m, p),
+    residuals (*, k + p) with the scale they are measured against, the preconditioner, and how it was solved."""
+
+    def __init__(self, A, B, E, X, T, Y, residual, scale, iK, largest: bool, tol: float) -> None:
+        self.A, self.B, self.E, self.X, self.T, self.Y = A, B, E, X, T, Y
+        self.residual, self.scale, self.iK = residual, scale, iK
+        self.largest, self.tol = largest, tol
+
+    def resolvent(self, b: Tensor) -> Tensor:
+        options = SolveOptions(self.largest, self.tol)
+        return reduced_resolvent(self.A, self.B, self.E, self.X, b, self.Y, self.iK, options)
+
+    def factors(self, G: Optional[Tensor], gE: Optional[Tensor], gX: Optional[Tensor], forward_mode: bool) -> Tensor:
+        options = CheckOptions(self.X.shape[-2], self.E.shape[-1], self.tol, forward_mode)
+        return pair_factors(self.E, self.X, G, gE, gX, self.T, self.residual, self.scale, options)
+
+
+def reverse_mode(
+    pairs: ComputedPairs, gE: Optional[Tensor], gX: Optional[Tensor], need_A: bool, need_B: bool
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """Cotangents of A and B, each Hermitian and in the layout of its matrix, or None where not needed.
+
+    gE: (*, k) or None, gX: (*, m, k) or None.  Without gX there is no linear system to solve.
+    """
+    E, X = pairs.E, pairs.X
+    G = None if gX is None else X.mH @ gX  # (*, k, k)
+    F = pairs.factors(G, gE, gX, forward_mode=False)
+    if gX is None:
+        W = X * gE.unsqueeze(-2)
+    else:
+        inside = G * F if gE is None else G * F + torch.diag_embed(gE).to(G.dtype)
+        W = X @ inside - pairs.resolvent(gX)
+    gA = hermitian_outer(pairs.A, W, X) if need_A else None
+    gB = None
+    if need_B:
+        V = W * E.unsqueeze(-2)
+        if G is not None:
+            V = V + X * (_real_diagonal(G) / 2).unsqueeze(-2)
+        gB = hermitian_outer(pairs.B, -V, X)
+    return gA, gB
+
+
+def forward_mode(pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    """Tangents of E and X for tangents of A and B, which act through their Hermitian parts; not both None."""
+    E, X = pairs.E, pairs.X
+    dBX = None if dB is None else hermitian_apply(dB, X)
+    b = torch.zeros_like(X) if dA is None else hermitian_apply(dA, X)
+    if dBX is not None:
+        b = b - dBX * E.unsqueeze(-2)
+    S = X.mH @ b  # (*, k, k)
+    F = pairs.factors(S, None, None, forward_mode=True)
+    dX = X @ (S * F) - pairs.resolvent(b)
+    if dBX is not None:
+        dX = dX - X * (_real_diagonal(X.mH @ dBX) / 2).unsqueeze(-2)
+    return _real_diagonal(S), dX
+
+
+def _real_diagonal(G: Tensor) -> Tensor:
+    d: Any = torch.diagonal(G, dim1=-2, dim2=-1)
+    return torch.real(d) if d.is_complex() else d

@@ -1,0 +1,77 @@
+"""What the autograd Functions of lobpcg have in common: saving by name, vmap, autocast."""
+
+import functools
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from torch import Tensor
+
+
+
+def save(ctx, **values) -> None:
+    """Save tensors for backward and forward mode under their names, and everything else (callables, None) on ctx."""
+    ctx.names = [name for name, value in values.items() if isinstance(value, Tensor)]
+    tensors = [values[name] for name in ctx.names]
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.others = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+
+
+def saved(ctx) -> Dict[str, Any]:
+    return {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors))}
+
+
+def without_autocast(like: Tensor):
+    """Products inside run in the dtype of the input: an autocast half-precision product would lose the derivative."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def batched_first(size: int, in_dims, values, trailing) -> Tuple[list, int]:
+    """Move mapped dimensions to the front and insert dimensions of size 1 so that all batch shapes broadcast.
+
+    `trailing`: number of dimensions of each value that are not batch dimensions.  Values that are not mapped stay
+    as they are: they broadcast.  Returns the values and the largest number of batch dimensions below the mapped one.
+    """
+    ranks = [
+        value.dim() - t - (dim is not None) if isinstance(value, Tensor) else 0
+        for value, dim, t in zip(values, in_dims, trailing)
+    ]
+    deepest = max(ranks)
+    out = []
+    for value, dim, rank in zip(values, in_dims, ranks):
+        if isinstance(value, Tensor) and dim is not None:
+            value = value.movedim(dim, 0)
+            value = value.reshape((size,) + (1,) * (deepest - rank) + tuple(value.shape[1:]))
+        out.append(value)
+    return out, deepest
+
+
+def accepts_legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a backward or jvp rule run under the vmap of torch.autograd.grad(is_grads_batched=True).
+
+    That vmap is older than torch.func's, knows no Function.vmap and cannot branch on values.  The tensors mapped by it are
+    unwrapped, and the rule is run under torch.vmap instead.
+    """
+
+    @functools.wraps(rule)
+    def wrapped(ctx, *args):
+        mapped = [isinstance(a, Tensor) and torch._C._functorch.is_legacy_batchedtensor(a) for a in args]
+        if not any(mapped):
+            return rule(ctx, *args)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        physical = [torch._remove_batch_dim(a, level, 1, 0) if m else a for a, m in zip(args, mapped)]
+        present: List[bool] = []
+
+        def run(*tensors: Tensor) -> Tuple[Tensor, ...]:
+            given = iter(tensors)
+            out = rule(ctx, *[next(given) if m else a for a, m in zip(args, mapped)])
+            out = out if isinstance(out, tuple) else (out,)
+            present[:] = [o is not None for o in out]
+            return tuple(o for o in out if o is not None)
+
+        results = iter(torch.vmap(run)(*[p for p, m in zip(physical, mapped) if m]))
+        out = tuple(torch._add_batch_dim(next(results), 0, level) if there else None for there in present)
+        return out if len(out) > 1 else out[0]
+
+    return wrapped

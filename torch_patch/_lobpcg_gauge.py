@@ -1,0 +1,207 @@
+"""Whether a derivative of eigenpairs exists, and how accurate it can be: phases, clusters, convergence.
+
+Eigenvectors are defined up to a phase, and inside a cluster of equal eigenvalues up to a unitary factor.  With
+G = X^H gX, a loss does not see that freedom iff Im diag(G) = 0 and the block of G over the cluster is Hermitian.
+Everything that depends on values of tensors is decided inside one autograd Function, so that it also works under
+vmap; its result is the mask of the pairs (i, j) whose factor F_ij = 1 / (E_j - E_i) is used.
+"""
+
+import math
+import warnings
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch._lobpcg_complement import warn_cut_cluster
+from torch._lobpcg_function import batched_first
+
+
+class CheckOptions:
+    """Sizes and tolerance of the problem whose derivative is checked."""
+
+    def __init__(self, m: int, k: int, tol: float, forward_mode: bool = False) -> None:
+        self.m, self.k, self.tol, self.forward_mode = m, k, tol, forward_mode
+
+
+def pair_factors(
+    E: Tensor,
+    X: Tensor,
+    G: Optional[Tensor],
+    gE: Optional[Tensor],
+    gX: Optional[Tensor],
+    T: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    options: CheckOptions,
+) -> Tensor:
+    """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E.
+
+    E: (*, k), X: (*, m, k), cotangents gE, gX and G = X^H gX with any further leading dimensions, or None; in
+    forward mode G is S = X^H (dA X - dB X E).  T: (*, p) further eigenvalues.  Raises RuntimeError where no derivative exists;
+    warns where it exists only in part or is inaccurate.
+    """
+    mask = _PairMask.apply(
+        E.detach(),
+        None if G is None else G.detach(),
+        None if gE is None else gE.detach(),
+        torch.linalg.vector_norm(X.detach(), dim=-2),
+        None if gX is None else torch.linalg.vector_norm(gX.detach(), dim=-2),
+        T.detach(),
+        residual,
+        scale,
+        options,
+    )
+    difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
+    return mask / torch.where(mask > 0, difference, torch.ones_like(difference))
+
+
+class _PairMask(Function):
+    """(E, G, gE, ...) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
+
+    @staticmethod
+    def forward(E, G, gE, x, g, T, residual, scale, options):
+        return _pair_mask(E, G, gE, x, g, T, residual, scale, options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * 9
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return None
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        tensors, _ = batched_first(info.batch_size, in_dims[:-1], inputs[:-1], trailing=(1, 2, 1, 1, 1, 1, 1, 1))
+        mask = _PairMask.apply(*tensors, inputs[-1])
+        if all(dim is None for dim in in_dims[:3]):
+            mask = mask.expand((info.batch_size,) + tuple(mask.shape))
+        return mask, 0
+
+
+def _first(condition: Tensor, dims: int) -> list:
+    """Trailing `dims` indices of the first true element."""
+    return condition.nonzero()[0, -dims:].tolist()
+
+
+def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
+    k, m = options.k, options.m
+    eps = torch.finfo(E.dtype).eps
+    gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()  # (*, k, k)
+    distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)
+    # |x_i| (|A| + |E_j| |B|) |x_j|: the size of the pencil in units of an eigenvalue.
+    size = x.unsqueeze(-1) * scale[..., None, :k]
+    size = torch.maximum(size, size.mT)
+    # Rounding in eigenvalues: eps |A| times a modest factor, sqrt(m) for sums of length m.
+    equal = distinct & (gap <= 16 * math.sqrt(m) * eps * size)
+    _check_convergence(E, x, gap, equal, T, residual, scale, options)
+    if T.shape[-1] and gE is not None:
+        _check_cut(E, gE, x, T, scale, options)
+    if gE is not None:
+        _check_weights(E, gE, gap, equal)
+    if G is None:
+        return (distinct & ~equal).to(E.dtype)
+    if options.forward_mode:
+        if bool((equal & (G.abs() > 16 * math.sqrt(m) * eps * size)).any()):
+            i, j = _first(equal & (G.abs() > 16 * math.sqrt(m) * eps * size), 2)
+            _warn_cluster(i, j, gap, "the tangent splits them, so single tangents of these pairs do not exist")
+        return (distinct & ~equal).to(E.dtype).expand(G.shape)
+    amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
+    amplitude = (amplitude + amplitude.mT) / 2
+    if G.is_complex():
+        _check_phase(G, amplitude, eps)
+    skew = (G - G.mH).abs() / 2
+    # Rounding in G of a loss that does not see the gauge: inner products of length m.
+    noise = 8 * math.sqrt(m) * eps * amplitude
+    seen = equal & (skew > noise)
+    if bool(seen.any()):
+        i, j = _first(seen, 2)
+        why = "the loss depends on the choice of eigenvectors among them"
+        if bool((seen & (skew > math.sqrt(eps) * amplitude)).any()):
+            i, j = _first(seen & (skew > math.sqrt(eps) * amplitude), 2)
+            raise RuntimeError(_cluster_text(i, j, gap, why) + "; it has no gradient there. " + _WELL_POSED)
+        _warn_cluster(i, j, gap, why)
+    # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3).  A loss that is invariant in the
+    # cluster has a Hermitian block, skew part zero up to noise, and then the exact factor is zero.
+    invariant = (gap <= eps ** (1 / 3) * size) & (skew <= noise)
+    return (distinct & ~equal & ~invariant).to(E.dtype)
+
+
+_WELL_POSED = (
+    "A well-posed loss treats the vectors of a cluster alike, for example through X X^H, and symmetric functions of "
+    "their eigenvalues."
+)
+
+
+def _cluster_text(i: int, j: int, gap: Tensor, why: str) -> str:
+    width = float(gap[..., i, j].min())
+    return f"lobpcg: eigenvalues {i} and {j} are equal to rounding (gap {width:.1e}) and {why}"
+
+
+def _warn_cluster(i: int, j: int, gap: Tensor, why: str) -> None:
+    text = _cluster_text(i, j, gap, why) + "; the part of the derivative that exists is returned. " + _WELL_POSED
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _check_phase(G: Tensor, amplitude: Tensor, eps: float) -> None:
+    phase = torch.diagonal(G, dim1=-2, dim2=-1).imag.abs()
+    seen = phase > math.sqrt(eps) * torch.diagonal(amplitude, dim1=-2, dim2=-1)
+    if bool(seen.any()):
+        (j,) = _first(seen, 1)
+        raise RuntimeError(
+            f"lobpcg: the loss depends on the phase of eigenvector {j} (Im x^H gx = {float(phase[..., j].max()):.1e}), "
+            "which is arbitrary, so it has no gradient; use a loss invariant under x -> exp(i phi) x, such as one of "
+            "abs(x) or x x^H"
+        )
+
+
+def _check_weights(E: Tensor, gE: Tensor, gap: Tensor, equal: Tensor) -> None:
+    """Equal eigenvalues must enter the loss alike: their order is not a function of the matrices."""
+    difference = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
+    # A smooth symmetric loss has gE differing by its curvature times a gap at rounding level.
+    largest = gE.abs().amax(-1)[..., None, None]
+    seen = equal & (difference > torch.finfo(E.dtype).eps ** (1 / 3) * largest)
+    if bool(seen.any()):
+        i, j = _first(seen, 2)
+        _warn_cluster(i, j, gap, "the loss weighs them differently")
+
+
+def _check_cut(E: Tensor, gE: Tensor, x: Tensor, T: Tensor, scale: Tensor, options: CheckOptions) -> None:
+    gap = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs()  # (*, k, p)
+    rounding = 16 * math.sqrt(options.m) * torch.finfo(E.dtype).eps * (x * scale[..., : options.k]).unsqueeze(-1)
+    cut = (gap <= rounding).any(-1) & (gE != 0)
+    if bool(cut.any()):
+        (j,) = _first(cut, 1)
+        warn_cut_cluster(j, options.k, float(gap[..., j, :].min()))
+
+
+def _check_convergence(E, x, gap, equal, T, residual, scale, options) -> None:
+    """One warning where a pair missed the tolerance, with |r_j| |x_j| / gap as estimate of the gradient's error."""
+    k = options.k
+    eps = torch.finfo(E.dtype).eps
+    residual, scale = residual[..., :k], scale[..., :k]
+    # No iteration gets below the rounding of its own residual, however small tol is.
+    late = residual > max(options.tol, 16 * math.sqrt(options.m) * eps) * scale
+    if not bool(late.any()):
+        return
+    infinite = torch.full_like(gap, math.inf)
+    eye = torch.eye(k, dtype=torch.bool, device=E.device)
+    nearest = torch.where(equal | eye, infinite, gap).amin(-2)
+    if T.shape[-1]:
+        nearest = torch.minimum(nearest, (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1))
+    relative = residual / torch.where(scale > 0, scale, torch.ones_like(scale))
+    worst = torch.where(late, relative, torch.zeros_like(relative)).max()
+    error = torch.where(late, residual * x / nearest, torch.zeros_like(residual)).max()
+    warnings.warn(
+        f"lobpcg: gradient of eigenpairs that have not converged: relative residual {float(worst):.1e} where "
+        f"tol={options.tol:.1e} was asked for; estimated relative error of the gradient (residual over gap) "
+        f"{float(error):.1e}. Raise niter or n, pass a preconditioner iK, or loosen tol if that is accurate enough.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

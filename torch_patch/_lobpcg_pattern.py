@@ -1,0 +1,309 @@
+"""Products with a matrix of any layout, and Hermitian gradients on the positions that it stores.
+
+A matrix M of a pencil is a dense tensor (*, m, m), a sparse tensor (COO, CSR, CSC, BSR or BSC), a callable on
+blocks (*, m, p), which is a constant, or None for the identity.  Its gradient is the Hermitian part of a product
+U V^H of two tall blocks.  For sparse M only the stored positions (r, c) are computed,
+
+    g_rc = 1/2 sum_j (U_rj conj V_cj + V_rj conj U_cj),
+
+in O(nnz p) time and O(nnz + m p) memory.  Both directions, products and gradients, are differentiable to any order.
+"""
+
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch._lobpcg_function import accepts_legacy_vmap
+
+# Elements of gathered rows held at one time by a product on a pattern: 32 MiB of float64.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def is_sparse(M: Any) -> bool:
+    return isinstance(M, Tensor) and M.layout != torch.strided
+
+
+def fast_operand(M: Any) -> Any:
+    """M in the layout whose products are fastest: CSR for every unbatched sparse layout."""
+    if not is_sparse(M) or M.layout == torch.sparse_csr or M.dim() > 2:
+        return M
+    if M.layout in (torch.sparse_bsr, torch.sparse_bsc):
+        M = M.to_sparse_coo()
+    return M.to_sparse_csr()
+
+
+def multiply(M: Any, V: Tensor) -> Tensor:
+    """M V, not differentiated through a sparse M: batch dimensions of M and V broadcast."""
+    if M is None:
+        return V
+    if not isinstance(M, Tensor):
+        return M(V)
+    if not is_sparse(M):
+        return _fold(M, V)
+    if M.dim() == 2:
+        return _fold(fast_operand(M), V)
+    # No batched product exists for every sparse layout: the pattern's own product serves all of them.
+    pattern = Pattern(M)
+    V = V.expand(pattern.batch_shape + V.shape[-2:])
+    return _product_on_pattern(pattern.values, V, pattern, adjoint=False)
+
+
+def apply(M: Any, V: Tensor) -> Tensor:
+    """M V for Hermitian M, differentiable in M and V; a gradient of M is Hermitian and on the pattern of M."""
+    if is_sparse(M):
+        return _SparseProduct.apply(M, V)
+    return multiply(M, V)
+
+
+def hermitian_apply(M: Any, V: Tensor) -> Tensor:
+    """1/2 (M + M^H) V, differentiable: how a tangent, Hermitian or not, acts on a block."""
+    if is_sparse(M):
+        pattern = Pattern(M)
+        V = V.expand(pattern.batch_shape + V.shape[-2:]) if pattern.batch_shape else V
+        both = [_PatternProduct.apply(pattern.values, V, pattern, adjoint) for adjoint in (False, True)]
+        return (both[0] + both[1]) / 2
+    return (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
+
+
+def hermitian_outer(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """Hermitian part of U V^H in the shape, layout and pattern of M; sums over batch dimensions that M lacks.
+
+    U, V: (*, m, p).  Differentiable in U and V.
+    """
+    left, right = torch.cat([U, V], -1) / 2, torch.cat([V, U], -1)  # (*, m, 2 p)
+    if M.dim() == 2 and left.dim() > 2:
+        left, right = _columns(left), _columns(right)
+    if not is_sparse(M):
+        return _sum_to(torch.matmul(left, right.mH), M.shape)
+    pattern = Pattern(M)
+    return pattern.with_values(_PatternValues.apply(left, right, pattern))
+
+
+def is_symmetric_pattern(M: Tensor) -> bool:
+    """Whether sparse M stores position (c, r) wherever it stores (r, c).  O(nnz log nnz), one synchronisation."""
+    pattern = Pattern(M)
+    rows, cols = pattern.positions(0, pattern.count)
+    size = pattern.block_rows
+    batch, rows, cols = rows // size, rows % size, cols % size
+    if pattern.block != (1, 1) and pattern.block[0] != pattern.block[1]:
+        raise ValueError(
+            f"lobpcg: the gradient of a block-sparse matrix needs square blocks, got blocks of {pattern.block[0]} x "
+            f"{pattern.block[1]}; use to_sparse_csr() or square blocks"
+        )
+    direct = ((batch * size + rows) * size + cols).sort().values
+    mirrored = ((batch * size + cols) * size + rows).sort().values
+    return torch.equal(direct, mirrored)
+
+
+def _columns(V: Tensor) -> Tensor:
+    """(*, m, p) as (m, * p): batches become columns."""
+    return V.movedim(-2, 0).reshape(V.shape[-2], -1)
+
+
+def _fold(M: Tensor, V: Tensor) -> Tensor:
+    """M V; one matrix and many blocks are one product with a wide block instead of many products."""
+    if M.dim() > 2 or V.dim() == 2:
+        return torch.matmul(M, V)
+    batch, p = V.shape[:-2], V.shape[-1]
+    return (M @ _columns(V)).reshape((M.shape[0],) + tuple(batch) + (p,)).movedim(0, -2)
+
+
+def _sum_to(g: Tensor, shape: torch.Size) -> Tensor:
+    return g if g.shape == shape else g.sum_to_size(shape)
+
+
+class Pattern:
+    """Stored positions of a sparse matrix (*, m, m), as flat indices into rows of tall blocks (*, m, p).
+
+    Invariant: stored element i of `values` (a block of `block` elements for BSR and BSC) sits in block row
+    positions(i, i + 1)[0] and block column positions(i, i + 1)[1], both counted through all batches.  COO duplicates are
+    summed first: each position is stored once.
+    """
+
+    def __init__(self, M: Tensor) -> None:
+        self.layout, self.shape, self.dtype = M.layout, M.shape, M.dtype
+        self.batch_shape: Tuple[int, ...] = tuple(M.shape[:-2])
+        self.block = (1, 1)
+        if self.layout == torch.sparse_coo:
+            M = M.coalesce()
+            self.indices = M.indices()
+            self.values = M.values()
+        else:
+            by_row = self.layout in (torch.sparse_csr, torch.sparse_bsr)
+            self.compressed = M.crow_indices() if by_row else M.ccol_indices()
+            self.plain = M.col_indices() if by_row else M.row_indices()
+            self.values = M.values()
+            if self.layout in (torch.sparse_bsr, torch.sparse_bsc):
+                self.block = (int(self.values.shape[-2]), int(self.values.shape[-1]))
+        self.count = self.plain.numel() if hasattr(self, "plain") else self.indices.shape[1]
+        self.block_rows = self.shape[-2] // self.block[0]
+
+    def positions(self, start: int, end: int) -> Tuple[Tensor, Tensor]:
+        """Block rows and block columns of the stored elements start .. end - 1, counted through all batches."""
+        if self.layout == torch.sparse_coo:
+            index = self.indices[:, start:end]
+            batch = torch.zeros_like(index[0])
+            for size, coordinate in zip(self.batch_shape, index):
+                batch = batch * size + coordinate
+            return batch * self.block_rows + index[-2], batch * self.block_rows + index[-1]
+        per_batch = self.plain.shape[-1]
+        lines = self.compressed.shape[-1] - 1
+        compressed = self.compressed.reshape(-1, lines + 1)[:, :-1].to(torch.int64)
+        offsets = torch.arange(compressed.shape[0], device=compressed.device)[:, None]
+        element = torch.arange(start, end, device=compressed.device)
+        starts = (compressed + offsets * per_batch).reshape(-1)
+        line = torch.searchsorted(starts, element, right=True) - 1
+        plain = self.plain.reshape(-1)[start:end] + (line // max(lines, 1)) * lines
+        return (line, plain) if self.layout in (torch.sparse_csr, torch.sparse_bsr) else (plain, line)
+
+    def chunks(self, width: int):
+        """(start, end, rows, columns) over all stored elements, few enough at a time for gathered rows to fit."""
+        step = max(1, _CHUNK_ELEMENTS // max(1, width * max(self.block)))
+        for start in range(0, self.count, step):
+            end = min(start + step, self.count)
+            yield (start, end) + self.positions(start, end)
+
+    def with_values(self, values: Tensor) -> Tensor:
+        """A sparse tensor of this pattern with other values, differentiable in them."""
+        if self.layout == torch.sparse_coo:
+            return torch.sparse_coo_tensor(self.indices, values, self.shape, is_coalesced=True)
+        return torch.sparse_compressed_tensor(self.compressed, self.plain, values, self.shape, layout=self.layout)
+
+
+def _values_on_pattern(U: Tensor, V: Tensor, pattern: Pattern) -> Tensor:
+    """sum_j U_rj conj V_cj at the stored positions, in the shape of pattern.values."""
+    height, width = pattern.block
+    p = U.shape[-1]
+    out = U.new_empty((pattern.count, height, width))
+    U, V = U.reshape(-1, height, p), V.reshape(-1, width, p)
+    for start, end, rows, cols in pattern.chunks(p):
+        if height == width == 1:
+            torch.sum(U[rows, 0] * V[cols, 0].conj(), -1, out=out[start:end, 0, 0])
+        else:
+            out[start:end] = torch.bmm(U[rows], V[cols].mH)
+    return out.reshape(pattern.values.shape)
+
+
+def _product_on_pattern(values: Tensor, V: Tensor, pattern: Pattern, adjoint: bool) -> Tensor:
+    """S V, or S^H V, for the matrix S with these values; V: (*, m, p)."""
+    height, width = pattern.block
+    p = V.shape[-1]
+    values = values.reshape(-1, height, width)
+    if adjoint:
+        values, height, width = values.mH, width, height
+    source = V.reshape(-1, width, p)
+    out = V.new_zeros((V.numel() // max(1, height * p), height, p))
+    for start, end, rows, cols in pattern.chunks(p):
+        if adjoint:
+            rows, cols = cols, rows
+        out.index_add_(0, rows, torch.matmul(values[start:end], source[cols]))
+    return out.reshape(V.shape)
+
+
+class _PatternValues(Function):
+    """(U, V) -> U V^H at the stored positions.  Backward: U gets S V and V gets S^H U, S the cotangent as a matrix."""
+
+    @staticmethod
+    def forward(U: Tensor, V: Tensor, pattern: Pattern) -> Tensor:
+        return _values_on_pattern(U, V, pattern)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        U, V, ctx.pattern = inputs
+        ctx.save_for_backward(U, V)
+        ctx.save_for_forward(U, V)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def backward(ctx, g: Optional[Tensor]):
+        U, V = ctx.saved_tensors
+        gU = gV = None
+        if g is not None and ctx.needs_input_grad[0]:
+            gU = _PatternProduct.apply(g, V, ctx.pattern, False)
+        if g is not None and ctx.needs_input_grad[1]:
+            gV = _PatternProduct.apply(g, U, ctx.pattern, True)
+        return gU, gV, None
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def jvp(ctx, dU, dV, _pattern):
+        U, V = ctx.saved_tensors
+        terms = [_PatternValues.apply(*pair, ctx.pattern) for pair in ((dU, V), (U, dV)) if None not in pair]
+        return sum(terms[1:], terms[0])
+
+
+class _PatternProduct(Function):
+    """(values, V) -> S V or S^H V.  Backward: the values get cotangent V^H (V cotangent^H) on the pattern."""
+
+    @staticmethod
+    def forward(values: Tensor, V: Tensor, pattern: Pattern, adjoint: bool) -> Tensor:
+        return _product_on_pattern(values, V, pattern, adjoint)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        values, V, ctx.pattern, ctx.adjoint = inputs
+        ctx.save_for_backward(values, V)
+        ctx.save_for_forward(values, V)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def backward(ctx, g: Optional[Tensor]):
+        values, V = ctx.saved_tensors
+        gvalues = gV = None
+        if g is not None and ctx.needs_input_grad[0]:
+            gvalues = _PatternValues.apply(*((V, g) if ctx.adjoint else (g, V)), ctx.pattern)
+        if g is not None and ctx.needs_input_grad[1]:
+            gV = _PatternProduct.apply(values, g, ctx.pattern, not ctx.adjoint)
+        return gvalues, gV, None, None
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def jvp(ctx, dvalues, dV, _pattern, _adjoint):
+        values, V = ctx.saved_tensors
+        terms = [
+            _PatternProduct.apply(*pair, ctx.pattern, ctx.adjoint)
+            for pair in ((dvalues, V), (values, dV))
+            if None not in pair
+        ]
+        return sum(terms[1:], terms[0])
+
+
+class _SparseProduct(Function):
+    """(M, V) -> M V for sparse Hermitian M.  Backward: V gets M g, M the Hermitian part of g V^H on its pattern."""
+
+    @staticmethod
+    def forward(M: Tensor, V: Tensor) -> Tensor:
+        return multiply(M, V)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        M, V = inputs
+        ctx.save_for_backward(M, V)
+        ctx.save_for_forward(M, V)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def backward(ctx, g: Optional[Tensor]):
+        M, V = ctx.saved_tensors
+        gM = gV = None
+        if g is not None and ctx.needs_input_grad[0]:
+            gM = hermitian_outer(M, g, V)
+        if g is not None and ctx.needs_input_grad[1]:
+            gV = _sum_to(apply(M, g), V.shape)
+        return gM, gV
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def jvp(ctx, dM, dV):
+        M, V = ctx.saved_tensors
+        terms = []
+        if dM is not None:
+            terms.append(hermitian_apply(dM, V))
+        if dV is not None:
+            terms.append(apply(M, dV))
+        return sum(terms[1:], terms[0])
