@@ -174,7 +174,7 @@ def patch_venv() -> None:
         run(venv_python(), PATCH, "apply", env=venv_environment())
     except SetupError as error:
         raise SetupError(
-            f"{error}\npatch.py says above what stands in the way; if .venv itself is damaged, delete it and start again"
+            f"{error}\npatch.py says above what stands in the way; if .venv itself is damaged, delete it and try again"
         ) from None
 
 
