@@ -113,6 +113,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--python", default=default_python(), help="interpreter of the rows (%(default)s)")
     parser.add_argument("--upstream", default="", metavar="FILE", help="wheel, or unpatched _lobpcg.py, for that peer")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
+                        help="cpu: processor time of the row, for a machine with other load (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each row after its warm-up (%(default)s)")
     parser.add_argument("--budget", type=float, default=60, help="seconds a row may take for its turns (%(default)s)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a single run (%(default)s)")
@@ -141,14 +143,14 @@ def main(argv: list[str]) -> int:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     upstream = str(Path(options.upstream).resolve()) if options.upstream else ""
-    rules = Options(options.python, options.threads, options.repeats, options.budget, options.timeout, upstream)
+    rules = Options(options.python, options.threads, options.repeats, options.budget, options.timeout, upstream, options.clock)
     results, versions = {}, {}
     for name, peers in chosen.items():
         results[name], found = measure_case(name, peers, rules, progress)
         versions |= found
     report = {
         "results": results, "versions": versions, "threads": rules.threads, "repeats": rules.repeats,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "bars": reports.verdicts(results),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "clock": rules.clock, "bars": reports.verdicts(results),
         "studies": reports.studies(results),
     }
     print(reports.markdown(report))

@@ -21,8 +21,8 @@ PEERS = {
 }
 
 METRICS = {
-    "seconds": "wall time of the call; of forward and backward together in a backward case",
-    "forward": "wall time of the forward alone, no gradient asked for",
+    "seconds": "time of the call; of forward and backward together in a backward case",
+    "forward": "time of the forward alone, no gradient asked for",
     "residual": "max_j ||A x_j - E_j B x_j|| / ((||A|| + |E_j| ||B||) ||x_j||), 2-norms",
     "absolute": "max_j ||A x_j - E_j B x_j||",
     "value_error": "max_j |E_j - exact E_j|",

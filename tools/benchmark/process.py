@@ -22,9 +22,8 @@ class Row:
     def __init__(self, case: Case, peer: str, options: Options):
         self.case, self.peer, self.options = case, peer, options
         self.error: str | None = None
-        request = {
-            "case": dataclasses.asdict(case), "peer": peer, "upstream": options.upstream, "threads": options.threads,
-        }
+        request = {"case": dataclasses.asdict(case), "peer": peer}
+        request |= {name: getattr(options, name) for name in ("upstream", "threads", "clock")}
         environment = os.environ | dict.fromkeys(THREADS, str(options.threads)) | {"PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
             [options.python, str(BENCH), "--row", json.dumps(request)],
@@ -85,3 +84,4 @@ class Options:
     budget: float = 60.0
     timeout: float = 900.0
     upstream: str = ""
+    clock: str = "wall"

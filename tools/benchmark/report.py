@@ -150,7 +150,7 @@ def markdown(report: dict) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     parts = [
         "# torch.lobpcg and its peers",
-        f"{report['threads']} thread(s); {report['machine']}; {versions}. Each row is a process of its own; the peers of a "
+        f"{report['threads']} thread(s); {report['machine']}; {versions}; {report['clock']} time. Each row is a process of its own; the peers of a "
         f"case take turns, medians of up to {report['repeats']} turns after a warm-up. Compare ratios, not seconds; "
         "residuals and errors are the worst over the turns.",
     ]
