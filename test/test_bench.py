@@ -1,4 +1,4 @@
-"""tools/bench.py: selection, medians, bars, exponents, tables, the row protocol, and the exact gradients it compares with."""
+"""tools/bench.py: selection, medians, bars, exponents, tables, lost rows, and the exact gradients it compares with."""
 
 import contextlib
 import io
@@ -17,11 +17,9 @@ from benchmark import cases, report, upstream  # noqa: E402
 from benchmark.cases import CASES, PEERS, Bar, Case, Study, select  # noqa: E402
 from benchmark.process import Options, Row  # noqa: E402
 
-
 try:
     import scipy  # noqa: F401
     import torch
-
     from benchmark import problems
 
     problems.catalogue()
@@ -31,7 +29,15 @@ except (ImportError, FileNotFoundError):
 
 
 def row(seconds=1.0, absolute=1e-9, residual=1e-9, **more):
-    return {"seconds": seconds, "absolute": absolute, "residual": residual, "runs": 3, "warm_up": "", "notes": [], **more}
+    return {
+        "seconds": seconds,
+        "absolute": absolute,
+        "residual": residual,
+        "runs": 3,
+        "warm_up": "",
+        "notes": [],
+        **more,
+    }
 
 
 class TestCases(unittest.TestCase):
@@ -64,9 +70,13 @@ class TestCases(unittest.TestCase):
             self.assertEqual(set(peers), set(CASES[name].peers))
 
     def test_globs(self):
-        self.assertEqual(list(select(["dense-500", "laplacian-50x50-c*"], [])),
-                         ["laplacian-50x50-csr", "laplacian-50x50-coo", "dense-500"])
-        self.assertEqual(select(["laplacian-400x400"], ["patched", "up*"]), {"laplacian-400x400": ["patched", "upstream"]})
+        self.assertEqual(
+            list(select(["dense-500", "laplacian-50x50-c*"], [])),
+            ["laplacian-50x50-csr", "laplacian-50x50-coo", "dense-500"],
+        )
+        self.assertEqual(
+            select(["laplacian-400x400"], ["patched", "up*"]), {"laplacian-400x400": ["patched", "upstream"]}
+        )
         self.assertNotIn("batch-256x32", select([], ["scipy"]))
 
     def test_unknown_names(self):
@@ -77,7 +87,10 @@ class TestCases(unittest.TestCase):
 
 class TestSummary(unittest.TestCase):
     def test_median_of_times_worst_of_errors(self):
-        runs = [{"seconds": s, "residual": r, "warnings": [w]} for s, r, w in ((3.0, 1e-9, "b"), (1.0, 3e-9, "a"), (9.0, 2e-9, "a"))]
+        runs = [
+            {"seconds": s, "residual": r, "warnings": [w]}
+            for s, r, w in ((3.0, 1e-9, "b"), (1.0, 3e-9, "a"), (9.0, 2e-9, "a"))
+        ]
         found = report.summarize({"nnz": 7, "versions": {}}, runs, {"columns": 12}, None, "")
         self.assertEqual((found["seconds"], found["residual"], found["runs"]), (3.0, 3e-9, 3))
         self.assertEqual((found["nnz"], found["columns"], found["notes"]), (7, 12, ["a", "b"]))
@@ -160,7 +173,9 @@ class TestGrowth(unittest.TestCase):
 
     def test_study_judges_only_when_complete(self):
         plan = Study("s", "nnz", ("grad-nnz-1e4", "grad-nnz-1e5", "grad-nnz-1e6"))
-        results = {name: {"patched": row(s, nnz=n)} for name, s, n in (("grad-nnz-1e4", 1.0, 10), ("grad-nnz-1e5", 20.0, 100))}
+        results = {
+            name: {"patched": row(s, nnz=n)} for name, s, n in (("grad-nnz-1e4", 1.0, 10), ("grad-nnz-1e5", 20.0, 100))
+        }
         self.assertIsNone(report.study(plan, results)["met"])
         results["grad-nnz-1e6"] = {"patched": row(400.0, nnz=1000)}
         self.assertFalse(report.study(plan, results)["met"])
@@ -176,10 +191,18 @@ class TestMarkdown(unittest.TestCase):
                 "scipy": {"runs": 0, "warm_up": "", "notes": ["a | b"], "error": "ValueError: no"},
             }
         }
-        text = report.markdown({
-            "results": results, "versions": {"torch": "2.13.0"}, "threads": 1, "repeats": 3, "machine": "x", "clock": "wall",
-            "bars": report.verdicts(results), "studies": [],
-        })
+        text = report.markdown(
+            {
+                "results": results,
+                "versions": {"torch": "2.13.0"},
+                "threads": 1,
+                "repeats": 3,
+                "machine": "x",
+                "clock": "wall",
+                "bars": report.verdicts(results),
+                "studies": [],
+            }
+        )
         for block in text.split("\n\n"):
             if block.startswith("|"):
                 counts = {line.replace("\\|", "").count("|") for line in block.split("\n")}
@@ -222,18 +245,25 @@ class TestCommand(unittest.TestCase):
                         status, out, _ = self.call("--case", "dense-500", "--output", str(folder / "new"))
                     self.assertEqual(status, expected)
                     self.assertEqual((folder / "new" / "bench.md").read_text(), out.removesuffix("\n"))
-                    self.assertEqual(json.loads((folder / "new" / "bench.json").read_text())["results"]["dense-500"], results)
+                    self.assertEqual(
+                        json.loads((folder / "new" / "bench.json").read_text())["results"]["dense-500"], results
+                    )
 
     def test_a_row_that_dies_is_reported(self):
         import subprocess
 
         real = subprocess.Popen
-        for code, expected in (("raise SystemExit('out of luck')", "out of luck"), ("print('{\"error\": \"E: x\"}')", "E: x")):
+        for code, expected in (
+            ("raise SystemExit('out of luck')", "out of luck"),
+            ('print(\'{"error": "E: x"}\')', "E: x"),
+        ):
+
             def child(_, code=code, **keywords):
                 return real([sys.executable, "-c", code], **keywords)
 
             with self.subTest(code=code), mock.patch("subprocess.Popen", child):
                 lost = Row(CASES["dense-500"], "patched", Options(sys.executable))
+                lost.ready()
                 self.assertIn(expected, lost.error)
                 lost.close()
                 for stream in (lost.process.stdin, lost.process.stdout, lost.process.stderr):
@@ -269,7 +299,10 @@ class TestUpstream(TestCommand):
                 store = site / ".torch_lobpcg_patch"
                 (store / "objects").mkdir(parents=True)
                 (store / "objects" / "abc").write_bytes(b"pristine = 2\n")
-                steps = [["torch/other.py", None, ["x", 420, None]], [upstream.MEMBER, ["abc", 420, None], ["d", 420, None]]]
+                steps = [
+                    ["torch/other.py", None, ["x", 420, None]],
+                    [upstream.MEMBER, ["abc", 420, None], ["d", 420, None]],
+                ]
                 (store / "state.json").write_text(json.dumps({"steps": steps}))
                 self.assertEqual(upstream.load().pristine, 2)
 
@@ -315,7 +348,9 @@ class TestExactAnswers(unittest.TestCase):
         """No autograd there: a central difference of the loss, which is smooth though single pairs are not."""
         from benchmark import peers
 
-        instance = problems.Instance(Case("x", "x", {"kind": "laplacian", "sizes": [7, 7], "mass": ""}, 4, backward=True))
+        instance = problems.Instance(
+            Case("x", "x", {"kind": "laplacian", "sizes": [7, 7], "mass": ""}, 4, backward=True)
+        )
         D = torch.randn(49, 49, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         D, h = (D + D.mT) / 2, 1e-4
         loss = [instance.loss(*peers.Eigh(instance, {}).solve(instance.A + t * D, None, 0, 0)) for t in (h, -h)]

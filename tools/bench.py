@@ -34,6 +34,8 @@ def measure_case(name: str, peers: list[str], options: Options, say: Callable) -
     notes = dict.fromkeys(peers, "")
     turns = dict.fromkeys(peers, 0)
     try:
+        for row in rows.values():
+            row.ready()
         for peer in peers:
             if rows[peer].error:
                 say(name, peer, {}, rows[peer].error)
@@ -59,7 +61,8 @@ def measure_case(name: str, peers: list[str], options: Options, say: Callable) -
     for row in rows.values():
         versions |= row.about.get("versions", {})
     summary = {
-        peer: reports.summarize(rows[peer].about, runs[peer], counted[peer], rows[peer].error, notes[peer]) for peer in peers
+        peer: reports.summarize(rows[peer].about, runs[peer], counted[peer], rows[peer].error, notes[peer])
+        for peer in peers
     }
     return summary, versions
 
@@ -93,12 +96,35 @@ def default_python() -> str:
     return sys.executable
 
 
-def write(report: dict, folder: Path, python: str) -> None:
-    """bench.json, bench.md, bench.png."""
+def compile_report(results: dict, versions: dict, rules: Options) -> dict:
+    return {
+        "results": results,
+        "versions": versions,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": rules.threads,
+        "repeats": rules.repeats,
+        "clock": rules.clock,
+        "bars": reports.verdicts(results),
+        "studies": reports.studies(results),
+    }
+
+
+def write(report: dict, folder: Path) -> None:
+    """bench.json and bench.md."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "bench.md").write_text(reports.markdown(report), encoding="utf-8")
-    command = [python, str(ROOT / "tools" / "bench.py"), "--plot", str(folder / "bench.json"), str(folder / "bench.png")]
+
+
+def draw(folder: Path, python: str) -> None:
+    """bench.png, by the rows' interpreter: this one may have no matplotlib."""
+    command = [
+        python,
+        str(ROOT / "tools" / "bench.py"),
+        "--plot",
+        str(folder / "bench.json"),
+        str(folder / "bench.png"),
+    ]
     drawn = subprocess.run(command, capture_output=True, text=True)
     if drawn.returncode:
         reason = drawn.stderr.strip().splitlines()[-1] if drawn.stderr.strip() else "unknown reason"
@@ -108,13 +134,19 @@ def write(report: dict, folder: Path, python: str) -> None:
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", default=[], metavar="GLOB", help="cases to run (default: all)")
-    parser.add_argument("--peer", action="append", default=[], metavar="GLOB", help="peers to run (default: the case's)")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="GLOB", help="peers to run (default: the case's)"
+    )
     parser.add_argument("--list", action="store_true", help="list cases, bars, peers and metrics")
     parser.add_argument("--python", default=default_python(), help="interpreter of the rows (%(default)s)")
     parser.add_argument("--upstream", default="", metavar="FILE", help="wheel, or unpatched _lobpcg.py, for that peer")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
-                        help="cpu: processor time of the row, for a machine with other load (%(default)s)")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of the row, for a machine with other load (%(default)s)",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each row after its warm-up (%(default)s)")
     parser.add_argument("--budget", type=float, default=60, help="seconds a row may take for its turns (%(default)s)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a single run (%(default)s)")
@@ -143,19 +175,19 @@ def main(argv: list[str]) -> int:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     upstream = str(Path(options.upstream).resolve()) if options.upstream else ""
-    rules = Options(options.python, options.threads, options.repeats, options.budget, options.timeout, upstream, options.clock)
-    results, versions = {}, {}
+    rules = Options(
+        options.python, options.threads, options.repeats, options.budget, options.timeout, upstream, options.clock
+    )
+    results, versions, report = {}, {}, {}
     for name, peers in chosen.items():
         results[name], found = measure_case(name, peers, rules, progress)
         versions |= found
-    report = {
-        "results": results, "versions": versions, "threads": rules.threads, "repeats": rules.repeats,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "clock": rules.clock, "bars": reports.verdicts(results),
-        "studies": reports.studies(results),
-    }
+        report = compile_report(results, versions, rules)
+        if options.output:  # after each case: an interrupted run leaves what it has
+            write(report, options.output)
     print(reports.markdown(report))
     if options.output:
-        write(report, options.output, rules.python)
+        draw(options.output, rules.python)
     return 1 if any(judged["met"] is False for judged in report["bars"] + report["studies"]) else 0
 
 

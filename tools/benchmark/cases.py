@@ -114,37 +114,120 @@ def _forward_cases() -> list[Case]:
             Bar("seconds", 0.25, "upstream", against_case="laplacian-50x50-coo"),
         )
         cases.append(
-            Case(name, f"2-D Laplacian n=2500, {layout.upper()}, absolute residual 1e-5", _laplacian(50, 50), 4,
-                 absolute=1e-5, layout=f"sparse_{layout}", niter=_UNTIL, bars=bars)
+            Case(
+                name,
+                f"2-D Laplacian n=2500, {layout.upper()}, absolute residual 1e-5",
+                _laplacian(50, 50),
+                4,
+                absolute=1e-5,
+                layout=f"sparse_{layout}",
+                niter=_UNTIL,
+                bars=bars,
+            )
         )
     grid = {"problem": _laplacian(400, 400), "k": 4, "layout": "sparse_csr"}
     cases += [
-        Case("laplacian-400x400", "2-D Laplacian n=160000, CSR, no preconditioner", peers=("patched", "scipy"),
-             more=("upstream", "eigsh-invert"), niter=_UNTIL, bars=(Bar("seconds", 0.7, "scipy"),), **grid),
-        Case("laplacian-400x400-amg", "the same, pyamg as iK", peers=("patched", "scipy", "eigsh-invert"), iK="amg",
-             bars=(Bar("seconds", 1.1, "scipy"), Bar("seconds", 1 / 40, "patched", against_case="laplacian-400x400")),
-             **grid),
-        Case("dense-2000", "dense n=2000, k=10 smallest", _gapped(2000, 10), 10, ("patched", "upstream", "eigh", "scipy"),
-             ("eigsh", "xitorch", "xitorch-davidson"),
-             bars=(Bar("seconds", 0.3, "upstream"), Bar("seconds", 1.1, "scipy"))),
+        Case(
+            "laplacian-400x400",
+            "2-D Laplacian n=160000, CSR, no preconditioner",
+            peers=("patched", "scipy"),
+            more=("upstream", "eigsh-invert"),
+            niter=_UNTIL,
+            bars=(Bar("seconds", 0.7, "scipy"),),
+            **grid,
+        ),
+        Case(
+            "laplacian-400x400-amg",
+            "the same, pyamg as iK",
+            peers=("patched", "scipy", "eigsh-invert"),
+            iK="amg",
+            bars=(Bar("seconds", 1.1, "scipy"), Bar("seconds", 1 / 40, "patched", against_case="laplacian-400x400")),
+            **grid,
+        ),
+        Case(
+            "dense-2000",
+            "dense n=2000, k=10 smallest",
+            _gapped(2000, 10),
+            10,
+            ("patched", "upstream", "eigh", "scipy"),
+            ("eigsh", "xitorch", "xitorch-davidson"),
+            bars=(Bar("seconds", 0.3, "upstream"), Bar("seconds", 1.1, "scipy")),
+        ),
         Case("dense-500", "dense n=500, k=5 smallest", _gapped(500, 5), 5, _DENSE, bars=(Bar("seconds", 1.0, "eigh"),)),
         Case("dense-500-even", "the same with evenly spaced eigenvalues", {"kind": "even", "m": 500}, 5, _DENSE[:5]),
-        Case("generalized-500", "dense generalized n=500, k=5, cond(B)=10", _gapped(500, 5, condition=10.0), 5,
-             ("patched", "upstream", "eigh", "scipy", "eigsh"), ("xitorch", "xitorch-davidson")),
-        Case("batch-256x32", "256 matrices 32 x 32, k=3, default method", {"kind": "batch", "count": 256, "m": 32}, 3,
-             ("patched", "upstream", "eigh"), bars=(Bar("seconds", 1.5, "eigh"),)),
-        Case("batch-256x32-ortho", 'the same, method="ortho"', {"kind": "batch", "count": 256, "m": 32}, 3,
-             ("patched", "upstream"), ("eigh",), method="ortho", bars=(Bar("seconds", 1 / 20, "upstream"),)),
-        Case("inverse-500", "iK = inverse of A, n=500, condition 1e6, default method",
-             {"kind": "even", "m": 500, "smallest": 1e-6}, 5, iK="inverse", kind="count",
-             bars=(Bar("iterations", 15),)),
-        Case("products-50x50", "products with A, 2-D Laplacian n=2500", _laplacian(50, 50), 4, absolute=1e-5,
-             layout="sparse_csr", niter=_UNTIL, kind="count", bars=(Bar("columns_per_active", 1.1),)),
-        Case("float32-50x50", "float32, 2-D Laplacian n=2500, 200 random starts", _laplacian(50, 50), 4, ("patched",),
-             ("upstream",), dtype="float32", layout="sparse_csr", tol=1e-6, niter=_UNTIL, kind="starts", starts=200,
-             bars=(Bar("value_error", 1e-5), Bar("failures", 0))),
-        Case("known-spectra", "every problem of the catalogue, every dtype, 100 random starts each", {"kind": "catalogue"},
-             3, ("patched",), ("upstream",), tol=0, kind="starts", starts=100, bars=(Bar("failures", 0),)),
+        Case(
+            "generalized-500",
+            "dense generalized n=500, k=5, cond(B)=10",
+            _gapped(500, 5, condition=10.0),
+            5,
+            ("patched", "upstream", "eigh", "scipy", "eigsh"),
+            ("xitorch", "xitorch-davidson"),
+        ),
+        Case(
+            "batch-256x32",
+            "256 matrices 32 x 32, k=3, default method",
+            {"kind": "batch", "count": 256, "m": 32},
+            3,
+            ("patched", "upstream", "eigh"),
+            bars=(Bar("seconds", 1.5, "eigh"),),
+        ),
+        Case(
+            "batch-256x32-ortho",
+            'the same, method="ortho"',
+            {"kind": "batch", "count": 256, "m": 32},
+            3,
+            ("patched", "upstream"),
+            ("eigh",),
+            method="ortho",
+            bars=(Bar("seconds", 1 / 20, "upstream"),),
+        ),
+        Case(
+            "inverse-500",
+            "iK = inverse of A, n=500, condition 1e6, default method",
+            {"kind": "even", "m": 500, "smallest": 1e-6},
+            5,
+            iK="inverse",
+            kind="count",
+            bars=(Bar("iterations", 15),),
+        ),
+        Case(
+            "products-50x50",
+            "products with A, 2-D Laplacian n=2500",
+            _laplacian(50, 50),
+            4,
+            absolute=1e-5,
+            layout="sparse_csr",
+            niter=_UNTIL,
+            kind="count",
+            bars=(Bar("columns_per_active", 1.1),),
+        ),
+        Case(
+            "float32-50x50",
+            "float32, 2-D Laplacian n=2500, 200 random starts",
+            _laplacian(50, 50),
+            4,
+            ("patched",),
+            ("upstream",),
+            dtype="float32",
+            layout="sparse_csr",
+            tol=1e-6,
+            niter=_UNTIL,
+            kind="starts",
+            starts=200,
+            bars=(Bar("value_error", 1e-5), Bar("failures", 0)),
+        ),
+        Case(
+            "known-spectra",
+            "every problem of the catalogue, every dtype, 100 random starts each",
+            {"kind": "catalogue"},
+            3,
+            ("patched",),
+            ("upstream",),
+            tol=0,
+            kind="starts",
+            starts=100,
+            bars=(Bar("failures", 0),),
+        ),
     ]
     return cases
 
@@ -157,36 +240,81 @@ def _backward_cases() -> list[Case]:
     xitorch = ("xitorch", "xitorch-davidson")
     small_error = Bar("gradient_error", 1e-6)
     cases = [
-        case("dense-2000", "dense n=2000, k=10", _gapped(2000, 10), 10, eigh, more=xitorch,
-             bars=(Bar("seconds", 0.3, "eigh"), small_error)),
+        case(
+            "dense-2000",
+            "dense n=2000, k=10",
+            _gapped(2000, 10),
+            10,
+            eigh,
+            more=xitorch,
+            bars=(Bar("seconds", 0.3, "eigh"), small_error),
+        ),
         case("dense-500", "dense n=500, k=5", _gapped(500, 5), 5, eigh + xitorch, bars=(Bar("seconds", 1.0, "eigh"),)),
-        case("generalized-500", "dense generalized n=500, k=5", _gapped(500, 5, condition=10.0), 5,
-             ("patched", "eigh") + xitorch, bars=(Bar("seconds", 1.0, "eigh"),)),
+        case(
+            "generalized-500",
+            "dense generalized n=500, k=5",
+            _gapped(500, 5, condition=10.0),
+            5,
+            ("patched", "eigh") + xitorch,
+            bars=(Bar("seconds", 1.0, "eigh"),),
+        ),
     ]
     for layout in ("csr", "coo"):
         for iK in ("", "amg"):
             cases.append(
-                case(f"100x100-{layout}" + ("-amg" if iK else ""),
-                     f"2-D Laplacian 100 x 100, {layout.upper()}" + (", pyamg as iK" if iK else ""),
-                     _laplacian(100, 100), 4, layout=f"sparse_{layout}", iK=iK, niter=0 if iK else _UNTIL,
-                     bars=(Bar("seconds", 1.6, "patched", "forward"), small_error))
+                case(
+                    f"100x100-{layout}" + ("-amg" if iK else ""),
+                    f"2-D Laplacian 100 x 100, {layout.upper()}" + (", pyamg as iK" if iK else ""),
+                    _laplacian(100, 100),
+                    4,
+                    layout=f"sparse_{layout}",
+                    iK=iK,
+                    niter=0 if iK else _UNTIL,
+                    bars=(Bar("seconds", 1.6, "patched", "forward"), small_error),
+                )
             )
     three = (Bar("peak_mb", 3000), Bar("gradient_error", 1e-5))
     cases += [
-        case("400x400-amg", "2-D Laplacian 400 x 400, pyamg as iK", _laplacian(400, 400), 4,
-             bars=(Bar("seconds", 2.0, "patched", "forward"), Bar("extra_mb", 150)), **_AMG),
-        case("100x100x100-diagonal", "3-D Laplacian, n=10^6, diagonal mass, gradient in A and B",
-             _laplacian(100, 100, 100, mass="diagonal"), 4, bars=three, **_AMG),
-        case("100x100x100-7point", "3-D Laplacian, n=10^6, 7-point mass, gradient in A and B",
-             _laplacian(100, 100, 100, mass="7-point"), 4, bars=three, **_AMG),
+        case(
+            "400x400-amg",
+            "2-D Laplacian 400 x 400, pyamg as iK",
+            _laplacian(400, 400),
+            4,
+            bars=(Bar("seconds", 2.0, "patched", "forward"), Bar("extra_mb", 150)),
+            **_AMG,
+        ),
+        case(
+            "100x100x100-diagonal",
+            "3-D Laplacian, n=10^6, diagonal mass, gradient in A and B",
+            _laplacian(100, 100, 100, mass="diagonal"),
+            4,
+            bars=three,
+            **_AMG,
+        ),
+        case(
+            "100x100x100-7point",
+            "3-D Laplacian, n=10^6, 7-point mass, gradient in A and B",
+            _laplacian(100, 100, 100, mass="7-point"),
+            4,
+            bars=three,
+            **_AMG,
+        ),
     ]
     # sides in the ratio 0.72: a gap of 6 % or more after each k below, of 1.9 % or more between any two of the first 16
     for label, sides in (("1e4", (85, 118)), ("1e5", (268, 372)), ("1e6", (848, 1178))):
-        cases.append(case(f"nnz-{label}", f"2-D Laplacian n={label}, pyamg, for the growth with nnz", _laplacian(*sides), 4,
-                          **_AMG))
+        cases.append(
+            case(
+                f"nnz-{label}",
+                f"2-D Laplacian n={label}, pyamg, for the growth with nnz",
+                _laplacian(*sides),
+                4,
+                **_AMG,
+            )
+        )
     for k in (2, 8, 16):
-        cases.append(case(f"k-{k}", f"2-D Laplacian n=1e5, k={k}, pyamg, for the growth with k", _laplacian(268, 372), k,
-                          **_AMG))
+        cases.append(
+            case(f"k-{k}", f"2-D Laplacian n=1e5, k={k}, pyamg, for the growth with k", _laplacian(268, 372), k, **_AMG)
+        )
     return cases
 
 
@@ -216,7 +344,11 @@ def select(cases: list[str], peers: list[str]) -> dict[str, list[str]]:
         wanted = [
             peer
             for peer in PEERS
-            if (any(fnmatchcase(peer, p) for p in peers) and peer in case.peers + case.more if peers else peer in case.peers)
+            if (
+                any(fnmatchcase(peer, p) for p in peers) and peer in case.peers + case.more
+                if peers
+                else peer in case.peers
+            )
         ]
         if wanted:
             rows[name] = wanted

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 
 import numpy as np
-
 import scipy.sparse.linalg
 import torch
 
@@ -154,7 +153,13 @@ class Scipy:
         start = np.random.default_rng(seed).standard_normal(shape).astype(self.case.dtype)
         absolute = tol * self.instance.target() / self.instance.tolerance()
         return scipy.sparse.linalg.lobpcg(
-            A, start, B=self.B, M=self.iK, tol=absolute, maxiter=self.case.niter or 1000, largest=self.case.largest,
+            A,
+            start,
+            B=self.B,
+            M=self.iK,
+            tol=absolute,
+            maxiter=self.case.niter or 1000,
+            largest=self.case.largest,
             retResidualNormsHistory=True,
         )
 

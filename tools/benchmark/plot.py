@@ -25,9 +25,13 @@ def draw(report: dict, path: str) -> None:
 def _times(axes, results: dict) -> None:
     names = list(results)
     for i, peer in enumerate(PEERS):
-        points = [(rows[peer]["seconds"], y) for y, rows in enumerate(results.values()) if "seconds" in rows.get(peer, {})]
+        points = [
+            (rows[peer]["seconds"], y) for y, rows in enumerate(results.values()) if "seconds" in rows.get(peer, {})
+        ]
         if points:
-            axes.scatter(*zip(*points), label=peer, marker="DosPX^v<"[i], s=60 if i == 0 else 36, zorder=3 if i == 0 else 2)
+            axes.scatter(
+                *zip(*points), label=peer, marker="DosPX^v<"[i], s=60 if i == 0 else 36, zorder=3 if i == 0 else 2
+            )
     axes.set_xscale("log")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -39,9 +43,10 @@ def _times(axes, results: dict) -> None:
 def _growth(axes, study: dict) -> None:
     x, y = zip(*study["points"])
     axes.loglog(x, y, "D-")
-    axes.loglog(x, [y[0] * (a / x[0]) ** study["limit"] for a in x], ":", color="gray", label=f"exponent {study['limit']:g}")
+    axes.loglog(
+        x, [y[0] * (a / x[0]) ** study["limit"] for a in x], ":", color="gray", label=f"exponent {study['limit']:g}"
+    )
     axes.set_title(f"{study['name']}: exponent {study['exponent']:.2f}", fontsize="medium")
     axes.set_xlabel(study["axis"])
     axes.set_ylabel(study["metric"])
     axes.legend(fontsize="small")
-

@@ -151,7 +151,6 @@ class Instance:
         return errors
 
 
-
 class _Columns:
     """The eigenbasis as a matrix; columns ascending, B-orthonormal."""
 

@@ -1,4 +1,4 @@
-"""Rows as child processes: start, ask, stop. One process per case and peer, all of a case alive at once and idle but one."""
+"""Rows as child processes: start, ask, stop. One per case and peer; those of a case live at once, all idle but one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,20 @@ class Row:
         environment = os.environ | dict.fromkeys(THREADS, str(options.threads)) | {"PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
             [options.python, str(BENCH), "--row", json.dumps(request)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.answers: queue.Queue[str | None] = queue.Queue()
         self.noise: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._listen, daemon=True).start()
+        self.about: dict = {}
+
+    def ready(self) -> None:
+        """Wait until the row is set up. Rows are created first and waited for then, so that they set up side by side."""
         self.about = self._answer()
 
     def ask(self, **command: object) -> dict:

@@ -21,7 +21,17 @@ def summarize(about: dict, runs: list[dict], counted: dict, error: str | None, w
             row[name] = median(values)
             if name == "seconds":
                 row["spread"] = (max(values) - min(values)) / row[name] if row[name] else 0.0
-    worst = ("residual", "absolute", "value_error", "gradient_error", "extra_mb", "peak_mb", "failures", "starts", "warned")
+    worst = (
+        "residual",
+        "absolute",
+        "value_error",
+        "gradient_error",
+        "extra_mb",
+        "peak_mb",
+        "failures",
+        "starts",
+        "warned",
+    )
     for name in worst:
         values = [run[name] for run in runs if run.get(name) is not None]
         if values:
@@ -61,7 +71,11 @@ def larger_residual(row: dict, other: dict, case: str) -> bool:
     """Whether row's residual exceeds both the other's and the one that the case asks for."""
     if "absolute" not in row or "absolute" not in other:
         return False
-    asked = row["absolute"] <= LARGER * CASES[case].absolute if CASES[case].absolute else row["residual"] <= LARGER * CASES[case].tol
+    asked = (
+        row["absolute"] <= LARGER * CASES[case].absolute
+        if CASES[case].absolute
+        else row["residual"] <= LARGER * CASES[case].tol
+    )
     return not asked and row["absolute"] > LARGER * other["absolute"]
 
 
@@ -87,8 +101,15 @@ def study(plan: Study, results: dict) -> dict | None:
         return None
     slope = exponent(*zip(*points))
     complete = len(points) == len(plan.cases)
-    return {"name": plan.name, "axis": plan.axis, "metric": plan.metric, "points": points, "exponent": slope,
-            "limit": plan.limit, "met": slope <= plan.limit if complete else None}
+    return {
+        "name": plan.name,
+        "axis": plan.axis,
+        "metric": plan.metric,
+        "points": points,
+        "exponent": slope,
+        "limit": plan.limit,
+        "met": slope <= plan.limit if complete else None,
+    }
 
 
 def studies(results: dict) -> list[dict]:
@@ -118,10 +139,20 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 # column -> metric
 _COLUMNS = {
-    "s": "seconds", "forward s": "forward", "residual": "residual", "absolute": "absolute", "value error": "value_error",
-    "gradient error": "gradient_error", "extra MB": "extra_mb", "peak MB": "peak_mb", "set-up s": "setup",
-    "iterations": "iterations", "columns of A": "columns", "columns / active": "columns_per_active", "failures": "failures",
-}  # fmt: skip
+    "s": "seconds",
+    "forward s": "forward",
+    "residual": "residual",
+    "absolute": "absolute",
+    "value error": "value_error",
+    "gradient error": "gradient_error",
+    "extra MB": "extra_mb",
+    "peak MB": "peak_mb",
+    "set-up s": "setup",
+    "iterations": "iterations",
+    "columns of A": "columns",
+    "columns / active": "columns_per_active",
+    "failures": "failures",
+}
 
 
 def case_table(name: str, rows: dict, reference: str = "patched") -> str:
@@ -131,7 +162,9 @@ def case_table(name: str, rows: dict, reference: str = "patched") -> str:
     lines = []
     for peer, row in rows.items():
         ratio = row["seconds"] / base["seconds"] if row.get("seconds") and base.get("seconds") else None
-        remarks = [f"median of {row['runs']}" + (f", {row['warm_up']}" if row["warm_up"] else "")] if row["runs"] else []
+        remarks = (
+            [f"median of {row['runs']}" + (f", {row['warm_up']}" if row["warm_up"] else "")] if row["runs"] else []
+        )
         if row.get("spread", 0) > 0.3:
             remarks.append(f"spread {100 * row['spread']:.0f} %")
         if base is not row and larger_residual(row, base, name):
@@ -150,8 +183,8 @@ def markdown(report: dict) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     parts = [
         "# torch.lobpcg and its peers",
-        f"{report['threads']} thread(s); {report['machine']}; {versions}; {report['clock']} time. Each row is a process of its own; the peers of a "
-        f"case take turns, medians of up to {report['repeats']} turns after a warm-up. Compare ratios, not seconds; "
+        f"{report['threads']} thread(s); {report['machine']}; {versions}; {report['clock']} time. Each row is a process "
+        f"of its own; the peers of a case take turns, medians of up to {report['repeats']} turns after a warm-up. Compare ratios, not seconds; "
         "residuals and errors are the worst over the turns.",
     ]
     judged = report["bars"]
@@ -159,8 +192,16 @@ def markdown(report: dict) -> str:
         rows = [[v["case"], v["bar"], number(v["reached"]), word(v["met"]), v["reason"]] for v in judged]
         parts += ["## Bars", table(["case", "bar", "reached", "", "remark"], rows)]
     if report["studies"]:
-        rows = [[s["name"], ", ".join(f"{number(x)}: {number(y)}" for x, y in s["points"]), number(s["exponent"]),
-                 number(s["limit"]), word(s["met"])] for s in report["studies"]]
+        rows = [
+            [
+                s["name"],
+                ", ".join(f"{number(x)}: {number(y)}" for x, y in s["points"]),
+                number(s["exponent"]),
+                number(s["limit"]),
+                word(s["met"]),
+            ]
+            for s in report["studies"]
+        ]
         parts += ["## Growth", table(["study", "points (seconds)", "exponent", "limit", ""], rows)]
     parts.append("## Cases")
     for name, rows in results.items():

@@ -28,8 +28,12 @@ def run(row) -> dict:
             found.one(row.peer, row.instance, seed, case.tol, bound, case.name)
     seconds = time.perf_counter() - start
     return {
-        "seconds": seconds, "failures": found.failures, "value_error": found.worst, "starts": found.starts,
-        "warned": found.warned, "examples": found.examples,
+        "seconds": seconds,
+        "failures": found.failures,
+        "value_error": found.worst,
+        "starts": found.starts,
+        "warned": found.warned,
+        "examples": found.examples,
     }
 
 
