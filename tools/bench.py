@@ -149,7 +149,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each row after its warm-up (%(default)s)")
     parser.add_argument("--budget", type=float, default=60, help="seconds a row may take for its turns (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for a single run (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for a run (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write bench.json, bench.md and bench.png there")
     return parser.parse_args(argv)
 

@@ -100,7 +100,7 @@ class Instance:
         return float((R / self.scale(E)).max()), float(R.max())
 
     # A loss that no choice of eigenvectors inside a multiple eigenvalue can change:
-    # L = sum_j w_j (E_j + h x_j^T diag(p) x_j), w_j equal for equal eigenvalues, h such that both terms are of one size.
+    # L = sum_j w_j (E_j + h x_j^T diag(p) x_j), w_j equal for equal eigenvalues, h the mean |E|.
 
     def _weights(self):
         gaps = (self.exact[1:] - self.exact[:-1]).abs() > 1e-9 * max(abs(self.problem.radius), 1e-300)

@@ -22,6 +22,7 @@ class Row:
     def __init__(self, case: Case, peer: str, options: Options):
         self.case, self.peer, self.options = case, peer, options
         self.error: str | None = None
+        self.patience = options.timeout * (10 if case.kind == "starts" else 1)
         request = {"case": dataclasses.asdict(case), "peer": peer}
         request |= {name: getattr(options, name) for name in ("upstream", "threads", "clock")}
         environment = os.environ | dict.fromkeys(THREADS, str(options.threads)) | {"PYTHONHASHSEED": "0"}
@@ -40,7 +41,7 @@ class Row:
         self.about: dict = {}
 
     def ready(self) -> None:
-        """Wait until the row is set up. Rows are created first and waited for then, so that they set up side by side."""
+        """Wait until the row is set up; rows are created first, so that they set up side by side."""
         self.about = self._answer()
 
     def ask(self, **command: object) -> dict:
@@ -58,9 +59,9 @@ class Row:
 
     def _answer(self) -> dict:
         try:
-            line = self.answers.get(timeout=self.options.timeout)
+            line = self.answers.get(timeout=self.patience)
         except queue.Empty:
-            self.error = f"no answer within {self.options.timeout:g} s"
+            self.error = f"no answer within {self.patience:g} s"
             self.close()
             return {}
         if line is None:

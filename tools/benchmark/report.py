@@ -184,8 +184,8 @@ def markdown(report: dict) -> str:
     parts = [
         "# torch.lobpcg and its peers",
         f"{report['threads']} thread(s); {report['machine']}; {versions}; {report['clock']} time. Each row is a process "
-        f"of its own; the peers of a case take turns, medians of up to {report['repeats']} turns after a warm-up. Compare ratios, not seconds; "
-        "residuals and errors are the worst over the turns.",
+        f"of its own; the peers of a case take turns, medians of up to {report['repeats']} turns after a "
+        "warm-up. Compare ratios, not seconds; residuals and errors are the worst over the turns.",
     ]
     judged = report["bars"]
     if judged:
