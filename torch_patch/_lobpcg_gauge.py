@@ -103,6 +103,16 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     _check_convergence(E, x, gap, equal, T, residual, scale, options)
     if T.shape[-1] and gE is not None:
         _check_cut(E, gE, x, T, scale, options)
+    amplitude = None
+    if G is not None and g is not None:
+        amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
+        amplitude = (amplitude + amplitude.mT) / 2
+        if G.is_complex():
+            _check_phase(G, amplitude, eps)
+    # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3); elsewhere nothing can go wrong.
+    close = distinct & (gap <= eps ** (1 / 3) * size)
+    if not bool(close.any()):
+        return distinct.to(E.dtype)
     if gE is not None:
         _check_weights(gE, gap, equal)
     if G is None:
@@ -114,10 +124,6 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
             i, j = _first(equal & (G.abs() > 16 * math.sqrt(m) * eps * size), 2)
             _warn_cluster(i, j, gap, "the tangent splits them, so single tangents of these pairs do not exist")
         return (distinct & ~equal).to(E.dtype).expand(G.shape)
-    amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
-    amplitude = (amplitude + amplitude.mT) / 2
-    if G.is_complex():
-        _check_phase(G, amplitude, eps)
     skew = (G - G.mH).abs() / 2
     # Rounding in G of a loss that does not see the gauge: inner products of length m.
     noise = 8 * math.sqrt(m) * eps * amplitude
@@ -129,14 +135,10 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
             i, j = _first(seen & (skew > math.sqrt(eps) * amplitude), 2)
             raise RuntimeError(_cluster_text(i, j, gap, why) + "; it has no gradient there. " + _WELL_POSED)
         _warn_cluster(i, j, gap, why)
-    # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3).  A loss that is invariant in the
-    # cluster has a Hermitian block, skew part zero up to noise, and then the exact factor is zero.
-    invariant = (gap <= eps ** (1 / 3) * size) & (skew <= noise)
-    if gE is not None or bool((~invariant & distinct & ~equal).any()):
-        used = skew > noise
-        if gE is not None:
-            used = used | _weighs_differently(gE)
-        _check_blur(used & distinct & ~equal, E, x, gap, size, T, residual, options)
+    # A loss that is invariant in a cluster has a Hermitian block, skew part zero up to noise: the exact factor is zero.
+    invariant = close & (skew <= noise)
+    used = skew > noise if gE is None else (skew > noise) | _weighs_differently(gE)
+    _check_blur(used & distinct & ~equal, E, x, gap, size, T, residual, options)
     return (distinct & ~equal & ~invariant).to(E.dtype)
 
 
