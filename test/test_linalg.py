@@ -1,0 +1,1079 @@
+# Owner(s): ["module: linear algebra"]
+"""torch.lobpcg without gradients: right pairs, honest convergence, start blocks, preconditioners, batches, bad input."""
+
+import itertools
+import math
+import warnings
+
+import torch
+from torch.testing._internal.common_device_type import (
+    dtypes,
+    instantiate_device_type_tests,
+    onlyCPU,
+    onlyNativeDeviceTypes,
+)
+from torch.testing._internal.common_utils import TestCase, run_tests
+
+
+class LobpcgTestCase(TestCase):
+    """What the classes below share: one way to call the solver, one way to judge what it returned."""
+
+    def setUp(self):
+        super().setUp()
+        if not torch._C.has_lapack:
+            self.skipTest("torch was built without LAPACK")
+
+    @property
+    def problems(self):
+        from torch.testing._internal import lobpcg_problems
+
+        return lobpcg_problems
+
+    @property
+    def full(self):
+        """Long sweeps are asked for by LOBPCG_TEST_FULL=1."""
+        import os
+
+        return os.environ.get("LOBPCG_TEST_FULL", "0") == "1"
+
+    def solve(self, *args, solver=None, **kwargs):
+        """E, X and the warnings that lobpcg gave."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            E, X = (solver or torch.lobpcg)(*args, **kwargs)
+        return E, X, [str(w.message) for w in caught if "lobpcg" in str(w.message)]
+
+    def default_tol(self, dtype):
+        """A relative residual that every problem of the catalogue can reach: 100 eps, rounded up."""
+        return {torch.float64: 1e-9, torch.float32: 2e-5}[torch.zeros((), dtype=dtype).abs().dtype]
+
+    def assert_pairs(self, A, B, E, X, exact, tol, condition=1.0, rounding=0.0):
+        """E, X are the wanted pairs: B-orthonormal, small residuals, E within the residual of the exact values.
+
+        A Hermitian pencil has an eigenvalue within ||r|| / sqrt(smallest eigenvalue of B) of a Ritz value, for X
+        B-normalised. Everything is judged in double precision and, against overflow, after division by the norm of A.
+        """
+        eps, m = torch.finfo(E.dtype).eps, X.size(-2)
+        wide = torch.complex128 if X.is_complex() else torch.float64
+        A, X = (M.detach().to_dense().to(wide) for M in (A, X))
+        I = torch.eye(X.size(-1), dtype=wide, device=X.device)
+        B = torch.eye(m, dtype=wide, device=X.device) if B is None else B.detach().to_dense().to(wide)
+        self.assertFalse(E.is_complex())
+        self.assertEqual(E.shape, exact.shape)
+        self.assertEqual(X.shape, exact.shape[:-1] + (m, exact.shape[-1]))
+        if E.numel() == 0:
+            return
+        scale = A.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(wide).tiny)
+        A, E = A / scale, E.detach().double() / scale[..., 0].real
+        exact = exact.to(E.device) / scale[..., 0].real
+        orthogonal = (X.mH @ B @ X - I).abs().amax()
+        self.assertLessEqual(orthogonal, 10 * m * eps * condition, "X is not B-orthonormal")
+        norm_A, norm_B = (torch.linalg.matrix_norm(M)[..., None] for M in (A, B))
+        bound = (tol * 1.1 + 10 * m * eps) * (norm_A + E.abs() * norm_B) * torch.linalg.vector_norm(X, dim=-2)
+        residual = torch.linalg.vector_norm(A @ X - B @ X * E.unsqueeze(-2), dim=-2)
+        self.assertLessEqual((residual / bound.clamp_min(1e-300)).max(), 1.0, "residual above the tolerance")
+        smallest = torch.linalg.eigvalsh(B)[..., :1]
+        off = (E - exact).abs() - residual / smallest.sqrt() - rounding / scale[..., 0].real
+        slack = 10 * m * eps * condition * norm_A / torch.linalg.matrix_norm(B, 2)[..., None]
+        self.assertLessEqual((off - slack).max(), 0.0, f"not the wanted eigenvalues: {E} against {exact}")
+
+    def run_problem(self, p, dtype, k=3, largest=False, layout=torch.strided, device="cpu", **kwargs):
+        """Solve p and judge; a warning excuses the residual, never wrong orthogonality or shapes."""
+        A, B = p.build(dtype, layout, device)
+        tol = kwargs.setdefault("tol", self.default_tol(dtype))
+        E, X, messages = self.solve(A, k=k, B=B, largest=largest, **kwargs)
+        self.assertLessEqual(len(messages), 1)
+        self.assertEqual(messages, [])
+        self.assert_pairs(A, B, E, X, p.extreme(k, largest), tol, p.condition, p.error(dtype))
+        return E, X
+
+    def start(self, m, n, dtype=torch.float64, seed=0, batch=()):
+        return torch.randn(*batch, m, n, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+    def counting(self, M):
+        """M as a callable on blocks, and the list of the numbers of columns it was applied to."""
+        columns = []
+
+        def apply(V):
+            columns.append(V.size(-1))
+            return M @ V
+
+        return apply, columns
+
+
+class TestLobpcgForward(LobpcgTestCase):
+    """The wanted pairs of every problem whose spectrum is known."""
+
+    def sweep(self, device, dtype, methods, layouts=(torch.strided,)):
+        for p, method, largest, layout in itertools.product(
+            self.problems.catalogue(), methods, (False, True), layouts
+        ):
+            if p.supports(dtype):
+                with self.subTest(problem=p.name, method=method, largest=largest, layout=layout):
+                    self.run_problem(p, dtype, 3, largest, layout, device, method=method, niter=3000)
+
+    @onlyNativeDeviceTypes
+    @dtypes(torch.float32, torch.float64, torch.complex64, torch.complex128)
+    def test_catalogue_ortho(self, device, dtype):
+        self.sweep(device, dtype, ("ortho",))
+
+    @onlyNativeDeviceTypes
+    @dtypes(torch.float32, torch.float64, torch.complex64, torch.complex128)
+    def test_catalogue_basic(self, device, dtype):
+        self.sweep(device, dtype, ("basic",))
+
+    @onlyNativeDeviceTypes
+    @dtypes(torch.float32, torch.float64, torch.complex64, torch.complex128)
+    def test_catalogue_default_method(self, device, dtype):
+        for p, largest in itertools.product(self.problems.catalogue(), (False, True)):
+            if p.supports(dtype):
+                with self.subTest(problem=p.name, largest=largest):
+                    self.run_problem(p, dtype, 3, largest, device=device)
+
+    @onlyNativeDeviceTypes
+    @dtypes(torch.float64, torch.complex128)
+    def test_layouts(self, device, dtype):
+        names = ("laplacian12x9", "mikota60", "ring45_flux1", "path60_ncut", "rod100")
+        layouts = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+        for name, layout in itertools.product(names, layouts):
+            p = self.problems.get(name)
+            if p.supports(dtype):
+                with self.subTest(problem=name, layout=layout):
+                    self.run_problem(p, dtype, 3, True, layout, device, method="ortho")
+
+    @onlyNativeDeviceTypes
+    @dtypes(torch.float64)
+    def test_mixed_layouts(self, device, dtype):
+        p = self.problems.diagonal_mass(self.problems.laplacian(12, 9), 10.0)
+        inverse = torch.linalg.inv(p.build(dtype, device=device)[0])
+        layouts = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_bsr)
+        for of_A, of_B, of_iK in itertools.product(layouts, layouts, (torch.strided, torch.sparse_coo)):
+            with self.subTest(A=of_A, B=of_B, iK=of_iK):
+                A, B = p.build(dtype, of_A, device)[0], p.build(dtype, of_B, device)[1]
+                iK = inverse if of_iK == torch.strided else inverse.to_sparse_coo()
+                E, X, messages = self.solve(A, k=2, B=B, iK=iK, largest=False, method="ortho", tol=1e-10)
+                self.assertEqual(messages, [])
+                self.assert_pairs(A, B, E, X, p.extreme(2), 1e-10, p.condition, p.error(dtype))
+
+    @onlyNativeDeviceTypes
+    @dtypes(torch.float64)
+    def test_uncoalesced_and_int32_indices(self, device, dtype):
+        p = self.problems.laplacian(40)
+        A = p.build(dtype, torch.sparse_coo, device)[0]
+        halves = torch.sparse_coo_tensor(
+            torch.cat([A.indices(), A.indices()], 1), torch.cat([A.values(), A.values()]) / 2, A.shape
+        )
+        C = A.to_sparse_csr()
+        C = torch.sparse_csr_tensor(C.crow_indices().int(), C.col_indices().int(), C.values(), C.shape)
+        for M in (halves, C):
+            E, X, messages = self.solve(M, k=2, largest=True, method="ortho", tol=1e-10)
+            self.assertEqual(messages, [])
+            self.assert_pairs(A, None, E, X, p.extreme(2, True), 1e-10, 1.0, p.error(dtype))
+
+    @onlyNativeDeviceTypes
+    @dtypes(torch.float32, torch.float64)
+    def test_every_k(self, device, dtype):
+        p = self.problems.indefinite(31)
+        for k, method in itertools.product((1, 2, 5, 10), ("ortho", "basic")):
+            with self.subTest(k=k, method=method):
+                self.run_problem(p, dtype, k, device=device, method=method)
+        for k in (11, 16, 30, 31):  # LOBPCG itself needs m >= 3 n; the default method does not
+            with self.subTest(k=k):
+                self.run_problem(p, dtype, k, device=device)
+
+    def test_tiny_orders(self):
+        for m, dtype in itertools.product((1, 2, 3, 4), (torch.float64, torch.complex64)):
+            p = self.problems.indefinite(m)
+            for k in range(1, m + 1):
+                with self.subTest(m=m, k=k):
+                    self.run_problem(p, dtype, k)
+
+    def test_defaults(self):
+        """k = 1, or the columns of X; the largest eigenvalues; eigenvalues in the order asked for."""
+        p = self.problems.laplacian(50)
+        A, _ = p.build()
+        self.assertEqual(self.solve(A)[0], p.extreme(1, True), atol=1e-6, rtol=0)
+        self.assertEqual(self.solve(A, X=self.start(50, 4))[0], p.extreme(4, True), atol=1e-6, rtol=0)
+        self.assertEqual(self.solve(A, k=2, X=self.start(50, 4))[0], p.extreme(2, True), atol=1e-6, rtol=0)
+        self.assertEqual(self.solve(A, 3, None, None, 5)[0], p.extreme(3, True), atol=1e-6, rtol=0)
+
+    def test_default_tolerance_is_met(self):
+        for dtype, method in itertools.product((torch.float32, torch.float64), ("ortho", "basic")):
+            p = self.problems.laplacian(12, 9)
+            A, _ = p.build(dtype)
+            E, X, messages = self.solve(A, k=3, method=method)
+            self.assertEqual(messages, [])
+            self.assert_pairs(A, None, E, X, p.extreme(3, True), torch.finfo(dtype).eps ** 0.5, 1.0, p.error(dtype))
+
+    @onlyCPU
+    @dtypes(torch.float32)
+    def test_many_starts_float32(self, device, dtype):
+        """Single precision loses no start: eigenvalues of a 2-D Laplacian to 1e-5 of its norm."""
+        size = 50 if self.full else 20
+        p = self.problems.laplacian(size, size)
+        A, _ = p.build(dtype, torch.sparse_csr, device)
+        for seed in range(200 if self.full else 5):
+            E, _, messages = self.solve(A, X=self.start(p.m, 6, dtype, seed), k=4, largest=False, tol=1e-6, niter=3000)
+            self.assertLessEqual((E - p.extreme(4)).abs().max(), 1e-5 * 8, f"seed {seed}: {messages}")
+
+    def test_basic_never_returns_a_pair_twice(self):
+        names = ("path60", "star40", "hypercube6", "complete30", "indefinite80_cond1000", "path60_ncut")
+        for name, seed in itertools.product(names, range(25 if self.full else 3)):
+            p = self.problems.get(name)
+            with self.subTest(problem=name, seed=seed):
+                self.run_problem(p, torch.float64, 5, method="basic", X=self.start(p.m, 5, seed=seed), niter=3000)
+
+    def test_many_starts(self):
+        """A start block of any seed leads to the wanted pairs, in both methods."""
+        for p, method in itertools.product(self.problems.catalogue(), ("ortho", "basic")):
+            for seed in range(100 if self.full else 1):
+                dtype = torch.complex128 if p.is_complex else torch.float64
+                with self.subTest(problem=p.name, method=method, seed=seed):
+                    X = self.start(p.m, 4, dtype, seed)
+                    self.run_problem(p, dtype, 3, method=method, X=X, niter=3000)
+
+    def test_hermitian_part(self):
+        """A dense A stands for (A + A^H)/2, with and without requires_grad; B too."""
+        for dtype in (torch.float64, torch.complex128):
+            p = self.problems.indefinite(40, 10.0)
+            A, B = p.build(dtype)
+            skew = self.start(40, 40, dtype)
+            skew = skew - skew.mH
+            for requires_grad, method in itertools.product((False, True), ("ortho", "basic", None)):
+                C, D = (A + skew).requires_grad_(requires_grad), B + skew
+                E, X, _ = self.solve(C, k=3, B=D, method=method, tol=1e-10, niter=2000)
+                self.assert_pairs(A, B, E, X, p.extreme(3, True), 1e-10, 10.0, 10 * p.error(dtype))
+
+    def test_is_reproducible_and_leaves_the_global_generator_alone(self):
+        A, B = self.problems.get("indefinite80_cond1000").build()
+        for method, batched in itertools.product(("ortho", "basic", None), (False, True)):
+            M = torch.stack([A, 2 * A]) if batched else A
+            torch.manual_seed(1)
+            state = torch.get_rng_state()
+            first = torch.lobpcg(M, k=3, B=B, method=method)
+            self.assertTrue(torch.equal(torch.get_rng_state(), state))
+            torch.manual_seed(2)
+            second = torch.lobpcg(M, k=3, B=B, method=method)
+            self.assertTrue(all(map(torch.equal, first, second)))
+
+    def test_leaves_the_callers_tensors_alone(self):
+        p = self.problems.diagonal_mass(self.problems.laplacian(12, 9), 10.0)
+        for method, layout in itertools.product(("ortho", "basic", None), (torch.strided, torch.sparse_csr)):
+            A, B = p.build(torch.float64, layout)
+            given = {"A": A, "B": B, "X": self.start(p.m, 4), "iK": torch.eye(p.m, dtype=torch.float64)}
+            before = {name: M.to_dense().clone() for name, M in given.items()}
+            versions = {name: M._version for name, M in given.items()}
+            E, X, _ = self.solve(**given, k=3, method=method)
+            for name, M in given.items():
+                self.assertTrue(torch.equal(M.to_dense(), before[name]), name)
+                self.assertEqual(M._version, versions[name], name)
+            X.zero_()
+            self.assertTrue(torch.equal(given["X"], before["X"]), "the result shares memory with the start block")
+
+    def test_noncontiguous_and_views(self):
+        p = self.problems.indefinite(40)
+        A, _ = p.build()
+        wide = torch.zeros(80, 40, dtype=torch.float64)
+        wide[::2] = A
+        X = self.start(5, 40).T
+        E, V, _ = self.solve(wide[::2], k=3, X=X, tol=1e-10, method="ortho")
+        self.assert_pairs(A, None, E, V, p.extreme(3, True), 1e-10, 1.0, p.error(torch.float64))
+        C = self.problems.get("indefinite80_complex").build(torch.complex128)[0]
+        self.assertEqual(self.solve(C.mT.conj(), k=3, method="ortho")[0], self.solve(C, k=3, method="ortho")[0])
+
+    def test_default_dtype_does_not_matter(self):
+        p = self.problems.laplacian(12, 9)
+        A, _ = p.build()
+        expected = torch.lobpcg(A, k=3, method="ortho")
+        try:
+            torch.set_default_dtype(torch.float64)
+            found = torch.lobpcg(A, k=3, method="ortho")
+            single = torch.lobpcg(A.float(), k=3, method="ortho")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        self.assertTrue(all(map(torch.equal, found, expected)))
+        self.assertEqual([M.dtype for M in single], [torch.float32] * 2)
+
+
+class TestLobpcgConvergence(LobpcgTestCase):
+    """Start blocks, iteration limits, scale: converged means converged, and the rest is said in one warning."""
+
+    def test_exact_start_is_recognised(self):
+        for name, method in itertools.product(("laplacian12x9", "rod100", "indefinite80_complex"), ("ortho", "basic")):
+            p = self.problems.get(name)
+            dtype = torch.complex128 if p.is_complex else torch.float64
+            A, B = p.build(dtype)
+            apply, columns = self.counting(A)
+            E, X, messages = self.solve(
+                apply, k=3, B=B, X=p.eigenvectors(3, dtype=dtype), largest=False, method=method, tol=1e-9
+            )
+            self.assertEqual(messages, [])
+            self.assert_pairs(A, B, E, X, p.extreme(3), 1e-9, p.condition, p.error(dtype))
+            self.assertLessEqual(sum(columns), 4 * 3, "an exact start needs no iterations")
+
+    def test_good_start_needs_fewer_iterations(self):
+        p = self.problems.laplacian(20, 17)
+        A, _ = p.build(torch.float64, torch.sparse_csr)
+        near = p.eigenvectors(4) + 1e-6 * self.start(p.m, 4)
+        work = []
+        for X in (near, self.start(p.m, 4)):
+            apply, columns = self.counting(A)
+            _, _, messages = self.solve(apply, X=X, largest=False, method="ortho", tol=1e-10, niter=3000)
+            self.assertEqual(messages, [])
+            work.append(sum(columns))
+        self.assertLess(work[0], 0.8 * work[1])
+
+    def test_start_inside_a_wrong_invariant_subspace(self):
+        """Exact eigenvectors of unwanted pairs have zero residual; the wanted ones must still be found."""
+        for name, method in itertools.product(("laplacian12x9", "rod100", "indefinite80_cond1000"), ("ortho", "basic")):
+            p = self.problems.get(name)
+            A, B = p.build()
+            for X in (p.eigenvectors(3, largest=True), p.eigenvectors(6)[:, 1:5]):
+                with self.subTest(problem=name, method=method, n=X.size(-1)):
+                    E, V, messages = self.solve(A, k=3, B=B, X=X, largest=False, method=method, tol=1e-9, niter=2000)
+                    self.assertEqual(messages, [])
+                    self.assert_pairs(A, B, E, V, p.extreme(3), 1e-9, p.condition, p.error(torch.float64))
+
+    def test_diagonal_with_columns_of_the_identity(self):
+        p = self.problems.get("diagonal100")
+        A, _ = p.build()
+        for largest, method, layout in itertools.product(
+            (False, True), ("ortho", "basic"), (torch.strided, torch.sparse_csr)
+        ):
+            A, _ = p.build(torch.float64, layout)
+            for columns in ([0, 1, 2], [49, 50, 51], [99, 98, 97], [97, 1, 50]):
+                X = torch.eye(100, dtype=torch.float64)[:, columns]
+                E, V, messages = self.solve(A, X=X, largest=largest, method=method, tol=1e-9)
+                self.assertEqual(messages, [])
+                self.assert_pairs(A, None, E, V, p.extreme(3, largest), 1e-9, 1.0, p.error(torch.float64))
+
+    def test_null_vector_start(self):
+        """A graph Laplacian's constant vector is exact for eigenvalue 0: relative residuals alone never accept it."""
+        p = self.problems.path_graph(40)
+        A, _ = p.build()
+        for method in ("ortho", "basic"):
+            E, X, messages = self.solve(
+                A, X=torch.ones(40, 1, dtype=torch.float64), largest=False, method=method, tol=1e-10
+            )
+            self.assertEqual(messages, [])
+            self.assert_pairs(A, None, E, X, p.extreme(1), 1e-10, 1.0, p.error(torch.float64))
+
+    def test_dependent_start_columns_are_repaired(self):
+        p = self.problems.get("indefinite80_cond1000")
+        A, B = p.build()
+        X = self.start(80, 5)
+        blocks = {
+            "duplicate": X[:, [0, 1, 2, 0, 1]],
+            "zero": X * torch.tensor([1, 0, 1, 1, 0], dtype=torch.float64),
+            "combination": torch.cat([X[:, :4], X[:, :4].sum(-1, keepdim=True)], -1),
+            "nearly": torch.cat([X[:, :4], X[:, :1] * (1 + 1e-15)], -1),
+            "badly scaled": X * torch.tensor([1, 1e150, 1e-150, 1, 1e-20], dtype=torch.float64),
+        }
+        for (name, block), method in itertools.product(blocks.items(), ("ortho", "basic")):
+            with self.subTest(block=name, method=method):
+                E, V, messages = self.solve(A, k=3, B=B, X=block, method=method, tol=1e-9)
+                self.assertEqual(messages, [])
+                self.assert_pairs(A, B, E, V, p.extreme(3, True), 1e-9, p.condition, p.error(torch.float64))
+
+    def test_rank_below_k_is_an_error(self):
+        A, _ = self.problems.laplacian(50).build()
+        X = self.start(50, 4)
+        for block in (X[:, [0, 0, 0, 0]], torch.zeros_like(X), X[:, [0, 1, 0, 1]]):
+            for method in ("ortho", "basic"):
+                with self.assertRaisesRegex(ValueError, r"lobpcg: .*rank"):
+                    torch.lobpcg(A, k=3, X=block, method=method)
+
+    def test_unconverged_is_one_warning(self):
+        p = self.problems.laplacian(200)
+        A, _ = p.build()
+        for method, batched in itertools.product(("ortho", "basic"), (False, True)):
+            M = torch.stack([A, A + A]) if batched else A
+            E, X, messages = self.solve(M, k=3, largest=False, niter=4, method=method, tol=1e-12)
+            self.assertEqual(len(messages), 1, messages)
+            self.assertRegex(messages[0], r"lobpcg: .*residual")
+            self.assertRegex(messages[0], r"1e-12")
+            self.assertRegex(messages[0], r"\b4\b")
+            self.assertRegex(messages[0], r"niter")
+            self.assertEqual(E.shape, M.shape[:-2] + (3,))
+
+    def test_converged_is_no_warning(self):
+        A, _ = self.problems.laplacian(30).build()
+        self.assertEqual(self.solve(A, k=2, method="ortho", tol=1e-6)[2], [])
+
+    def rayleigh_ritz(self, A, X, k, largest):
+        Q = torch.linalg.qr(X)[0]
+        E = torch.linalg.eigvalsh(Q.mH @ A @ Q)
+        return E[-k:].flip(0) if largest else E[:k]
+
+    def test_niter_zero_is_rayleigh_ritz(self):
+        A, _ = self.problems.indefinite(60).build()
+        X = self.start(60, 5)
+        for method, largest in itertools.product(("ortho", "basic"), (False, True)):
+            E, V, messages = self.solve(A, k=3, X=X, niter=0, method=method, largest=largest)
+            self.assertEqual(E, self.rayleigh_ritz(A, X, 3, largest), atol=1e-12, rtol=0)
+            self.assertEqual(V.mH @ V, torch.eye(3, dtype=V.dtype), atol=1e-12, rtol=0)
+            self.assertEqual((V * (A @ V)).sum(-2), E, atol=1e-12, rtol=0)
+            self.assertEqual(V, X @ torch.linalg.lstsq(X, V).solution, atol=1e-11, rtol=0)
+            self.assertEqual(len(messages), 1)
+
+    def test_first_iterations_are_rayleigh_ritz_on_the_krylov_block(self):
+        """Without a preconditioner, step one minimises over span [X, residuals]: the oracle is a dense projection."""
+        A, _ = self.problems.indefinite(60).build()
+        X = self.start(60, 3)
+        for method, largest in itertools.product(("ortho", "basic"), (False, True)):
+            E, _, _ = self.solve(A, k=3, X=X, niter=1, method=method, largest=largest)
+            self.assertEqual(E, self.rayleigh_ritz(A, torch.cat([X, A @ X], -1), 3, largest), atol=1e-10, rtol=0)
+
+    def test_ritz_values_improve_monotonically(self):
+        A, B = self.problems.get("mikota60").build()
+        X = self.start(60, 3)
+        for method in ("ortho", "basic"):
+            values = [self.solve(A, B=B, X=X, niter=i, method=method, largest=False)[0].sum() for i in range(8)]
+            for before, after in zip(values, values[1:]):
+                self.assertLess(after, before)
+
+    def test_niter_minus_one_stops_at_the_attainable_accuracy(self):
+        for name, method in itertools.product(("laplacian100", "mikota60", "indefinite80_complex"), ("ortho", "basic")):
+            p = self.problems.get(name)
+            dtype = torch.complex128 if p.is_complex else torch.float64
+            A, B = p.build(dtype)
+            with self.subTest(problem=name, method=method):
+                E, X, messages = self.solve(A, k=3, B=B, largest=True, niter=-1, tol=1e-30, method=method)
+                self.assertLessEqual(len(messages), 1)
+                self.assert_pairs(A, B, E, X, p.extreme(3, True), 1e-13, p.condition, p.error(dtype))
+
+    def test_zero_tolerance(self):
+        A, _ = self.problems.laplacian(30).build()
+        E, _, messages = self.solve(A, k=2, tol=0.0, niter=50, method="ortho")
+        self.assertEqual(len(messages), 1)
+        self.assertEqual(E, self.problems.laplacian(30).extreme(2, True), atol=1e-10, rtol=0)
+
+    def test_scale_invariance(self):
+        """A power of two scales E exactly and changes neither iterations nor vectors."""
+        p = self.problems.get("indefinite80_cond1000")
+        for dtype, exponents in ((torch.float64, (-600, -70, 70, 600)), (torch.float32, (-90, 90))):
+            A, B = p.build(dtype)
+            for method in ("ortho", "basic"):
+                E, X, _ = self.solve(A, k=3, B=B, method=method)
+                for e in exponents:
+                    with self.subTest(dtype=dtype, method=method, exponent=e):
+                        S, V, messages = self.solve(A * 2.0**e, k=3, B=B, method=method)
+                        self.assertEqual(messages, [])
+                        self.assertEqual(S / 2.0**e, E, rtol=1e-4, atol=0)
+                        self.assertEqual(V.abs(), X.abs(), atol=1e-2, rtol=0)
+
+    def test_scale_of_B(self):
+        p = self.problems.get("indefinite80_cond1000")
+        A, B = p.build()
+        for method, s in itertools.product(("ortho", "basic"), (1e-100, 1e100)):
+            E, X, messages = self.solve(A, k=3, B=B * s, method=method, tol=1e-9)
+            self.assertEqual(messages, [])
+            self.assertEqual(E * s, p.extreme(3, True), rtol=1e-7, atol=0)
+
+    def test_single_entry_scales(self):
+        """Huge diagonal entries beside ordinary ones (penalty methods) do not hide the small eigenvalues."""
+        values = torch.cat([torch.arange(1, 41, dtype=torch.float64), torch.full((5,), 1e12, dtype=torch.float64)])
+        A = torch.diag(values)
+        E, _, _ = self.solve(A, k=2, largest=False, tol=1e-14, niter=2000, iK=torch.diag(1 / values), method="ortho")
+        self.assertEqual(E, torch.tensor([1.0, 2.0], dtype=torch.float64), atol=1e-2, rtol=0)
+
+
+class TestLobpcgProducts(LobpcgTestCase):
+    """What an iteration costs, preconditioners, callables."""
+
+    def test_one_product_per_new_direction(self):
+        """A is applied to the start block once, then to at most 1.1 x the active columns an iteration."""
+        p = self.problems.laplacian(40, 37)
+        A, _ = p.build(torch.float64, torch.sparse_csr)
+        for method, generalized in itertools.product(("ortho", "basic"), (False, True)):
+            n, niter = 4, 30
+            apply, columns = self.counting(A)
+            B, of_B = self.counting(torch.eye(p.m, dtype=torch.float64) * 2)
+            self.solve(
+                apply, B=B if generalized else None, X=self.start(p.m, n), niter=niter, tol=1e-30, method=method
+            )
+            self.assertLessEqual(sum(columns), n + 1.1 * n * niter, (method, columns))
+            self.assertGreaterEqual(sum(columns), n * niter)
+            if generalized:
+                self.assertLessEqual(sum(of_B), 2 * n + 1.1 * n * niter, (method, of_B))
+
+    def test_converged_columns_cost_nothing(self):
+        """Soft locking: a wanted pair far from the rest converges first and leaves the products."""
+        spectrum = torch.cat([torch.tensor([-100.0]), torch.linspace(1, 2, 199)]).double()
+        A, _ = self.problems.prescribed("outlier", spectrum).build()
+        for method in ("ortho", "basic"):
+            apply, columns = self.counting(A)
+            _, _, messages = self.solve(
+                apply, X=self.start(200, 3), largest=False, tol=1e-8, method=method, niter=500
+            )
+            self.assertEqual(messages, [])
+            self.assertLess(columns[-1], 3, (method, columns))
+
+    def test_callables_agree_with_tensors(self):
+        for p in (self.problems.get("indefinite80_cond1000"), self.problems.get("indefinite80_cond1000_complex")):
+            dtype = torch.complex128 if p.is_complex else torch.float64
+            A, B = p.build(dtype)
+            for method in (None, "ortho", "basic"):
+                E, X, messages = self.solve(
+                    lambda V: A @ V, k=3, B=lambda V: B @ V, X=self.start(80, 4, dtype), method=method, tol=1e-9
+                )
+                self.assertEqual(messages, [])
+                self.assert_pairs(A, B, E, X, p.extreme(3, True), 1e-9, p.condition, p.error(dtype))
+
+    def test_batched_callable(self):
+        A, _, exact = self.problems.batch(self.problems.indefinite(40), (2, 3))
+        E, X, messages = self.solve(
+            lambda V: A @ V, X=self.start(40, 3, batch=(2, 3)), method="ortho", tol=1e-9, niter=500
+        )
+        self.assertEqual(messages, [])
+        self.assert_pairs(A, None, E, X, exact[..., -3:].flip(-1), 1e-9)
+
+    def test_bad_callables_are_named(self):
+        A, _ = self.problems.laplacian(30).build()
+        X = self.start(30, 2)
+        bad = {
+            "shape": lambda V: (A @ V)[:-1],
+            "dtype": lambda V: (A @ V).float(),
+            "NaN|finite": lambda V: A @ V * math.nan,
+            "[Tt]ensor": lambda V: None,
+        }
+        for (fact, wrong), name in itertools.product(bad.items(), ("A", "B", "iK")):
+            with self.subTest(fact=fact, name=name):
+                with self.assertRaisesRegex((ValueError, TypeError), rf"lobpcg: .*\b{name}\b.*({fact})"):
+                    torch.lobpcg(**{"A": A, "X": X, "method": "ortho", "tol": 1e-10, name: wrong})
+
+    def preconditioned(self, iK, A, B=None, method="ortho", largest=False, **kwargs):
+        """Iterations: products with the block of residuals, counted through a callable A."""
+        apply, columns = self.counting(A)
+        E, X, messages = self.solve(
+            apply, B=B, X=self.start(A.size(-1), 4, A.dtype, batch=A.shape[:-2]), k=3, iK=iK, largest=largest,
+            method=method, tol=1e-8, niter=3000, **kwargs,
+        )
+        self.assertEqual(messages, [])
+        return len(columns), E, X
+
+    def test_inverse_as_preconditioner(self):
+        """With iK = A^-1, condition 1e6, at most 15 iterations, in every form iK may take."""
+        spectrum = torch.logspace(-6, 0, 500, dtype=torch.float64)
+        p = self.problems.prescribed("condition 1e6", spectrum)
+        A, _ = p.build()
+        inverse = torch.linalg.inv(A)
+        factor = torch.linalg.cholesky(A)
+        forms = {
+            "dense": inverse,
+            "coo": inverse.to_sparse_coo(),
+            "csr": inverse.to_sparse_csr(),
+            "callable": lambda R: torch.cholesky_solve(R, factor),
+        }
+        for (name, iK), method in itertools.product(forms.items(), ("ortho", "basic")):
+            with self.subTest(iK=name, method=method):
+                count, E, X = self.preconditioned(iK, A, method=method)
+                self.assertLessEqual(count, 18)  # 15 iterations, the start block and at most two refreshes
+                self.assert_pairs(A, None, E, X, p.extreme(3), 1e-8, 1.0, p.error(torch.float64))
+        count, E, X = self.preconditioned(inverse, A, method=None)
+        self.assertLessEqual(count, 18)
+
+    def test_diagonal_preconditioner_of_a_graded_matrix(self):
+        """diag(1..1e6) plus a small coupling: Jacobi's preconditioner saves most of the iterations."""
+        d = torch.logspace(0, 6, 300, dtype=torch.float64)
+        A = torch.diag(d) + 0.1 * torch.diag(torch.ones(299).double(), 1) + 0.1 * torch.diag(torch.ones(299).double(), -1)
+        index = torch.arange(300)
+        jacobi = torch.sparse_coo_tensor(torch.stack([index, index]), 1 / d, (300, 300))
+        exact = torch.linalg.eigvalsh(A)[:3]
+        for method in ("ortho", "basic"):
+            count, E, _ = self.preconditioned(jacobi, A, method=method)
+            self.assertEqual(E, exact, atol=1e-1, rtol=1e-6)
+            apply, columns = self.counting(A)
+            self.solve(apply, X=self.start(300, 4), k=3, largest=False, tol=1e-8, niter=4 * count, method=method)
+            self.assertGreater(len(columns), 2 * count)
+
+    def test_preconditioner_with_B_and_complex(self):
+        for name in ("rod100", "laplacian12x9_mass100"):
+            p = self.problems.get(name)
+            for dtype, method in itertools.product((torch.float64, torch.complex128), ("ortho", "basic")):
+                A, B = p.build(dtype)
+                count, E, X = self.preconditioned(torch.linalg.inv(A), A, B, method)
+                self.assertLessEqual(count, 25)
+                self.assert_pairs(A, B, E, X, p.extreme(3), 1e-8, p.condition, p.error(dtype))
+
+    def test_batched_and_broadcast_preconditioner(self):
+        p = self.problems.laplacian(60)
+        A, _, exact = self.problems.batch(p, (3,))
+        for iK, method in itertools.product((torch.linalg.inv(A), torch.linalg.inv(A[0])), ("ortho", "basic")):
+            count, E, X = self.preconditioned(iK, A, method=method)
+            self.assertLessEqual(count, 30)
+            self.assert_pairs(A, None, E, X, exact[..., :3], 1e-8)
+
+    def test_indefinite_preconditioner_is_named(self):
+        A, _ = self.problems.laplacian(50).build()
+        eye = torch.eye(50, dtype=torch.float64)
+        wrong = torch.diag(torch.linspace(-1, 1, 50).double())
+        for iK, method in itertools.product((-eye, wrong, lambda R: -R), ("ortho", "basic")):
+            with self.assertRaisesRegex(ValueError, r"lobpcg: .*iK.*positive definite"):
+                torch.lobpcg(A, k=2, iK=iK, X=self.start(50, 2), largest=False, method=method, tol=1e-10)
+
+    def test_callables_do_not_see_the_worker_state(self):
+        """A callable that overwrites its argument's copy, or returns its own buffer, changes nothing."""
+        p = self.problems.laplacian(40)
+        A, _ = p.build()
+        buffer = torch.empty(40, 3, dtype=torch.float64)
+
+        def apply(V):
+            out = buffer[:, : V.size(-1)]
+            torch.matmul(A, V, out=out)
+            return out
+
+        E, X, _ = self.solve(apply, X=self.start(40, 3), method="ortho", tol=1e-9)
+        self.assert_pairs(A, None, E, X, p.extreme(3, True), 1e-9, 1.0, p.error(torch.float64))
+
+
+class TestLobpcgBatches(LobpcgTestCase):
+    """A batch is solved as its members are, whatever is broadcast."""
+
+    def test_batches(self):
+        p = self.problems.get("indefinite80_cond1000")
+        for dtype, shape, method in itertools.product(
+            (torch.float64, torch.complex128), ((1,), (5,), (2, 3)), ("ortho", "basic", None)
+        ):
+            A, B, exact = self.problems.batch(p, shape, dtype)
+            for largest in (False, True):
+                with self.subTest(dtype=dtype, shape=shape, method=method, largest=largest):
+                    E, X, messages = self.solve(A, k=3, B=B, largest=largest, method=method, tol=1e-9, niter=2000)
+                    self.assertEqual(messages, [])
+                    wanted = exact[..., -3:].flip(-1) if largest else exact[..., :3]
+                    self.assert_pairs(A, B, E, X, wanted, 1e-9, p.condition, 10 * p.error(dtype))
+
+    def test_broadcast(self):
+        p = self.problems.get("indefinite80_cond1000")
+        A, B, exact = self.problems.batch(p, (2, 3))
+        wanted = exact[..., -3:].flip(-1)
+        X, iK = self.start(80, 4), torch.eye(80, dtype=torch.float64)
+        forms = {
+            "nothing batched but A": (A, B, X, iK),
+            "everything batched": (A, *(M.expand(2, 3, *M.shape).clone() for M in (B, X, iK))),
+            "expanded views": (A, *(M.expand(2, 3, *M.shape) for M in (B, X, iK))),
+            "one dimension of the two": (A, B.expand(3, 80, 80), X.expand(2, 1, 80, 4), iK.expand(1, 80, 80)),
+        }
+        for (name, (A, B, X, iK)), method in itertools.product(forms.items(), ("ortho", "basic", None)):
+            with self.subTest(form=name, method=method):
+                E, V, messages = self.solve(A, k=3, B=B, X=X, iK=iK, method=method, tol=1e-9, niter=2000)
+                self.assertEqual(messages, [])
+                self.assert_pairs(A, B, E, V, wanted, 1e-9, p.condition, 10 * p.error(torch.float64))
+
+    def test_batched_B_with_one_A(self):
+        p = self.problems.get("indefinite80_cond1000")
+        A, B = p.build()
+        E, X, messages = self.solve(A, k=3, B=torch.stack([B, 2 * B]), method="ortho", tol=1e-9)
+        self.assertEqual(messages, [])
+        wanted = torch.stack([p.extreme(3, True), p.extreme(3, True) / 2])
+        self.assert_pairs(A.expand(2, 80, 80), torch.stack([B, 2 * B]), E, X, wanted, 1e-9, p.condition, 1e-10)
+
+    def test_members_of_very_different_difficulty(self):
+        """Masks are per matrix: an exact, a zero, a hard and a huge member in one batch."""
+        hard = self.problems.laplacian(60)
+        A, _ = hard.build()
+        members = torch.stack([torch.eye(60).double(), torch.zeros(60, 60).double(), A, 1e100 * A, torch.diag(hard.spectrum)])
+        exact = torch.stack([torch.ones(60).double(), torch.zeros(60).double(), hard.spectrum, 1e100 * hard.spectrum, hard.spectrum])
+        for method, largest in itertools.product(("ortho", "basic"), (False, True)):
+            E, X, messages = self.solve(members, k=3, largest=largest, method=method, tol=1e-10, niter=2000)
+            self.assertEqual(messages, [])
+            wanted = exact[:, -3:].flip(-1) if largest else exact[:, :3]
+            for i in range(len(members)):
+                self.assert_pairs(members[i], None, E[i], X[i], wanted[i], 1e-10)
+
+    def test_empty_batch(self):
+        for shape, method in itertools.product(((0,), (2, 0)), ("ortho", "basic", None)):
+            A = torch.zeros(*shape, 30, 30, dtype=torch.float64)
+            E, X, messages = self.solve(A, k=2, method=method)
+            self.assertEqual(messages, [])
+            self.assertEqual((E.shape, X.shape), ((*shape, 2), (*shape, 30, 2)))
+
+    def test_sparse_batches(self):
+        """COO with leading sparse dimensions and batched CSR: solved, or refused by name."""
+        p = self.problems.laplacian(30)
+        A, _, exact = self.problems.batch(p, (3,))
+        for S in (A.to_sparse_coo(), A.to_sparse_csr()):
+            try:
+                E, X, _ = self.solve(S, k=2, method="ortho", tol=1e-9)
+            except (ValueError, TypeError) as error:
+                self.assertRegex(str(error), r"lobpcg: .*(batch|dimension)")
+                continue
+            self.assert_pairs(A, None, E, X, exact[..., -2:].flip(-1), 1e-9)
+
+    def test_member_equals_single_solve(self):
+        p = self.problems.get("indefinite80")
+        A, _, _ = self.problems.batch(p, (4,))
+        X = self.start(80, 3)
+        E, V, _ = self.solve(A, X=X, method="ortho", tol=1e-10)
+        for i in range(4):
+            e, v, _ = self.solve(A[i], X=X, method="ortho", tol=1e-10)
+            self.assertEqual(E[i], e, rtol=1e-9, atol=1e-9)
+            self.assertEqual((V[i] * v).sum(-2).abs(), torch.ones(3, dtype=v.dtype), atol=1e-8, rtol=0)
+
+
+class TestLobpcgWorker(LobpcgTestCase):
+    """The tracker's contract, the public names of torch._lobpcg, TorchScript."""
+
+    def test_tracker_sees_the_state(self):
+        p = self.problems.get("indefinite80_cond1000")
+        A, B = p.build()
+        seen = []
+
+        def tracker(worker):
+            k, n = worker.iparams["k"], worker.iparams["n"]
+            self.assertEqual((worker.iparams["m"], k, n), (80, 3, 5))
+            self.assertEqual(worker.iparams["niter"], 200)
+            self.assertEqual(worker.fparams["tol"], 1e-9)
+            self.assertIs(worker.bparams["largest"], False)
+            self.assertEqual(worker.A.to_dense(), A)
+            self.assertEqual(worker.B.to_dense(), B)
+            self.assertEqual(worker.X.shape[-2:], (80, n))
+            self.assertEqual(worker.R.shape[-2], 80)
+            self.assertGreaterEqual(worker.E.shape[-1], k)
+            self.assertGreaterEqual(worker.tvars["rerr"].numel(), k)
+            for name in ("iK", "S"):
+                self.assertTrue(hasattr(worker, name))
+            seen.append((worker.ivars["istep"], worker.ivars["converged_count"]))
+            done = worker.ivars["converged_count"]
+            if done:
+                self.assertLessEqual(worker.tvars["rerr"][:done].max(), worker.fparams["tol"])
+            if done >= k:
+                residual = A @ worker.X[:, :k] - B @ worker.X[:, :k] * worker.E[:k]
+                self.assertLessEqual(residual.abs().max(), 1e-6)
+
+        for method in ("ortho", "basic"):
+            seen.clear()
+            E, X, messages = self.solve(
+                A, k=3, B=B, n=5, niter=200, tol=1e-9, largest=False, method=method, tracker=tracker
+            )
+            self.assertEqual(messages, [])
+            self.assert_pairs(A, B, E, X, p.extreme(3), 1e-9, p.condition, p.error(torch.float64))
+            steps = [step for step, _ in seen]
+            self.assertEqual(steps, list(range(steps[0], steps[0] + len(steps))))
+            self.assertLessEqual(steps[0], 1)
+            self.assertGreaterEqual(seen[-1][1], 3)
+            self.assertLess(seen[0][1], 3)
+
+    def test_tracker_runs_per_matrix(self):
+        A, _, exact = self.problems.batch(self.problems.indefinite(40), (2, 2))
+        shapes, starts = set(), []
+
+        def tracker(worker):
+            shapes.add(tuple(worker.A.shape))
+            starts.append(worker.ivars["istep"])
+
+        E, X, _ = self.solve(A, k=2, method="ortho", tol=1e-9, tracker=tracker)
+        self.assertEqual(shapes, {(40, 40)})
+        self.assertEqual(starts.count(starts[0]), 4)
+        self.assert_pairs(A, None, E, X, exact[..., -2:].flip(-1), 1e-9)
+
+    def test_force_stop(self):
+        A, _ = self.problems.laplacian(100).build()
+        for method in ("ortho", "basic"):
+            calls = []
+
+            def tracker(worker):
+                calls.append(worker.ivars["istep"])
+                if worker.ivars["istep"] == 3:
+                    worker.bvars["force_stop"] = True
+
+            E, X, _ = self.solve(A, k=2, largest=False, method=method, tracker=tracker, tol=1e-12)
+            self.assertEqual(calls[-1], 3)
+            self.assertEqual((X.mH @ X), torch.eye(2, dtype=X.dtype), atol=1e-10, rtol=0)
+
+    def test_tracker_does_not_change_the_result(self):
+        A, B = self.problems.get("rod100").build()
+        for method in ("ortho", "basic"):
+            plain = torch.lobpcg(A, k=3, B=B, n=5, method=method)
+            tracked = torch.lobpcg(A, k=3, B=B, n=5, method=method, tracker=lambda worker: None)
+            self.assertEqual(plain[0], tracked[0], rtol=1e-6, atol=0)
+
+    def test_tracker_that_raises(self):
+        from torch._lobpcg import LOBPCG
+
+        A, _ = self.problems.laplacian(50).build()
+        before = dict(vars(LOBPCG))
+
+        def tracker(worker):
+            raise RuntimeError("planted")
+
+        with self.assertRaisesRegex(RuntimeError, "planted"):
+            torch.lobpcg(A, k=2, method="ortho", tracker=tracker)
+        self.assertEqual(dict(vars(LOBPCG)), before)
+        self.assertEqual(self.solve(A, k=2, method="ortho")[2], [])
+
+    def test_nested_call_in_a_tracker(self):
+        p = self.problems.laplacian(50)
+        A, _ = p.build()
+        inner = []
+
+        def tracker(worker):
+            if not inner:
+                inner.append(torch.lobpcg(A, k=1, largest=False, method="basic", tol=1e-9)[0])
+
+        E, X, _ = self.solve(A, k=2, method="ortho", tracker=tracker, tol=1e-9)
+        self.assert_pairs(A, None, E, X, p.extreme(2, True), 1e-9, 1.0, p.error(torch.float64))
+        self.assertEqual(inner[0], p.extreme(1), atol=1e-7, rtol=0)
+
+    def test_threads(self):
+        """Eight threads, each with a tracker: every call reaches its own tracker, every result is right."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        def work(i):
+            p = self.problems.laplacian(40 + i)
+            A, _ = p.build()
+            orders = []
+            E, _ = torch.lobpcg(A, k=2, method="ortho", tol=1e-9, tracker=lambda w: orders.append(w.A.size(-1)))
+            expected = []
+            torch.lobpcg(A, k=2, method="ortho", tol=1e-9, tracker=lambda w: expected.append(w.A.size(-1)))
+            return (E - p.extreme(2, True)).abs().max().item(), orders == expected and set(orders) == {40 + i}
+
+        with ThreadPoolExecutor(8) as pool:
+            for error, own in pool.map(work, range(16)):
+                self.assertLess(error, 1e-7)
+                self.assertTrue(own)
+
+    def test_public_names(self):
+        import inspect
+
+        import torch._lobpcg as module
+
+        self.assertIs(torch.lobpcg, module.lobpcg)
+        self.assertEqual(torch.lobpcg.__module__, "torch._lobpcg")
+        self.assertTrue(inspect.isclass(module.LOBPCG))
+        self.assertTrue(issubclass(module.LOBPCGAutogradFunction, torch.autograd.Function))
+        parameters = inspect.signature(torch.lobpcg).parameters
+        names = "A k B X n iK niter tol largest method tracker ortho_iparams ortho_fparams ortho_bparams"
+        self.assertEqual(list(parameters), names.split())
+        self.assertTrue(all(p.default is None for name, p in parameters.items() if name != "A"))
+
+    def test_torch_function_is_asked_before_anything_is_looked_at(self):
+        class Opaque:
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                return function, args, kwargs
+
+        for position in ("A", "B", "X", "iK"):
+            arguments = {"A": torch.zeros(2, 3, dtype=torch.int64), position: Opaque()}
+            function, _, _ = torch.lobpcg(**arguments)
+            self.assertIs(function, torch.lobpcg)
+
+    def test_subclass_input(self):
+        class Plain(torch.Tensor):
+            pass
+
+        A, _ = self.problems.laplacian(30).build()
+        E, _ = torch.lobpcg(A.as_subclass(Plain), k=2, method="ortho")
+        self.assertEqual(E.as_subclass(torch.Tensor), torch.lobpcg(A, k=2, method="ortho")[0])
+
+    def test_torchscript_equals_eager(self):
+        scripted = torch.jit.script(torch.lobpcg)
+        for name, dtype in itertools.product(("indefinite80_cond1000", "rod100"), (torch.float64, torch.complex128)):
+            p = self.problems.get(name)
+            for layout, method in itertools.product((torch.strided, torch.sparse_coo), (None, "ortho", "basic")):
+                A, B = p.build(dtype, layout)
+                for _ in range(3):  # the profiling executor specialises after the first runs
+                    arguments = dict(A=A, k=3, B=B, X=self.start(p.m, 4, dtype), largest=False, tol=1e-9, method=method)
+                    E, X, _ = self.solve(**arguments, solver=scripted)
+                    expected = self.solve(**arguments)
+                    self.assertTrue(torch.equal(E, expected[0]), (name, layout, method))
+                    self.assertTrue(torch.equal(X, expected[1]), (name, layout, method))
+
+    def test_torchscript_inside_a_scripted_function(self):
+        def spectral_gap(A: torch.Tensor):
+            E, X = torch.lobpcg(A, k=2, largest=False, method="ortho")
+            return E[1] - E[0]
+
+        p = self.problems.laplacian(40)
+        A, _ = p.build()
+        exact = p.extreme(2)
+        self.assertEqual(torch.jit.script(spectral_gap)(A), exact[1] - exact[0], atol=1e-7, rtol=0)
+
+    def test_torchscript_gradient_graph(self):
+        """A scripted call on an input that needs a gradient returns the right pairs, or says that it cannot."""
+        p = self.problems.laplacian(40)
+        A, _ = p.build()
+        try:
+            E, _ = torch.jit.script(torch.lobpcg)(A.requires_grad_(True), k=2)
+        except Exception as error:
+            self.assertRegex(str(error), "lobpcg")
+        else:
+            self.assertEqual(E.detach(), p.extreme(2, True), atol=1e-6, rtol=0)
+
+
+class TestLobpcgBadInput(LobpcgTestCase):
+    """Each mistake is a ValueError or a TypeError that says what was found."""
+
+    def refused(self, fact, *args, **kwargs):
+        with self.subTest(fact=fact, given=sorted(kwargs)):
+            with self.assertRaisesRegex((ValueError, TypeError), rf"(?s)lobpcg: .*({fact})"):
+                torch.lobpcg(*args, **kwargs)
+
+    def setUp(self):
+        super().setUp()
+        p = self.problems.indefinite(30, 10.0)
+        self.A, self.B = p.build()
+        self.X = self.start(30, 3)
+
+    def test_not_a_matrix(self):
+        self.refused("matri", torch.zeros(30, dtype=torch.float64))
+        self.refused("matri", torch.zeros((), dtype=torch.float64))
+        self.refused(r"square|30.*20", self.A[:, :20])
+        self.refused(r"square|2.*30.*20", torch.zeros(2, 30, 20, dtype=torch.float64))
+        self.refused("[Tt]ensor|callable", self.A.tolist())
+        self.refused("[Tt]ensor|callable", None)
+
+    def test_unsupported_dtypes(self):
+        for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16, torch.bfloat16):
+            self.refused(str(dtype), torch.eye(30).to(dtype))
+            self.refused(str(dtype), torch.eye(30).to(dtype), k=2, method="ortho")
+
+    def test_not_finite(self):
+        for value, batched in itertools.product((math.nan, math.inf, -math.inf), (False, True)):
+            poisoned = {}
+            for name in ("A", "B", "X", "iK"):
+                M = {"A": self.A, "B": self.B, "X": self.X, "iK": torch.eye(30).double()}[name].clone()
+                M[2, 2] = value
+                poisoned[name] = torch.stack([torch.zeros_like(M), M])[1:] if batched else M
+            fact = "NaN|nan|inf|finite"
+            self.refused(rf"\bA\b.*({fact})", poisoned["A"], k=2)
+            self.refused(rf"\bB\b.*({fact})", self.A, k=2, B=poisoned["B"])
+            self.refused(rf"\bX\b.*({fact})", self.A, k=2, X=poisoned["X"])
+            self.refused(rf"\biK\b.*({fact})", self.A, k=2, iK=poisoned["iK"], method="ortho")
+            for layout in ("coo", "csr"):
+                S = poisoned["A"][0] if batched else poisoned["A"]
+                self.refused(rf"\bA\b.*({fact})", getattr(S, f"to_sparse_{layout}")(), k=2)
+
+    def test_B_does_not_fit(self):
+        self.refused(r"\bB\b.*(shape|29)", self.A, B=self.B[:29, :29])
+        self.refused(r"\bB\b.*(shape|29)", self.A, B=self.B[:29])
+        self.refused(r"\bB\b", self.A, B=self.B[0])
+        self.refused(r"\bB\b.*(dtype|float32)", self.A, B=self.B.float())
+        self.refused(r"\bB\b.*(device|meta)", self.A, B=self.B.to("meta"))
+        self.refused(r"\bB\b", torch.stack([self.A] * 3), B=torch.stack([self.B] * 2))
+
+    def test_B_not_positive_definite(self):
+        indefinite = torch.diag(torch.linspace(-1, 1, 30).double())
+        singular = torch.diag(torch.linspace(0, 1, 30).double())
+        for B, method in itertools.product((indefinite, -self.B, torch.zeros(30, 30).double()), (None, "ortho", "basic")):
+            self.refused(r"\bB\b.*positive definite", self.A, k=3, B=B, method=method)
+            self.refused(r"\bB\b.*positive definite", self.A, k=3, B=B.to_sparse_csr(), method=method)
+        self.refused(r"\bB\b.*positive definite", self.A, k=3, B=singular)
+
+    def test_wrong_k_and_n(self):
+        for k in (0, -1):
+            self.refused(rf"\bk\b.*{k}", self.A, k=k)
+        self.refused(r"\bk\b.*31", self.A, k=31)
+        self.refused(r"\bk\b.*5.*\b[nX]\b|\b[nX]\b.*\bk\b", self.A, k=5, n=3)
+        self.refused(r"\bk\b|\bX\b", self.A, k=5, X=self.X)
+        self.refused(r"\bn\b", self.A, k=1, n=0)
+        self.refused(r"\bn\b", self.A, k=1, n=31)
+        self.refused(r"\bk\b", self.A, k=2.5)
+
+    def test_too_small_for_an_explicit_method(self):
+        for method in ("ortho", "basic"):
+            self.refused(r"m >= 3.*m=30.*11|m=30", self.A, k=11, method=method)
+            self.refused(r"m=30", self.A, k=1, n=11, method=method)
+        self.assertEqual(torch.lobpcg(self.A, k=10, method="ortho")[0].shape, (10,))
+
+    def test_X_does_not_fit(self):
+        self.refused(r"\bX\b.*(shape|29)", self.A, X=self.X[:29])
+        self.refused(r"\bX\b", self.A, X=self.X[:, 0])
+        self.refused(r"\bX\b.*(dtype|float32)", self.A, X=self.X.float())
+        self.refused(r"\bX\b.*(dtype|complex)", self.A, X=self.X.to(torch.complex128))
+        self.refused(r"\bX\b.*(device|meta)", self.A, X=self.X.to("meta"))
+        self.refused(r"\bX\b", self.A, X=self.X[:, :0])
+
+    def test_iK_does_not_fit(self):
+        iK = torch.eye(30, dtype=torch.float64)
+        self.refused(r"\biK\b.*(shape|29)", self.A, iK=iK[:29, :29])
+        self.refused(r"\biK\b.*(dtype|float32)", self.A, iK=iK.float())
+        self.refused(r"\biK\b.*(shape|29)", self.A, iK=iK[:29, :29], method="ortho")
+
+    def test_unknown_method(self):
+        for method in ("orto", "", "ORTHO"):
+            self.refused(rf"{method!r}.*ortho|ortho.*{method!r}|method", self.A, method=method)
+
+    def test_wrong_numbers(self):
+        self.refused(r"niter.*-2", self.A, niter=-2)
+        self.refused("tol", self.A, tol=-1.0)
+        self.refused("tol", self.A, tol=math.nan)
+
+    def test_sparse_must_be_symmetric(self):
+        """Says by how much it is not; a relative difference at rounding level is accepted."""
+        M = self.A.clone()
+        M[0, 1] += 1.0
+        for layout in ("coo", "csr", "csc", "bsr", "bsc"):
+            blocks = ((2, 2),) if layout.startswith("bs") else ()
+            S = getattr(M, f"to_sparse_{layout}")(*blocks)
+            self.refused(r"\bA\b.*(symmetric|Hermitian)", S, k=2)
+            self.refused(r"\bB\b.*(symmetric|Hermitian)", self.A, k=2, B=S)
+        rounding = self.A * (1 + torch.finfo(torch.float64).eps * torch.ones(30, 30).double().triu(1))
+        torch.lobpcg(rounding.to_sparse_csr(), k=2, method="ortho")
+        C = self.problems.get("ring45_flux1").build(torch.complex128)[0]
+        self.refused("Hermitian|symmetric", (C + torch.triu(C, 1).conj()).to_sparse_csr(), k=2)
+
+    def test_nothing_runs_before_the_checks(self):
+        apply, columns = self.counting(self.A)
+        for wrong in ({"niter": -2}, {"method": "orto"}, {"k": 4}, {"B": self.B.float()}, {"tol": -1.0}):
+            with self.assertRaises((ValueError, TypeError)):
+                torch.lobpcg(apply, X=self.X, **wrong)
+        self.assertEqual(columns, [])
+
+
+class TestLobpcgRandomized(LobpcgTestCase):
+    """Random shapes, spectra, gaps, conditioning: the wanted pairs, or one warning, or an error that names m and n."""
+
+    def test_random_pencils(self):
+        try:
+            from hypothesis import HealthCheck, given, settings, strategies as st
+        except ImportError:
+            self.skipTest("hypothesis is not installed")
+        import os
+
+        examples = int(os.environ.get("LOBPCG_TEST_EXAMPLES", "2000" if self.full else "60"))
+
+        @st.composite
+        def pencils(draw):
+            m = draw(st.integers(1, 60))
+            values = draw(st.lists(st.integers(-50, 50), min_size=1, max_size=8))
+            spectrum = torch.tensor([float(values[i % len(values)]) for i in range(m)], dtype=torch.float64)
+            spectrum += draw(st.sampled_from([0.0, 1e-12, 1e-6, 1e-2, 1.0])) * torch.arange(m).double()
+            spectrum *= 10.0 ** draw(st.sampled_from([-20, 0, 0, 0, 20]))
+            condition = 10.0 ** draw(st.integers(0, 4))
+            return self.problems.prescribed(f"random{m}", spectrum, condition, draw(st.booleans()))
+
+        @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+        @given(
+            pencils(), st.integers(1, 6), st.integers(0, 3), st.booleans(), st.sampled_from([None, "ortho", "basic"]),
+            st.sampled_from([torch.float64, torch.float32]), st.booleans(),
+        )
+        def check(p, k, extra, largest, method, real, with_start):
+            dtype = torch.zeros((), dtype=real).to(torch.complex64).dtype if p.is_complex else real
+            dtype = torch.complex128 if p.is_complex and real == torch.float64 else dtype
+            k = min(k, p.m)
+            n = min(k + extra, p.m)
+            if not p.supports(dtype):
+                return
+            A, B = p.build(dtype)
+            X = self.start(p.m, n, dtype) if with_start else None
+            tol = self.default_tol(dtype) * max(1.0, p.condition**0.5)
+            try:
+                E, V, messages = self.solve(
+                    A, k=k, B=B, X=X, n=n, largest=largest, method=method, tol=tol, niter=1000
+                )
+            except ValueError as error:
+                self.assertTrue(method is not None and p.m < 3 * n, str(error))
+                self.assertRegex(str(error), f"m={p.m}")
+                return
+            self.assertLessEqual(len(messages), 1)
+            if not messages:
+                self.assert_pairs(A, B, E, V, p.extreme(k, largest), tol, p.condition, p.error(dtype))
+
+        check()
+
+
+instantiate_device_type_tests(TestLobpcgForward, globals())
+
+if __name__ == "__main__":
+    run_tests()

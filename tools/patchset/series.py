@@ -1,0 +1,119 @@
+"""The series: what torch_patch/series.toml says, checked against the files it names."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import disk, toml
+from .classes import class_names
+from .errors import PatchError, raise_all
+from .text import comma_list
+from .weave import Edit, check_edit
+
+
+_LISTS = ("resolves", "tests", "new", "replace", "weave", "classes", "docs")
+_HERE = "torch_patch/series.toml"
+
+
+class Patch(NamedTuple):
+    """One logical patch. Paths are upstream's: torch/..., test/..., docs/source/... (pages without their suffix)."""
+
+    subject: str
+    why: str
+    resolves: list[str]
+    tests: list[str]  # that show it works, as arguments of pytest
+    new: list[str]  # whole files that upstream does not have
+    replace: list[str]  # whole files that take the place of upstream's
+    weave: list[str]  # upstream modules that receive insertions
+    classes: list[str]  # test/FILE.py::Name, for upstream's test files
+    docs: list[str]  # documentation pages
+
+
+class Series(NamedTuple):
+    folder: Path  # of this project
+    oldest: str
+    tested: list[str]
+    patches: list[Patch]
+
+    def source(self, path: str) -> Path:
+        """The file of this project that belongs to upstream's `path`."""
+        for theirs, ours in (("torch/", "torch_patch/"), ("docs/", "docs_patch/"), ("test/", "test/")):
+            if path.startswith(theirs):
+                return self.folder / ours / path[len(theirs) :]
+        raise PatchError(f"{_HERE}: {path}", "a path in torch/, test/ or docs/", "correct it")
+
+    def edits(self, path: str) -> list[Edit]:
+        """The woven edits for the module `path`."""
+        source = self.source(path).with_suffix(".toml")
+        edits: list[Edit] = _parsed(source).get("edit", [])
+        for edit in edits:
+            check_edit(edit, str(source))
+        return edits
+
+
+def load_series(folder: Path) -> Series:
+    """Read and check the series of the project in `folder`."""
+    fields = _parsed(folder / _HERE)
+    supported = fields.pop("supported", {})
+    rows = fields.pop("patch", [])
+    if fields or sorted(supported) != ["oldest", "tested"] or not rows:
+        raise PatchError(
+            f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'}", "[supported] and [[patch]]", "see there"
+        )
+    series = Series(folder, supported["oldest"], supported["tested"], [_patch(row) for row in rows])
+    _check_files(series)
+    return series
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    data = disk.read(path)
+    if data is None:
+        raise PatchError(f"{path} is missing", "a manifest", "restore this project's files")
+    try:
+        return toml.loads(data.decode("utf-8"))
+    except toml.TOMLError as error:
+        raise PatchError(f"{path}: {error}", "the TOML subset", "correct the manifest") from None
+
+
+def _patch(row: dict[str, Any]) -> Patch:
+    unknown = sorted(set(row) - {"subject", "why", *_LISTS})
+    if unknown or not row.get("subject") or not row.get("why"):
+        found = f"{_HERE}: patch {row.get('subject')!r} with unknown keys: {comma_list(unknown) or 'none'}"
+        raise PatchError(found, "a subject, a reason (why) and the lists " + comma_list(_LISTS), "correct the manifest")
+    return Patch(row["subject"], row["why"], *(row.get(name, []) for name in _LISTS))
+
+
+def _check_files(series: Series) -> None:
+    """Every file under torch_patch/ is named once, and every file named exists."""
+    whole = [path for patch in series.patches for path in patch.new + patch.replace]
+    woven = [path for patch in series.patches for path in patch.weave]
+    errors = [
+        PatchError(f"{_HERE} names {path} {(whole + woven).count(path)} times", "once", "keep it in one patch")
+        for path in dict.fromkeys(whole + woven)
+        if (whole + woven).count(path) > 1
+    ]
+    top = series.folder / "torch_patch"
+    found = {file for kind in ("*.py", "*.toml") for file in top.rglob(kind)} - {series.folder / _HERE}
+    named = {series.source(path) for path in whole} | {series.source(path).with_suffix(".toml") for path in woven}
+    errors += _compared(*(sorted(f.relative_to(series.folder).as_posix() for f in files) for files in (named, found)))
+    raise_all(errors)
+
+
+def check_classes(series: Series) -> None:
+    """Every class of the test files that the series names is named, and exists. An installed torch needs no tests."""
+    errors = []
+    entries = [entry for patch in series.patches for entry in patch.classes]
+    for path in dict.fromkeys(entry.split("::")[0] for entry in entries):
+        data = disk.read(series.source(path))
+        classes = [] if data is None else class_names(data, path)
+        errors += _compared(
+            [entry for entry in entries if entry.startswith(path + "::")], [f"{path}::{c}" for c in classes]
+        )
+    raise_all(errors)
+
+
+def _compared(named: list[str], found: list[str]) -> list[PatchError]:
+    missing = [name for name in named if name not in found]
+    unnamed = [name for name in found if name not in named]
+    return [
+        PatchError(f"{_HERE} names {n}, which is missing", "what it names", "add it or drop its line") for n in missing
+    ] + [PatchError(f"{n} is in no patch of {_HERE}", "everything named", "name it or delete it") for n in unnamed]

@@ -1,0 +1,213 @@
+"""torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B (TorchScript dialect)."""
+
+import warnings
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch._lobpcg_arguments import check_alike, check_block, check_broadcast, check_dtype, check_matrix, settle
+from torch._lobpcg_autograd import differentiable_eigenpairs, LOBPCGAutogradFunction
+from torch._lobpcg_iteration import EigenPairs, LOBPCG
+from torch._lobpcg_solver import solve
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+__all__ = ["lobpcg"]
+
+
+def lobpcg(
+    A: Tensor,
+    k: Optional[int] = None,
+    B: Optional[Tensor] = None,
+    X: Optional[Tensor] = None,
+    n: Optional[int] = None,
+    iK: Optional[Tensor] = None,
+    niter: Optional[int] = None,
+    tol: Optional[float] = None,
+    largest: Optional[bool] = None,
+    method: Optional[str] = None,
+    tracker: None = None,
+    ortho_iparams: Optional[dict[str, int]] = None,
+    ortho_fparams: Optional[dict[str, float]] = None,
+    ortho_bparams: Optional[dict[str, bool]] = None,
+) -> tuple[Tensor, Tensor]:
+    r"""lobpcg(A, k=None, B=None, X=None, n=None, iK=None, niter=None, tol=None, largest=None, method=None, \
+tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Tensor, Tensor)
+
+    The :attr:`k` largest or smallest eigenvalues of a Hermitian pencil, with eigenvectors: pairs with
+
+    .. math::
+        A x = \lambda B x, \qquad X^H B X = I,
+
+    where :math:`A` is Hermitian (real: symmetric), not necessarily definite, and :math:`B` Hermitian positive definite.
+    Only products with blocks of vectors are needed, so :attr:`A` may be large and sparse. Differentiable in
+    :attr:`A` and :attr:`B`, for dense and sparse input, to any order.
+
+    Where the matrices are dense and small (m up to 512), or too small for the method (m < 3 n), one dense factorisation
+    replaces the iterations, unless :attr:`method`, :attr:`niter` or :attr:`tracker` asks for them. For all
+    eigenvalues, or more than a third of them, use :func:`torch.linalg.eigh`.
+
+    .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`(A + A^H) / 2`, so gradients are Hermitian.
+        A sparse one must be Hermitian.
+
+    .. warning:: Eigenvectors are determined up to a factor of modulus one, inside a repeated eigenvalue up to a unitary matrix,
+        and a gradient exists only for a loss that does not see that freedom. One that does is an error or a warning
+        that names the eigenvalues. A gradient amplifies the residual of the pairs by the inverse of the gap
+        between eigenvalues: pairs that have not converged are warned of, once in forward and once in backward.
+
+    Args:
+        A (Tensor): :math:`(*, m, m)`, float32, float64, complex64 or complex128; strided, COO, CSR, CSC, BSR or BSC
+            (batches: strided, COO or CSR). Outside TorchScript also a callable that maps blocks :math:`(*, m, p)` to their products,
+            a constant to autograd; then :attr:`X` gives size, dtype and device.
+        k (int, optional): number of pairs. Default: the columns of :attr:`X`, or 1.
+        B (Tensor, optional): :math:`(*, m, m)`, as :attr:`A`. Default: the identity.
+        X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` columns; not changed, not differentiated.
+            Default: fixed pseudo-random numbers, the same in every call.
+        n (int, optional): columns of the default start block, at least :attr:`k`. The pairs beyond :attr:`k` are not
+            returned; they speed up the iteration and the gradient. Default: a few more than :attr:`k`.
+        iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
+            :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or, outside
+            TorchScript, a callable on blocks. Used in backward as well; not differentiated.
+        niter (int, optional): most iterations. 0: Rayleigh-Ritz on the start block alone; -1: until the residual cannot
+            improve any more. Default: 1000.
+        tol (float, optional): a pair has converged when :math:`\|A x - \lambda B x\|_2 \le tol (\|A\| + |\lambda| \|B\|) \|x\|_2`,
+            norms being the root mean square of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1.
+        largest (bool, optional): the largest (in descending order) or the smallest (ascending). Default: True.
+        method (str, optional): "ortho" orthogonalises the new directions explicitly where digits would be lost otherwise,
+            "basic" never. Default: "ortho".
+        tracker (callable, optional): called with the worker before the first and after every iteration; batches are then
+            solved one matrix at a time. The worker has the attributes A, B, iK, X, E, R (residuals), S (the basis),
+            iparams, fparams, bparams, ivars, fvars, bvars, tvars; ``worker.bvars["force_stop"] = True`` stops it.
+            Not in TorchScript.
+        ortho_iparams, ortho_fparams, ortho_bparams (dict, optional): parameters of "ortho", see the worker's
+            iparams, fparams and bparams: ``i_max`` (2), passes of the explicit projection; ``tol_drop``
+            (square root of eps), squared sine of the angle to the other directions under which one is dropped.
+
+    Returns:
+        E, real, :math:`(*, k)`, and X, :math:`(*, m, k)`.
+
+    Raises:
+        ValueError: a shape, number or value that does not fit; NaN or infinity; a sparse matrix that is not Hermitian; B or iK that shows
+            itself not to be positive definite; m < 3 n where iterations are asked for.
+        TypeError: a dtype that is not supported or differs between arguments.
+
+    Warns:
+        UserWarning: once, if pairs have not converged, with the residual reached and the tolerance.
+
+    Example::
+
+        >>> # the five smallest eigenvalues of a path graph's Laplacian, and their gradient with respect to the edge weights
+        >>> w = torch.ones(99, dtype=torch.float64, requires_grad=True)
+        >>> i = torch.arange(99)
+        >>> rows, columns = torch.cat([i, i + 1, i, i + 1]), torch.cat([i, i + 1, i + 1, i])
+        >>> L = torch.sparse_coo_tensor(torch.stack([rows, columns]), torch.cat([w, w, -w, -w]), (100, 100))
+        >>> E, X = torch.lobpcg(L, k=5, largest=False)
+        >>> E.sum().backward()
+        >>> bool((w.grad - (X[1:] - X[:-1]).square().sum(-1)).abs().max() < 1e-6)
+        True
+
+    References: Knyazev (2001), SIAM J. Sci. Comput. 23(2), 517-541. Hetmaniuk and Lehoucq (2006), J. Comput. Phys. 218,
+    324-332. Duersch, Shao, Yang and Gu (2018), SIAM J. Sci. Comput. 40(5), C655-C676. Stathopoulos and Wu (2002), SIAM J. Sci.
+    Comput. 23(6), 2165-2182. Gradient: Magnus (1985), Econometric Theory 1, 179-191.
+    """
+    if not torch.jit.is_scripting():
+        tensors = (A, B, X, iK)
+        if has_torch_function(tensors):
+            return handle_torch_function(
+                lobpcg,
+                tensors,
+                A,
+                k=k,
+                B=B,
+                X=X,
+                n=n,
+                iK=iK,
+                niter=niter,
+                tol=tol,
+                largest=largest,
+                method=method,
+                tracker=tracker,
+                ortho_iparams=ortho_iparams,
+                ortho_fparams=ortho_fparams,
+                ortho_bparams=ortho_bparams,
+            )
+        ortho = (ortho_iparams, ortho_fparams, ortho_bparams)
+        return _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho)
+    check_matrix(A, "A")
+    m = A.size(-1)
+    batch = _check_others(A, B, X, iK, m)
+    columns: Optional[int] = None
+    if X is not None:
+        columns = X.size(-1)
+    settings = settle(m, A.dtype, k, n, columns, niter, tol, largest, method, False)
+    needs_grad = A.requires_grad
+    if B is not None:
+        needs_grad = needs_grad or B.requires_grad
+    if needs_grad:
+        raise RuntimeError("lobpcg: a scripted call cannot differentiate; call torch.lobpcg without torch.jit.script where A or B requires grad")
+    pairs = solve(A, B, X, iK, batch, m, settings, None)
+    _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
+    return pairs.E[..., : settings.k], pairs.X[..., : settings.k]
+
+
+@torch.jit.unused
+def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho) -> tuple[Tensor, Tensor]:
+    """lobpcg outside TorchScript: callables allowed, autograd and transforms recorded."""
+    for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
+        if T is not None and not isinstance(T, Tensor) and not callable(T):
+            raise TypeError(f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)")
+    model = next((T for T in (A, X, B) if isinstance(T, Tensor)), None)
+    if model is None:
+        raise ValueError("lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n)")
+    if isinstance(A, Tensor):
+        check_matrix(A, "A")
+    check_dtype(model, "X" if model is X else "B" if model is B else "A")
+    if model.dim() < 2:
+        raise ValueError(f"lobpcg: X has shape {list(model.shape)}; it must be (*, m, n)")
+    m = model.size(-2)
+    batch = _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
+    settings = settle(
+        m, model.dtype, k, n, X.size(-1) if X is not None else None, niter, tol, largest, method, tracker is not None
+    )
+
+    def run(A, B, X, iK) -> EigenPairs:
+        shape = torch.broadcast_shapes(*(T.shape[:-2] for T in (A, B, X, iK) if isinstance(T, Tensor)))
+        pairs = solve(A, B, X, iK, list(shape), m, settings, tracker)
+        _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
+        return pairs
+
+    return differentiable_eigenpairs(A, B, X, iK, run, settings.k, settings.largest, settings.tol)
+
+
+def _check_others(A: Tensor, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor], m: int) -> list[int]:
+    """Check B, X and iK against A; the batch shape of all together."""
+    batch = list(A.shape[:-2])
+    if B is not None:
+        check_matrix(B, "B")
+        check_block(B, "B", m)
+        check_alike(B, "B", A, "A")
+        batch = check_broadcast(batch, B, "B")
+    if X is not None:
+        check_block(X, "X", m)
+        check_alike(X, "X", A, "A")
+        batch = check_broadcast(batch, X, "X")
+    if iK is not None:
+        check_matrix(iK, "iK")
+        check_block(iK, "iK", m)
+        check_alike(iK, "iK", A, "A")
+        batch = check_broadcast(batch, iK, "iK")
+    return batch
+
+
+def _warn_unconverged(pairs: EigenPairs, k: int, tol: float, niter: int) -> None:
+    """One warning if a wanted pair has not converged."""
+    residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
+    if residual.numel() == 0:
+        return
+    missed = residual > tol * scale
+    if bool(missed.any()):
+        rerr = (residual / torch.where(scale > 0, scale, torch.ones_like(scale))).max()
+        warnings.warn(
+            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged: relative residual {float(rerr)}, "
+            f"tolerance {tol}, niter={niter}; raise niter or tol, pass a larger n or a preconditioner iK"
+        )

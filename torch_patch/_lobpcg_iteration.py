@@ -1,0 +1,487 @@
+"""The LOBPCG iteration: k extreme eigenpairs of A x = lambda B x by products with blocks (TorchScript dialect, no autograd).
+
+Follows Knyazev (2001) for the method, Hetmaniuk and Lehoucq (2006) for the choice of the basis, Duersch, Shao, Yang and Gu
+(2018) for the small-matrix algebra of P, Stathopoulos and Wu (2002) for orthonormalisation by eigenvalues of the Gram matrix.
+Departures from them:
+
+- X and P are kept B-orthonormal and mutually B-orthogonal, so of the Gram matrices only the products with the new directions
+  W are computed: p (2n + p) inner products an iteration instead of (3n)^2.
+- W is made orthonormal to X and P, and in itself, by a change of coordinates on small matrices; only where the conditioning
+  says that this loses digits are the tall blocks themselves projected (the orthogonal route), from the next iteration on.
+- Dependent directions are left out by their eigenvalue in the Gram matrix, never by a failed factorisation.
+- All matrices of a batch advance together; masks stand for what differs between them.
+
+Invariants at the top of `update`, up to `drift`: X^H B X = I, X^H B P = 0, P^H B P = I (or a zero row where P has lost
+rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S exactly as the next Ritz problem uses it.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch._lobpcg_operator import epsilon, Operator, start_rows
+from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten
+
+
+class EigenPairs(NamedTuple):
+    """Eigenpairs in the order wanted (ascending for the smallest, descending for the largest) and how good they are.
+
+    E: (*, n) real; X: (*, m, n), X^H B X = I; residual: (*, n), 2-norms of A x_j - E_j B x_j;
+    scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has converged iff residual_j <= tol scale_j.
+    """
+
+    E: Tensor
+    X: Tensor
+    residual: Tensor
+    scale: Tensor
+
+
+def _take_rows(V: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (*, p) of V (*, n, m)."""
+    if V.dim() == 2:
+        return V.index_select(0, index)
+    return V.gather(-2, index.unsqueeze(-1).expand(list(index.shape) + [V.size(-1)]))
+
+
+class LOBPCG:
+    """Worker of one lobpcg call; what a tracker is called with.
+
+    A, B, iK, X as given to lobpcg, X the start block (*, m, n); iparams: m, n, k, niter, ...; fparams: tol, ...; bparams: largest, ...
+    While running: X (*, m, n), E (*, n), R residual block, S = [X P W]; ivars: istep, converged_count (leading pairs that have
+    converged, the fewest over a batch), iterations_left; tvars["rerr"] (*, n): residual / ((||A|| + |E| ||B||) ||x||);
+    bvars["force_stop"]: set it to stop. Subclasses may override update_converged_count, stop_iteration and run.
+    """
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Optional[Tensor],
+        X: Tensor,
+        iK: Optional[Tensor],
+        iparams: dict[str, int],
+        fparams: dict[str, float],
+        bparams: dict[str, bool],
+        method: str,
+        tracker: None,
+    ):
+        self.A = A
+        self.B = B
+        self.iK = iK
+        self.iparams = iparams
+        self.fparams = fparams
+        self.bparams = bparams
+        self.method = method
+        self.tracker = tracker
+        self.ivars: dict[str, int] = {"istep": 0, "converged_count": 0, "iterations_left": iparams["niter"]}
+        self.fvars: dict[str, float] = {}
+        self.bvars: dict[str, bool] = {"force_stop": False}
+        self.tvars: dict[str, Tensor] = {}
+
+        self.m = X.size(-2)
+        self.n = X.size(-1)
+        self.probe = iparams.get("chosen", self.n)  # index of the first column that no caller has chosen
+        self.batch: list[int] = list(X.shape[:-2])
+        self.sign = -1.0 if bparams["largest"] else 1.0
+        self.eps = epsilon(X.dtype)
+        self.tiny = 1e-30 if self.eps > 1e-10 else 1e-290  # keeps quotients finite, far below every square that counts
+        self.op_A = Operator(A, "A")
+        self.op_B = self.op_A
+        self.op_K = self.op_A
+        self.general = B is not None
+        self.preconditioned = iK is not None
+        if B is not None:
+            self.op_B = Operator(B, "B")
+        if iK is not None:
+            self.op_K = Operator(iK, "iK")
+        self.orthogonal_left = 0  # iterations for which W is projected explicitly
+        self.drift = 0.0  # bound on the loss of the invariants since they were last enforced
+        self.suspicious = False  # X0 was almost invariant: a wrong invariant subspace looks the same
+        self.best = float("inf")
+        self.best_step = 0
+        self.small_since = -1
+        self.active = 0
+
+        rows = X.mT.contiguous()
+        real = torch.real(rows) if rows.is_complex() else rows
+        one = torch.ones([], dtype=real.dtype, device=X.device)
+        self.norm_A = torch.zeros(self.batch + [1], dtype=real.dtype, device=X.device)
+        self.norm_B = torch.ones_like(self.norm_A)
+        # Rows X, then P, then W: (*, q, m), q <= 3 n; two buffers each, the next X and P are written beside the present ones.
+        self.q = self.n
+        self.S_rows, self.S_next = rows, rows
+        self.AS, self.AS_next = rows, rows
+        self.BS, self.BS_next = rows, rows
+        self.W = rows
+        self.E = torch.zeros(self.batch + [self.n], dtype=real.dtype, device=X.device)
+        self.G = torch.zeros(self.batch + [self.n, self.n], dtype=X.dtype, device=X.device)
+        self.lost = torch.zeros_like(self.E)  # 1 where a vector of [X P] is zero
+        self.w_index = torch.zeros(self.batch + [0], dtype=torch.int64, device=X.device)
+        self.w_valid = self.E
+        self.least_B, self.least_K, self.least_d, self.losses = one, one, one, torch.zeros_like(one)
+        self.residual = torch.zeros_like(self.E)
+        self.scale = torch.zeros_like(self.E)
+        self.X = X
+        self.R = X
+        self.S = X
+
+    def __str__(self) -> str:
+        return (
+            f"LOBPCG: m={self.m}, n={self.n}, k={self.iparams['k']}, method={self.method}, step {self.ivars['istep']}, "
+            f"{self.ivars['converged_count']} converged"
+        )
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Iterate until stop_iteration() says so; then E, X, residual, scale hold the result."""
+        self.start()
+        self.update_residual()
+        self.update_converged_count()
+        self.guard_against_invariant_start()
+        self.call_tracker()
+        while not self.stop_iteration():
+            self.update()
+            self.call_tracker()
+
+    def update(self) -> None:
+        """One iteration: Ritz step on [X P W], residuals, the next active set."""
+        self.ivars["istep"] += 1
+        self.ivars["iterations_left"] -= 1
+        self.new_directions()
+        self.ritz()
+        # Losing a twentieth of tol to rounding cannot change the answer; below 64 eps there is nothing to win.
+        limit = max(0.05 * self.fparams["tol"], 64.0 * self.eps)
+        if self.drift > limit:
+            self.refresh()
+        self.update_residual()
+        self.update_converged_count()
+        if self.converged() and self.drift > 8.0 * self.eps and self.drift > 1e-3 * self.fparams["tol"]:
+            # The verdict is given on fresh products, not on carried ones.
+            self.refresh()
+            self.update_residual()
+            self.update_converged_count()
+
+    def converged(self) -> bool:
+        return self.ivars["converged_count"] >= self.iparams["k"]
+
+    def stop_iteration(self) -> bool:
+        """Whether to stop: asked to, all wanted pairs converged, out of iterations, or no digit left to win."""
+        if self.bvars["force_stop"]:
+            return True
+        if self.ivars["iterations_left"] == 0 or self.converged():
+            return True
+        return self.active == 0 or self.stagnated()
+
+    def stagnated(self) -> bool:
+        """Near rounding level: no new best residual in 20 iterations; elsewhere: in 1000 (convergence may pause, not that long)."""
+        istep = self.ivars["istep"]
+        patience = 20 if self.best < 1000.0 * self.eps else 1000
+        return istep - self.best_step >= patience
+
+    def call_tracker(self) -> None:
+        if not torch.jit.is_scripting():
+            if self.tracker is not None:
+                self.expose()
+                self.tracker(self)
+
+    def expose(self) -> None:
+        """X, R, S as columns, for whoever looks from outside; views, no copy."""
+        self.X = self.S_rows[..., : self.n, :].mT
+        self.R = self.W.mT
+        self.S = self.S_rows[..., : self.q, :].mT
+
+    def result(self) -> EigenPairs:
+        """The pairs in the scale of the problem as it was given."""
+        self.expose()
+        E, X, residual, scale = self.E, self.X, self.residual, self.scale
+        if self.op_A.scaled or (self.general and self.op_B.scaled):
+            sA = self.op_A.scale.squeeze(-1)
+            sB = self.op_B.scale.squeeze(-1) if self.general else torch.ones_like(sA)
+            root = sB.sqrt()
+            E = E / sA * sB
+            X = X * root.unsqueeze(-1)
+            residual = residual / sA * root
+            scale = scale / sA * root
+        return EigenPairs(E, X, residual, scale)
+
+    # -- start --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X alone."""
+        self.estimate_norms()
+        self.complete_start(self.S_rows, 0)
+
+    def estimate_norms(self) -> None:
+        """Root mean square eigenvalue of A and B: independent of X0. Of a callable, from a product with two fixed random vectors."""
+        self.norm_A = self.root_mean_square(self.op_A)
+        if self.general:
+            self.norm_B = self.root_mean_square(self.op_B)
+        self.fvars["A_norm"] = float(self.norm_A.max()) if self.norm_A.numel() > 0 else 0.0
+        self.fvars["B_norm"] = float(self.norm_B.max()) if self.norm_B.numel() > 0 else 0.0
+
+    def root_mean_square(self, op: Operator) -> Tensor:
+        if not torch.jit.is_scripting():
+            if op.call is not None:
+                V = start_rows(2, self.m, self.n + 7, self.S_rows).expand(self.batch + [2, self.m])
+                ratio = torch.linalg.vector_norm(op.rows(V), dim=[-2, -1]) / torch.linalg.vector_norm(V, dim=[-2, -1])
+                return ratio.unsqueeze(-1).to(self.E.dtype)
+        square = op.mean_square(self.m, self.batch).to(self.E.dtype)
+        return square.sqrt().unsqueeze(-1).expand(self.batch + [1])
+
+    def complete_start(self, X: Tensor, first: int) -> None:
+        """Set X, AX, BX, E from start rows X (*, n, m); directions that X lacks come from the fixed table, from row `first` on.
+
+        Guarantee: X^H B X = I to rounding, S^H A S = diag(E), P empty.
+        """
+        n = X.size(-2)
+        for attempt in range(3):
+            X = X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(self.tiny)
+            BX = self.op_B.rows(X) if self.general else X
+            gram = hermitian(X.conj() @ BX.mT)
+            self.check_start(X, gram)
+            # Columns closer than sqrt(eps) to the span of the others carry fewer than half of their digits.
+            drop = self.eps**0.5 * n
+            T, d = whiten(gram, drop, self.tiny)
+            X = T.mT @ X
+            missing = (d <= drop).unsqueeze(-1)
+            some = bool(missing.any())
+            if attempt > 0 and not some:
+                break
+            if some:
+                fresh = start_rows(n, self.m, first + attempt * n, X)
+                X = torch.where(missing, fresh.expand(X.shape), X)
+        self.n = n
+        self.allocate(X)
+        self.refresh()
+
+    def allocate(self, X: Tensor) -> None:
+        """Buffers for a block of n rows, X in front of S_rows. Cost: 3 n rows for each of S, A S, B S, twice."""
+        shape = self.batch + [3 * self.n, self.m]
+        self.S_rows, self.S_next = X.new_empty(shape), X.new_empty(shape)
+        self.AS, self.AS_next = X.new_empty(shape), X.new_empty(shape)
+        self.BS, self.BS_next = self.S_rows, self.S_next
+        if self.general:
+            self.BS, self.BS_next = X.new_empty(shape), X.new_empty(shape)
+        self.W = X.new_empty(self.batch + [self.n, self.m])
+        self.S_rows[..., : self.n, :] = X
+        self.q = self.n
+
+    def check_start(self, X: Tensor, gram: Tensor) -> None:
+        """Error if B is seen not to be positive definite (X: unit or zero rows)."""
+        if self.general:
+            d = real_diagonal(gram)
+            nonzero = torch.linalg.vector_norm(X, dim=-1) > 0.5
+            if bool(((d <= 0) & nonzero).any()):
+                self.raise_not_positive("B")
+
+    def guard_against_invariant_start(self) -> None:
+        """Where X0 spans an almost invariant subspace already, join fresh directions that would reveal a missed pair.
+
+        An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart by their
+        residuals. The joined columns search the complement; the run ends when they have settled (see settled()).
+        """
+        k = self.iparams["k"]
+        rerr = self.tvars["rerr"][..., :k]
+        if rerr.numel() == 0 or self.iparams["niter"] == 0:
+            return
+        self.suspicious = bool((rerr < self.eps**0.25).any())
+        if not self.suspicious or self.active == 0 and not self.incomplete():
+            return
+        extra = min(max(2, k // 4), self.m - self.n)
+        if extra > 0 and self.n <= max(self.probe, k):
+            fresh = start_rows(extra, self.m, 3 * self.n + 11, self.S_rows).expand(self.batch + [extra, self.m])
+            X = self.S_rows[..., : self.n, :]
+            BX = self.BS[..., : self.n, :]
+            fresh = fresh - (fresh @ BX.mH) @ X
+            self.complete_start(torch.cat([X, fresh], -2), 5 * self.n + 13)
+            self.update_residual()
+            self.update_converged_count()
+
+    def incomplete(self) -> bool:
+        return self.n < self.m
+
+    # -- one iteration ------------------------------------------------------------------------------------------------
+
+    def new_directions(self) -> None:
+        """Append W to S: the active residuals, preconditioned, where asked for projected, of length one; and their images."""
+        first, last = self.q, self.q + self.active
+        W, length = self.W, self.residual
+        if self.active < self.n:
+            W, length = _take_rows(W, self.w_index), self.residual.gather(-1, self.w_index)
+        if self.preconditioned:
+            R, W = W, self.op_K.rows(W)
+            product = length
+            length = torch.linalg.vector_norm(W, dim=-1)
+            # r^H K r < 0 proves that K is not positive definite, beyond the dot product's rounding error, m eps ||r|| ||K r||.
+            inner = (R.conj() * W).sum(-1)
+            inner = torch.real(inner) if inner.is_complex() else inner
+            self.least_K = (inner + self.eps * self.m * product * length).min()
+        if self.orthogonal_left > 0:
+            W = self.project(W, length)
+            length = torch.linalg.vector_norm(W, dim=-1)
+        inverse = 1.0 / length.clamp_min(self.tiny)
+        if len(self.batch) > 0:
+            inverse = inverse * self.w_valid
+        slot = self.S_rows[..., first:last, :]
+        torch.mul(W, inverse.unsqueeze(-1), out=slot)
+        self.AS[..., first:last, :] = self.op_A.rows(slot)
+        if self.general:
+            self.BS[..., first:last, :] = self.op_B.rows(slot)
+        self.q = last
+
+    def project(self, W: Tensor, length: Tensor) -> Tensor:
+        """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik 2005)."""
+        S = self.S_rows[..., : self.q, :]
+        BSH = self.BS[..., : self.q, :].mH
+        for _ in range(2):
+            W = W / length.clamp_min(self.tiny).unsqueeze(-1)
+            W = W - (W @ BSH) @ S
+            length = torch.linalg.vector_norm(W, dim=-1)
+        return W
+
+    def ritz(self) -> None:
+        """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on."""
+        q = self.q
+        known = q - self.active
+        S, AS, BS = self.S_rows[..., :q, :], self.AS[..., :q, :], self.BS[..., :q, :]
+        W = S[..., known:, :].conj()
+        gram_A, gram_B = W @ AS.mT, W @ BS.mT  # (*, p, q)
+        columns: Optional[Tensor] = None
+        if self.active < self.n:
+            columns = self.w_index
+        step = ritz_step(self.G, self.lost, gram_A, gram_B, self.n, self.sign, columns, self.eps, self.tiny)
+        self.watch(gram_B[..., known:], step.d)
+        self.advance(step, S, AS, BS)
+
+    def watch(self, gram_W: Tensor, d: Tensor) -> None:
+        """Keep for the report: the least squared length of W in B, the least direction kept, and whether digits were lost."""
+        drop = self.eps**0.5
+        self.least_B = real_diagonal(gram_W).min()
+        self.least_d = torch.where(d > drop, d, 1.0).min()
+        loss = max(1e-3, self.eps**0.25)
+        if len(self.batch) > 0:  # masked rows of W show as zeros in d
+            self.losses = ((d < loss).sum(-1) + self.w_valid.sum(-1)).max() - self.active
+        else:
+            self.losses = (d < loss).sum()
+
+    def advance(self, step: Ritz, S: Tensor, AS: Tensor, BS: Tensor) -> None:
+        """Take a Ritz step: the new X, P and their images into the other buffers, which then become the present ones."""
+        C = step.C
+        self.E, self.G, self.lost = step.e * self.sign, step.G, step.lost
+        self.q = C.size(-2)
+        torch.matmul(C, S, out=self.S_next[..., : self.q, :])
+        torch.matmul(C, AS, out=self.AS_next[..., : self.q, :])
+        self.S_rows, self.S_next = self.S_next, self.S_rows
+        self.AS, self.AS_next = self.AS_next, self.AS
+        if self.general:
+            torch.matmul(C, BS, out=self.BS_next[..., : self.q, :])
+            self.BS, self.BS_next = self.BS_next, self.BS
+        else:
+            self.BS, self.BS_next = self.S_rows, self.S_next
+
+    def refresh(self) -> None:
+        """Enforce the invariants: fresh products with [X P], an orthonormal basis of its span, Rayleigh-Ritz in it.
+
+        Cost: n + p products with A (and B). The span, and so what P remembers, is kept.
+        """
+        q = self.q
+        S, AS, BS = self.S_rows[..., :q, :], self.AS[..., :q, :], self.BS[..., :q, :]
+        AS[...] = self.op_A.rows(S)
+        if self.general:
+            BS[...] = self.op_B.rows(S)
+        conj = S.conj()
+        step = ritz_fresh(hermitian(conj @ AS.mT), hermitian(conj @ BS.mT), self.n, self.sign, self.eps, self.tiny)
+        self.advance(step, S, AS, BS)
+        self.drift = 4.0 * self.eps
+
+    def update_residual(self) -> None:
+        """W := A X - B X E of all n columns, their norms, and rerr."""
+        n = self.n
+        X, AX, BX = self.S_rows[..., :n, :], self.AS[..., :n, :], self.BS[..., :n, :]
+        torch.mul(BX, self.E.unsqueeze(-1), out=self.W)
+        torch.sub(AX, self.W, out=self.W)
+        self.residual = torch.linalg.vector_norm(self.W, dim=-1)
+        size = self.E.abs()
+        self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size * self.norm_B
+        if self.general:
+            self.scale = self.scale * torch.linalg.vector_norm(X, dim=-1)
+        self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
+
+    def update_converged_count(self) -> int:
+        """Active set and converged_count from rerr; the iteration's one transfer to the host is here."""
+        k, tol = self.iparams["k"], self.fparams["tol"]
+        rerr = self.tvars["rerr"]
+        done = rerr <= tol
+        wanted = done[..., :k]
+        lead = torch.cumprod(wanted, -1).sum(-1)  # (*)
+        locked = done
+        if self.suspicious:
+            lead = torch.where(self.settled(rerr), lead, lead.clamp_max(k - 1))
+            if self.ivars["istep"] < 5:
+                locked = rerr <= 8.0 * self.eps
+        waiting = ~(locked | (lead >= k).unsqueeze(-1))  # (*, n)
+        worst = torch.where(wanted, 0.0, rerr[..., :k]).max()
+        real = rerr.dtype
+        values: list[float] = torch.stack(
+            [
+                waiting.sum(-1).max().to(real),
+                lead.min().to(real),
+                worst,
+                self.residual.sum(),
+                self.least_B,
+                self.least_K,
+                self.least_d,
+                self.losses.to(real),
+            ]
+        ).tolist()
+        self.read_report(values)
+        if self.active < self.n or len(self.batch) > 0:
+            order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
+            self.w_index = order[..., : self.active]
+            self.w_valid = waiting.gather(-1, self.w_index).to(real)
+        return self.ivars["converged_count"]
+
+    def settled(self, rerr: Tensor) -> Tensor:
+        """Whether the first column that no caller chose has found an eigenvalue of its own, so that none before it was missed: (*).
+
+        Its residual, an error bound for its eigenvalue, must be a tenth of its distance from the wanted ones, after five
+        iterations, which carry even a weight of 1 / m on a missed eigenvector into view; or it must be small in itself.
+        """
+        j = max(self.probe, self.iparams["k"])
+        if j >= self.n:
+            return torch.ones_like(rerr[..., 0], dtype=torch.bool)
+        small = rerr[..., j] <= max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
+        if self.ivars["istep"] < 5:
+            return small
+        distance = (self.E[..., j] - self.E[..., self.iparams["k"] - 1]).abs() * self.norm_B[..., 0]
+        return small | (self.residual[..., j] <= 0.1 * distance)
+
+    def read_report(self, values: list[float]) -> None:
+        self.active = int(values[0])
+        self.ivars["converged_count"] = int(values[1])
+        if not values[3] < float("inf"):
+            self.raise_not_finite()
+        if values[4] < 0.0:
+            self.raise_not_positive("B")
+        if values[5] < 0.0:
+            self.raise_not_positive("iK")
+        if values[2] < 0.9 * self.best:
+            self.best = values[2]
+            self.best_step = self.ivars["istep"]
+        self.drift += 4.0 * self.eps + self.eps / values[6]
+        if self.orthogonal_left > 0:
+            self.orthogonal_left -= 1
+        elif values[7] > 0.0 and self.method != "basic":
+            self.orthogonal_left = 10
+
+    def raise_not_positive(self, name: str) -> None:
+        raise ValueError(
+            f"lobpcg: {name} is not positive definite: x^H {name} x <= 0 for a vector x met in iteration {self.ivars['istep']}; "
+            f"{name} must be Hermitian positive definite"
+        )
+
+    def raise_not_finite(self) -> None:
+        raise ValueError(
+            f"lobpcg: a product with A, B or iK is NaN or infinite in iteration {self.ivars['istep']}; "
+            "check the operator, or rescale it"
+        )

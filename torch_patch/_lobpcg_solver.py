@@ -1,0 +1,199 @@
+"""From checked arguments to eigenpairs, without autograd: value checks, scaling, dense or iterative solve (TorchScript dialect)."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch._lobpcg_arguments import Settings
+from torch._lobpcg_iteration import EigenPairs, LOBPCG
+from torch._lobpcg_operator import epsilon, is_sparse_layout, largest_entry, Operator, safe_scale, start_rows
+from torch._lobpcg_ritz import hermitian
+
+
+# Up to this size one dense factorisation costs less than the iterations it replaces (1 thread, k = 5: break-even near m = 500).
+DENSE_LIMIT = 512
+
+
+def solve(
+    A: Tensor, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor], batch: list[int], m: int, settings: Settings, tracker: None
+) -> EigenPairs:
+    """n >= k eigenpairs of each pencil. A, B, iK: (*, m, m), dense or sparse, Hermitian, or callables; X: (*, m, n) or None.
+
+    Raises ValueError on NaN, infinity, asymmetry and a B or iK that shows itself not to be positive definite.
+    """
+    like = A
+    if not torch.jit.is_scripting():
+        if not isinstance(A, Tensor):
+            like = _first_tensor(A, B, X, iK)
+    A = _checked(A, "A", m, batch, like)
+    if B is not None:
+        B = _checked(B, "B", m, batch, like)
+    if iK is not None:
+        check_finite(iK, "iK")
+    if X is not None:
+        check_finite(X, "X")
+    if _dense_is_cheaper(A, B, settings, m):
+        return dense_solve(A, B, settings, batch)
+    start = X if X is not None else start_rows(settings.n, m, 0, like).mT
+    start = start.expand(batch + [m, settings.n])
+    if not torch.jit.is_scripting():
+        if tracker is not None and len(batch) > 0:
+            return _solve_each(A, B, start, iK, batch, m, settings, tracker)
+    return iterate(A, B, start, iK, settings, tracker)
+
+
+def iterate(A: Tensor, B: Optional[Tensor], X: Tensor, iK: Optional[Tensor], settings: Settings, tracker: None) -> EigenPairs:
+    """Run the worker on one problem or on a batch in lockstep; extremes of scale are taken out by powers of two."""
+    iparams = {"m": X.size(-2), "n": settings.n, "k": settings.k, "niter": settings.niter, "chosen": settings.chosen}
+    worker = LOBPCG(A, B, X, iK, iparams, {"tol": settings.tol}, {"largest": settings.largest}, settings.method, tracker)
+    with torch.no_grad():
+        worker.run()
+    return worker.result()
+
+
+def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[int]) -> EigenPairs:
+    """All m pairs by Cholesky of B and eigh: (*, m), (*, m, m). Cost: about 9 m^3 a matrix; m^2 numbers are kept."""
+    m = A.size(-1)
+    A = A.to_dense() if is_sparse_layout(A) else A
+    sA = safe_scale(largest_entry(A), A.dtype)
+    S = A * sA.to(_real(A.dtype)).unsqueeze(-1).unsqueeze(-1)
+    if B is None:
+        E, X = torch.linalg.eigh(S)
+        BX = X
+        sB = torch.ones_like(sA)
+        norm_B = torch.ones_like(E[..., :1])
+    else:
+        B = B.to_dense() if is_sparse_layout(B) else B
+        sB = safe_scale(largest_entry(B), A.dtype)
+        T = B * sB.to(_real(A.dtype)).unsqueeze(-1).unsqueeze(-1)
+        L, info = torch.linalg.cholesky_ex(T)
+        if bool((info > 0).any()):
+            raise ValueError("lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive definite")
+        half = torch.linalg.solve_triangular(L, S, upper=False)
+        C = torch.linalg.solve_triangular(L, half.mH, upper=False)
+        E, V = torch.linalg.eigh(hermitian(C))
+        X = torch.linalg.solve_triangular(L.mH, V, upper=True)
+        BX = T @ X
+        norm_B = torch.linalg.matrix_norm(T).unsqueeze(-1) / m**0.5
+    residual = torch.linalg.vector_norm(S @ X - BX * E.unsqueeze(-2), dim=-2)
+    norm_A = torch.linalg.matrix_norm(S).unsqueeze(-1) / m**0.5
+    scale = (norm_A.maximum(E.abs().amax(-1, keepdim=True)) + E.abs() * norm_B) * torch.linalg.vector_norm(X, dim=-2)
+    if settings.largest:
+        E, X, residual, scale = E.flip([-1]), X.flip([-1]), residual.flip([-1]), scale.flip([-1])
+    up = (1.0 / sA).to(E.dtype).unsqueeze(-1)
+    root = sB.sqrt().to(E.dtype).unsqueeze(-1)
+    E = E * up * root.square()
+    X = X * root.unsqueeze(-1)
+    full = batch + [m]
+    residual, scale = residual * up * root, scale * up * root
+    return EigenPairs(E.expand(full), X.expand(batch + [m, m]), residual.expand(full), scale.expand(full))
+
+
+def check_finite(A: Tensor, name: str) -> None:
+    if not torch.jit.is_scripting():
+        if not isinstance(A, Tensor):
+            return
+    if not bool(torch.isfinite(largest_entry(A)).all()):
+        raise ValueError(f"lobpcg: {name} has NaN or infinite entries; every entry must be finite: check what produced {name}")
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    if dtype == torch.complex64 or dtype == torch.float32:
+        return torch.float32
+    return torch.float64
+
+
+def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], settings: Settings, m: int) -> bool:
+    """One dense factorisation instead of iterations: m < 3 n, where LOBPCG does not apply, or dense matrices up to DENSE_LIMIT."""
+    if settings.iterate:
+        return False
+    if not torch.jit.is_scripting():
+        if not isinstance(A, Tensor) or not (B is None or isinstance(B, Tensor)):
+            return False
+    if m < 3 * settings.n:
+        return True
+    dense = not is_sparse_layout(A)
+    if B is not None:
+        dense = dense and not is_sparse_layout(B)
+    return dense and m <= 512
+
+
+def _checked(A: Tensor, name: str, m: int, batch: list[int], like: Tensor) -> Tensor:
+    """A itself where it is Hermitian to rounding, its Hermitian part where it is dense and not; ValueError if sparse and not.
+
+    Hermitian up to what two products can tell: |u^H A v - conj(v^H A u)| for fixed random u, v (a single unequal pair of
+    entries shows with probability one). The rounding error of the two forms is at most 2 m eps ||A||_F, and a typical one
+    sqrt(m) times smaller; a matrix left alone is Hermitian to that.
+    """
+    if not torch.jit.is_scripting():
+        if not isinstance(A, Tensor):
+            return A
+    check_finite(A, name)
+    if name == "B":
+        check_diagonal(A)
+    dense = not is_sparse_layout(A)
+    if dense and m <= 64:
+        return hermitian(A)
+    op = Operator(A, name)
+    op.set_scale(safe_scale(largest_entry(A), A.dtype).to(_real(A.dtype)))
+    rows = start_rows(2, m, 1 << 20, like)
+    shape = list(A.shape[:-2]) + [2, m]
+    forms = rows.expand(shape) @ op.rows(rows.expand(shape)).mT  # (*, 2, 2): entry (i, j) is u_i . A u_j
+    skew = (forms[..., 0, 1] - forms[..., 1, 0].conj()).abs() + forms.diagonal(0, -2, -1).imag.abs().sum(-1) if A.is_complex() else (
+        forms[..., 0, 1] - forms[..., 1, 0]
+    ).abs()
+    limit = 8.0 * epsilon(A.dtype) * m * op.mean_square(m, list(A.shape[:-2])).sqrt()
+    wrong = skew > limit
+    if not bool(wrong.any()):
+        return A
+    if dense:
+        return hermitian(A)
+    raise ValueError(
+        f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for fixed vectors u, v with "
+        f"entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian matrix, such as ({name} + {name}^H) / 2"
+    )
+
+
+def check_diagonal(B: Tensor) -> None:
+    """ValueError if a diagonal entry of B is not positive: then B is not positive definite."""
+    if not is_sparse_layout(B):
+        d = B.diagonal(0, -2, -1)
+        d = d.real if d.is_complex() else d
+        bad = bool((d <= 0).any())
+        if not bad and B.size(-1) <= 4096:
+            bad = bool((torch.linalg.cholesky_ex(hermitian(B))[1] > 0).any())
+        if bad:
+            raise ValueError("lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive definite")
+
+
+@torch.jit.unused
+def _first_tensor(A, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor]) -> Tensor:
+    for T in (X, B, iK):
+        if isinstance(T, Tensor):
+            return T
+    raise AssertionError("lobpcg: no tensor among the arguments")
+
+
+@torch.jit.unused
+def _solve_each(A, B, X: Tensor, iK, batch: list[int], m: int, settings: Settings, tracker) -> EigenPairs:
+    """One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order."""
+
+    def part(T, position):
+        if not isinstance(T, Tensor) or T.dim() == 2:
+            return T
+        if is_sparse_layout(T):
+            dense_batch = T.to_dense().expand(batch + [m, m]) if T.layout != torch.sparse_coo else None
+            if dense_batch is not None:
+                return dense_batch[position].to_sparse_csr()
+            for i in position[len(position) - (T.dim() - 2) :]:
+                T = T[i] if T.size(0) != 1 else T[0]
+            return T
+        return T.expand(batch + list(T.shape[-2:]))[position]
+
+    positions = [()]
+    for size in batch:
+        positions = [p + (i,) for p in positions for i in range(size)]
+    pairs = [iterate(part(A, p), part(B, p), X[p], part(iK, p), settings, tracker) for p in positions]
+    if not pairs:
+        return iterate(A, B, X, iK, settings, None)
+    return EigenPairs(*(torch.stack(field).reshape(batch + list(field[0].shape)) for field in zip(*pairs)))
