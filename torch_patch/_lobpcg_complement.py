@@ -45,18 +45,20 @@ def solve_on_complement(
     iK: Any,
     largest: bool,
     tol: float,
+    quiet: bool = False,
 ) -> Tensor:
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, Y: (*, m, p) further approximate
     eigenvectors or None.  Relative residual at most `tol` in every column, or the smallest that rounding allows;
-    a column that misses both is reported by a RuntimeWarning.
+    a column that misses both is reported by a RuntimeWarning unless `quiet`.
     """
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
     shifts = E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
     op = Complement(A, B, shifts, X, largest)
+    op.quiet = quiet
     b = op.project_dual(b)
     size = _safe_norm(b)
     b = b / torch.where(size > 0, size, torch.ones_like(size))
@@ -118,6 +120,7 @@ class Complement:
         self.BX = multiply(self.B, X)
         self.sign = -1.0 if largest else 1.0
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
+        self.quiet = False
         self.u: Optional[Tensor] = None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
 
     def set_scale(self, b: Tensor) -> None:
@@ -249,7 +252,7 @@ def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tens
     c = U.mH @ b
     # Rounding of an inner product of length m with unit b.
     noise = 8 * math.sqrt(m) * eps * torch.linalg.vector_norm(U, dim=-2).unsqueeze(-1)
-    if bool((lost & (c.abs() > noise)).any()):
+    if not op.quiet and bool((lost & (c.abs() > noise)).any()):
         j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
         width = float((torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax())
         warn_cut_cluster(j, k, width)
@@ -338,7 +341,8 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
             return z
     if m < _SPECTRAL_BELOW:
         return _spectral(op, b, *op.dense())
-    _warn_residual(state, rtol)
+    if not op.quiet:
+        _warn_residual(state, rtol)
     return z
 
 
@@ -381,8 +385,9 @@ def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: "_State", 
         excluded, excluded.project_dual(b[..., large]), torch.zeros_like(u), None, precondition, rtol, _MOST_ITERATIONS
     )
     k = op.X.shape[-1]
-    warn_cut_cluster(int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max()))
-    if not state.all_done:
+    if not op.quiet:
+        warn_cut_cluster(int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max()))
+    if not state.all_done and not op.quiet:
         _warn_residual(state, rtol)
     return z.index_copy(-1, large, excluded.project(again))
 

@@ -118,8 +118,8 @@ class Pattern:
     """Stored positions of a sparse matrix (*, m, m), as flat indices into rows of tall blocks (*, m, p).
 
     Invariant: stored element i of `values` (a block of `block` elements for BSR and BSC) sits in block row
-    positions(i, i + 1)[0] and block column positions(i, i + 1)[1], both counted through all batches.  COO duplicates are
-    summed first: each position is stored once.
+    positions(i, i + 1)[0] and block column positions(i, i + 1)[1], both counted through all batches.  COO duplicates
+    are summed first: each position is stored once.
     """
 
     def __init__(self, M: Tensor) -> None:
