@@ -90,9 +90,8 @@ class LOBPCGAutogradFunction(Function):
             pairs = problem.solve(A, B, X, iK)
             k = problem.k
             residual, scale = pairs.residual, pairs.scale
-            E, X, improved = corrected(
-                A, B, pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k], problem.largest, problem.tol
-            )
+            wanted = (pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k])
+            E, X, improved = corrected(A, B, *wanted, problem.largest, problem.tol)
         residual = torch.cat([improved, residual[..., k:]], -1)
         # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
         parts = (E, X, pairs.E[..., k:], pairs.X[..., k:], residual, scale)

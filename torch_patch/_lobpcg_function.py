@@ -78,7 +78,7 @@ def accepts_legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_nested_forward_mode() -> None:
-    """PyTorch drops the outer tangent of any autograd.Function inside two torch.func.jvp, silently: an error instead."""
+    """An error where PyTorch silently drops a tangent: the outer one of any autograd.Function in two torch.func.jvp."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
         raise NotImplementedError(
