@@ -114,7 +114,8 @@ class LOBPCG:
         self.W = rows
         self.E = torch.zeros(self.batch + [self.n], dtype=real.dtype, device=X.device)
         self.G = torch.zeros(self.batch + [self.n, self.n], dtype=X.dtype, device=X.device)
-        self.lost = self.E > 0  # whether a vector of [X P] is zero
+        self.lost = torch.jit.annotate(Optional[Tensor], None)  # whether a vector of [X P] is zero
+        self.host = len(self.batch) == 0 and X.device.type == "cpu"
         self.w_index = torch.zeros(self.batch + [0], dtype=torch.int64, device=X.device)
         self.w_valid = self.E
         self.least_B, self.least_K = one, one
@@ -321,13 +322,13 @@ class LOBPCG:
             W = self.project(W, length)
             length = torch.linalg.vector_norm(W, dim=-1)
         inverse = length.clamp_min(self.tiny).reciprocal()
-        if len(self.batch) > 0:
+        if not self.host:
             inverse = inverse * self.w_valid
-        slot = self.S_rows[..., first:last, :]
+        slot = self.S_rows.narrow(-2, first, self.active)
         torch.mul(W, inverse.unsqueeze(-1), out=slot)
-        self.AS[..., first:last, :] = self.op_A.rows(slot)
+        self.AS.narrow(-2, first, self.active).copy_(self.op_A.rows(slot))
         if self.general:
-            self.BS[..., first:last, :] = self.op_B.rows(slot)
+            self.BS.narrow(-2, first, self.active).copy_(self.op_B.rows(slot))
         self.q = last
 
     def project(self, W: Tensor, length: Tensor) -> Tensor:
@@ -344,13 +345,13 @@ class LOBPCG:
         """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on."""
         q = self.q
         known = q - self.active
-        S, AS, BS = self.S_rows[..., :q, :], self.AS[..., :q, :], self.BS[..., :q, :]
-        W = S[..., known:, :].conj()
+        S, AS, BS = self.S_rows.narrow(-2, 0, q), self.AS.narrow(-2, 0, q), self.BS.narrow(-2, 0, q)
+        W = S.narrow(-2, known, self.active).conj()
         gram_A, gram_B = W @ AS.mT, W @ BS.mT  # (*, p, q)
         columns: Optional[Tensor] = None
         if self.active < self.n:
             columns = self.w_index
-        step = ritz_step(self.G, self.lost, gram_A, gram_B, self.n, self.sign, columns, self.eps, self.tiny)
+        step = ritz_step(self.G, self.lost, gram_A, gram_B, self.n, self.sign, columns, self.eps, self.tiny, self.host)
         self.d = step.d
         if self.general:
             self.least_B = real_diagonal(gram_B[..., known:]).min()
@@ -361,12 +362,12 @@ class LOBPCG:
         C = step.C
         self.E, self.G, self.lost = step.e, step.G, step.lost
         self.q = C.size(-2)
-        torch.matmul(C, S, out=self.S_next[..., : self.q, :])
-        torch.matmul(C, AS, out=self.AS_next[..., : self.q, :])
+        torch.matmul(C, S, out=self.S_next.narrow(-2, 0, self.q))
+        torch.matmul(C, AS, out=self.AS_next.narrow(-2, 0, self.q))
         self.S_rows, self.S_next = self.S_next, self.S_rows
         self.AS, self.AS_next = self.AS_next, self.AS
         if self.general:
-            torch.matmul(C, BS, out=self.BS_next[..., : self.q, :])
+            torch.matmul(C, BS, out=self.BS_next.narrow(-2, 0, self.q))
             self.BS, self.BS_next = self.BS_next, self.BS
         else:
             self.BS, self.BS_next = self.S_rows, self.S_next
@@ -377,7 +378,7 @@ class LOBPCG:
         Cost: n + p products with A (and B). The span, and so what P remembers, is kept.
         """
         q = self.q
-        S, AS, BS = self.S_rows[..., :q, :], self.AS[..., :q, :], self.BS[..., :q, :]
+        S, AS, BS = self.S_rows.narrow(-2, 0, q), self.AS.narrow(-2, 0, q), self.BS.narrow(-2, 0, q)
         AS[...] = self.op_A.rows(S)
         if self.general:
             BS[...] = self.op_B.rows(S)
@@ -390,8 +391,8 @@ class LOBPCG:
     def update_residual(self) -> None:
         """W := A X - B X E of all n columns, their norms, and rerr."""
         n = self.n
-        AX = self.AS[..., :n, :]
-        torch.mul(self.BS[..., :n, :], self.E.unsqueeze(-1), out=self.W)
+        AX = self.AS.narrow(-2, 0, n)
+        torch.mul(self.BS.narrow(-2, 0, n), self.E.unsqueeze(-1), out=self.W)
         torch.sub(AX, self.W, out=self.W)
         self.residual = torch.linalg.vector_norm(self.W, dim=-1)
         size = self.E.abs()
@@ -405,10 +406,10 @@ class LOBPCG:
 
         One matrix: everything is decided on the host from the numbers transferred, which spares some twenty small kernels.
         """
-        if len(self.batch) > 0:
-            self.count_batch()
-        else:
+        if self.host:
             self.count_one()
+        else:
+            self.count_batch()
         if self.best_rerr < 0.9 * self.best:
             self.best, self.best_step = self.best_rerr, self.ivars["istep"]
         return self.ivars["converged_count"]
