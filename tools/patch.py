@@ -9,11 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
+
 if sys.version_info < (3, 10):
-    sys.exit(f"found Python {sys.version.split()[0]}; expected 3.10 or newer; run tools/patch.py with such an interpreter")
+    sys.exit(
+        f"found Python {sys.version.split()[0]}; expected 3.10 or newer; run tools/patch.py with such an interpreter"
+    )
 
 from patchset.commands import patcher
 from patchset.errors import PatchError
+
 
 COMMANDS = {
     "status": "say whether TARGET is patched",
@@ -23,7 +27,7 @@ COMMANDS = {
 }
 
 
-def main(arguments=None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in COMMANDS.items():
@@ -31,7 +35,8 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     try:
         with patcher(Path(__file__).resolve().parent.parent, options.TARGET) as running:
-            return getattr(running, options.command)()
+            status: int = getattr(running, options.command)()
+            return status
     except (PatchError, OSError) as error:
         for line in str(error).split("\n"):
             print("patch: " + line, file=sys.stderr)

@@ -3,11 +3,11 @@
 import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional
 
 from . import disk
-from .errors import PatchError, Problems
+from .errors import PatchError, raise_all
 from .lock import locked
 from .plan import Plan, make_plan, originals
 from .record import Record
@@ -15,6 +15,7 @@ from .series import Series, load_series
 from .store import Step, Store, Transaction, inverse
 from .target import Target, changed_in_git, find_target
 from .text import comma_list
+
 
 REINSTALL = "reinstall torch (pip install --force-reinstall --no-deps) or restore the checkout, then apply"
 
@@ -45,7 +46,7 @@ class Patcher:
     def apply(self) -> int:
         if self.applied and self.superseded():
             self.clear()
-            self.say("torch was reinstalled since it was patched: applying anew")
+            self.say("torch was reinstalled or restored since it was patched: applying anew")
         if self.applied:
             self.refuse_edits()
         plan = self.plan()
@@ -65,11 +66,12 @@ class Patcher:
         if not self.applied:
             raise PatchError(f"{self.target} is not patched", "a patched PyTorch", "run apply")
         if self.superseded():
-            raise PatchError(f"{self.target} was reinstalled since it was patched", "the patched files", "run apply")
+            raise PatchError(
+                f"{self.target} was reinstalled or restored since it was patched", "the patched files", "run apply"
+            )
         problems = [self.difference(step) for step in self.edited()] + self.outdated()
-        if problems:
-            raise problems[0] if len(problems) == 1 else Problems(problems)
-        self.say(f"verified {len(self.applied.steps)} files, byte for byte: {self.target}")
+        raise_all(problems)
+        self.say(f"verified {len(self.steps)} files, byte for byte: {self.target}")
         return 0
 
     def revert(self) -> int:
@@ -78,17 +80,21 @@ class Patcher:
             return 0
         if self.superseded():
             self.clear()
-            self.say(f"torch was reinstalled since it was patched; deleted the backups: {self.target}")
+            self.say(f"torch was reinstalled or restored since it was patched; deleted the backups: {self.target}")
             return 0
         self.refuse_edits()
-        self.refuse_unwritable(self.applied.steps)
+        self.refuse_unwritable(self.steps)
         self.store.run(inverse(self.applied), {})
-        self.say(f"restored {len(self.applied.steps)} files: {self.target}")
+        self.say(f"restored {len(self.steps)} files: {self.target}")
         return 0
 
     # --- looking
 
-    def look(self) -> tuple:
+    @property
+    def steps(self) -> list[Step]:
+        return self.applied.steps if self.applied else []
+
+    def look(self) -> tuple[str, list[str]]:
         """One word for the state, and what belongs to it."""
         if self.applied is None:
             try:
@@ -97,7 +103,7 @@ class Patcher:
                 return "unpatchable", str(error).split("\n")
             return "unpatched", [] if plan.tested else [self.untested()]
         if self.superseded():
-            return "superseded", ["torch was reinstalled since it was patched; apply patches it again"]
+            return "superseded", ["torch was reinstalled or restored since it was patched; apply patches it again"]
         edited = self.edited()
         if edited:
             return "edited", [str(self.difference(step)) for step in edited]
@@ -108,38 +114,38 @@ class Patcher:
         created = self.applied.folders if self.applied else []
         return make_plan(self.series, self.target, originals(self.store, self.applied), created)
 
-    def edited(self) -> List[Step]:
-        return [step for step in self.applied.steps if disk.state_of(self.store.root / step.path) != step.after]
+    def edited(self) -> list[Step]:
+        return [step for step in self.steps if disk.state_of(self.store.root / step.path) != step.after]
 
-    def outdated(self) -> List[PatchError]:
+    def outdated(self) -> list[PatchError]:
         """Why `apply` would change the patched PyTorch; empty if it would not."""
         wanted = {step.path: step for step in self.plan().transaction.steps}
-        found = {step.path: step for step in self.applied.steps}
+        found = {step.path: step for step in self.steps}
         paths = [path for path in {**found, **wanted} if found.get(path) != wanted.get(path)]
-        if not paths:
-            return []
-        found = f"{comma_list(paths)}: from another state of this patch set"
-        return [PatchError(found, "what it produces now", "run apply")]
+        stale = f"{comma_list(paths)}: from another state of this patch set"
+        return [PatchError(stale, "what it produces now", "run apply")] if paths else []
 
     def superseded(self) -> bool:
         """Whether an installation replaced the patched files: none is left, all are as installed."""
         root = self.store.root
-        record = Record(disk.read(root / self.target.record)) if self.target.record else None
-        old = [step for step in self.applied.steps if step.before is not None and not step.path.endswith("/RECORD")]
-        if any(disk.state_of(root / step.path) == step.after for step in old if step.before != step.after):
+        replaced = [s for s in self.steps if s.before not in (None, s.after) and not s.path.endswith("/RECORD")]
+        new = [step for step in self.steps if step.before is None]
+        if any(disk.state_of(root / step.path) == step.after for step in replaced):
             return False
-        if any(disk.state_of(root / s.path) not in (None, s.after) for s in self.applied.steps if s.before is None):
+        if any(disk.state_of(root / step.path) not in (None, step.after) for step in new):
             return False
-        if record is None:
-            changed = changed_in_git(root, [step.path for step in old])
-            if changed is None:
-                return all(disk.state_of(root / step.path) == step.before for step in old)
-            return not changed
-        return all(record.matches(step.path, disk.read(root / step.path) or b"") for step in old)
+        if self.target.record is not None:
+            record = Record(disk.read(root / self.target.record) or b"")
+            return all(record.matches(step.path, disk.read(root / step.path) or b"") for step in replaced)
+        changed = changed_in_git(root, [step.path for step in replaced])
+        if changed is None:
+            return all(disk.state_of(root / step.path) == step.before for step in replaced)
+        return not changed
 
     def clear(self) -> None:
         """Delete new files that outlived a reinstallation, and the backups."""
-        left = [s for s in self.applied.steps if s.before is None and disk.state_of(self.store.root / s.path)]
+        assert self.applied is not None
+        left = [s for s in self.steps if s.before is None and disk.state_of(self.store.root / s.path)]
         self.refuse_unwritable(left)
         self.store.run(inverse(self.applied._replace(steps=left)), {})
         self.applied = None
@@ -147,24 +153,24 @@ class Patcher:
     def difference(self, step: Step) -> PatchError:
         place = self.store.root / step.path
         state, data = disk.state_of(place), disk.read(place)
-        if state is None or data is None:
+        if state is None or data is None or step.after is None:
             return PatchError(f"{step.path} is missing", "the patched file", REINSTALL)
         lines, wanted = data.split(b"\n"), self.store.content(step.after).split(b"\n")
-        pairs = enumerate(zip(lines, wanted), 1)
+        pairs = enumerate(zip(lines, wanted, strict=False), 1)
         line = next((i for i, (a, b) in pairs if a != b), min(len(lines), len(wanted)) + 1)
         if state.sha256 == step.after.sha256:
             return PatchError(f"{step.path} has mode {state.mode:o}", f"{step.after.mode:o}", "restore it with chmod")
         return PatchError(f"{step.path} was changed in line {line}", "the patched bytes", REINSTALL)
 
     def untested(self) -> str:
-        return f"untested: {self.target.version} has every anchor, but the tests ran on {comma_list(self.series.tested)}"
+        return (
+            f"untested: {self.target.version} has every anchor, but the tests ran on {comma_list(self.series.tested)}"
+        )
 
     # --- refusing
 
     def refuse_edits(self) -> None:
-        edited = self.edited()
-        if edited:
-            raise Problems([self.difference(step) for step in edited])
+        raise_all([self.difference(step) for step in self.edited()])
 
     def refuse_unready(self, transaction: Transaction) -> None:
         if self.target.is_checkout and not self.applied:
@@ -175,10 +181,12 @@ class Patcher:
             place = self.store.root / step.path
             if place.parent.exists() and place.parent.resolve() != self.store.root.resolve() / Path(step.path).parent:
                 remedy = f"give as TARGET the folder that really holds it ({place.parent.resolve()})"
-                raise PatchError(f"{place.parent} is reached through a symbolic link", "folders of this PyTorch", remedy)
+                raise PatchError(
+                    f"{place.parent} is reached through a symbolic link", "folders of this PyTorch", remedy
+                )
         self.refuse_unwritable(transaction.steps)
 
-    def refuse_unwritable(self, steps: List[Step]) -> None:
+    def refuse_unwritable(self, steps: list[Step]) -> None:
         folders = {self.store.root} | {_existing((self.store.root / step.path).parent) for step in steps}
         effective = os.access in os.supports_effective_ids
         closed = [str(f) for f in sorted(folders) if not os.access(f, os.W_OK | os.X_OK, effective_ids=effective)]
@@ -194,7 +202,7 @@ def _existing(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def patcher(project: Path, given: Optional[str], say: Callable[[str], object] = print) -> Iterator[Patcher]:
+def patcher(project: Path, given: str | None, say: Callable[[str], object] = print) -> Iterator[Patcher]:
     """Find the PyTorch, lock it, roll back what was interrupted."""
     target = find_target(given)
     with locked(target.root):

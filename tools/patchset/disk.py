@@ -1,13 +1,14 @@
 """What a path holds, and writes that a crash cannot tear.
 
-No file is ever written in place: package managers link installed files to a shared cache, and a write through such a link would
-corrupt every other environment. A new file is completed and synchronised elsewhere, then renamed over the old name.
+No file is ever written in place: package managers link installed files to a shared cache, and a write through such a
+link would corrupt every other environment. A new file is completed and synchronised elsewhere, then renamed over the
+old name.
 """
 
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from .text import sha256
 
@@ -17,10 +18,10 @@ class FileState(NamedTuple):
 
     sha256: str
     mode: int
-    link: Optional[str] = None
+    link: str | None = None
 
 
-def read(path: Path) -> Optional[bytes]:
+def read(path: Path) -> bytes | None:
     """The bytes that `path` leads to; None where there is nothing."""
     try:
         return path.read_bytes()
@@ -28,7 +29,7 @@ def read(path: Path) -> Optional[bytes]:
         return None
 
 
-def state_of(path: Path) -> Optional[FileState]:
+def state_of(path: Path) -> FileState | None:
     """What is at `path`; a dangling link counts as a file of no content."""
     try:
         status = os.lstat(path)
@@ -39,7 +40,7 @@ def state_of(path: Path) -> Optional[FileState]:
     return FileState(sha256(path.read_bytes()), stat.S_IMODE(status.st_mode))
 
 
-def write(path: Path, data: bytes, mode: int, owner: Optional[os.stat_result] = None) -> None:
+def write(path: Path, data: bytes, mode: int, owner: os.stat_result | None = None) -> None:
     """Create `path`, which must be no name that anything else reads, and bring it to the disk."""
     if os.path.lexists(path):
         os.unlink(path)

@@ -1,5 +1,7 @@
 """The one exception a user of the patch tool sees."""
 
+from collections.abc import Sequence
+
 
 class PatchError(Exception):
     """What was found, what was expected, what to do."""
@@ -8,8 +10,12 @@ class PatchError(Exception):
         super().__init__(f"{found}; expected {expected}; {remedy}")
 
 
-class Problems(PatchError):
-    """Several errors found by one check, reported together."""
-
-    def __init__(self, errors: list) -> None:
+class _Several(PatchError):
+    def __init__(self, errors: Sequence[PatchError]) -> None:
         Exception.__init__(self, "\n".join(str(error) for error in errors))
+
+
+def raise_all(errors: Sequence[PatchError]) -> None:
+    """Raise what a check found, all of it at once; return if it found nothing."""
+    if errors:
+        raise errors[0] if len(errors) == 1 else _Several(errors)

@@ -2,18 +2,19 @@
 
 import contextlib
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from .errors import PatchError
 from .text import sha256
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 
 @contextlib.contextmanager
@@ -22,10 +23,10 @@ def locked(folder: Path) -> Iterator[None]:
     handle = _open(folder)
     try:
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
+            if sys.platform == "win32":
                 msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise PatchError(
                 f"{folder}: another patch command is at work here", "no other", "wait for it to end and run this again"
@@ -36,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _open(folder: Path) -> int:
-    if fcntl is not None:
-        return os.open(folder, os.O_RDONLY)  # the folder itself: nothing to create, nothing left behind
-    name = "torch-patch-" + sha256(str(folder).encode("utf-8"))[:16]
-    return os.open(os.path.join(tempfile.gettempdir(), name), os.O_RDWR | os.O_CREAT)
+    if sys.platform == "win32":  # where folders cannot be opened
+        name = "torch-patch-" + sha256(str(folder).encode("utf-8"))[:16]
+        return os.open(os.path.join(tempfile.gettempdir(), name), os.O_RDWR | os.O_CREAT)
+    return os.open(folder, os.O_RDONLY)  # the folder itself: nothing to create, nothing left behind

@@ -1,26 +1,28 @@
 """What the series does to one PyTorch: every new content computed and checked, nothing written."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 from . import disk
 from .classes import insert_classes
 from .disk import FileState
-from .errors import PatchError, Problems
+from .errors import PatchError, raise_all
 from .record import Record
-from .series import Patch, Series
+from .series import Patch, Series, check_classes
 from .store import Step, Store, Transaction
 from .target import Target, version_numbers
 from .text import sha256
 from .weave import weave
 
-Original = Callable[[str], Tuple[Optional[FileState], Optional[bytes]]]
+
+Original = Callable[[str], tuple[FileState | None, bytes | None]]
 
 
 class Plan(NamedTuple):
     transaction: Transaction
-    contents: Dict[str, bytes]  # by sha256: before and after
+    contents: dict[str, bytes]  # by sha256: before and after
     tested: bool  # whether the series was tested on this version
 
 
@@ -28,17 +30,18 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     """The transaction that patches `target`; `original` gives the unpatched state and bytes of a path, `created` the
     folders that an earlier patch made.
 
-    Raises PatchError with everything that stands in the way: a version too old, a file that is not as installed, a new file
-    that exists, an anchor that is missing.
+    Raises PatchError with everything that stands in the way: a version too old, a file that is not as installed, a
+    new file that exists, an anchor that is missing.
     """
     numbers = version_numbers(target.version)
     if numbers < version_numbers(series.oldest):
         raise PatchError(f"{target}", f"version {series.oldest} or newer", "patch a newer PyTorch")
+    if target.is_checkout:
+        check_classes(series)
     planner = _Planner(series, target, original, created)
     for patch in series.patches:
         planner.add(patch)
-    if planner.errors:
-        raise planner.errors[0] if len(planner.errors) == 1 else Problems(planner.errors)
+    raise_all(planner.errors)
     tested = numbers in [version_numbers(version) for version in series.tested]
     return Plan(planner.transaction(), planner.contents, tested)
 
@@ -46,10 +49,10 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
 class _Planner:
     def __init__(self, series: Series, target: Target, original: Original, created: Sequence[str]) -> None:
         self.series, self.target, self.original, self.created = series, target, original, created
-        self.groups: Dict[str, Dict[str, bytes]] = {"new": {}, "record": {}, "replace": {}, "weave": {}}
-        self.contents: Dict[str, bytes] = {}
-        self.errors: List[PatchError] = []
-        self.record = Record(original(target.record)[1]) if target.record else None
+        self.groups: dict[str, dict[str, bytes]] = {"new": {}, "record": {}, "replace": {}, "weave": {}}
+        self.contents: dict[str, bytes] = {}
+        self.errors: list[PatchError] = []
+        self.record = Record(original(target.record)[1] or b"") if target.record else None
 
     def add(self, patch: Patch) -> None:
         for path in patch.new:
@@ -65,7 +68,7 @@ class _Planner:
             for page in patch.docs:
                 self.attempt(self.page, page)
 
-    def attempt(self, operation: Callable, *arguments: object) -> None:
+    def attempt(self, operation: Callable[..., None], *arguments: object) -> None:
         try:
             operation(*arguments)
         except PatchError as error:
@@ -75,7 +78,9 @@ class _Planner:
 
     def new(self, path: str) -> None:
         if self.original(path)[0] is not None or (self.record and path in self.record):
-            raise PatchError(f"{path} is already there", "a PyTorch without it", "reinstall torch or restore the checkout")
+            raise PatchError(
+                f"{path} is already there", "a PyTorch without it", "reinstall torch or restore the checkout"
+            )
         self.groups["new"][path] = self.series.source(path).read_bytes()
 
     def replace(self, path: str) -> None:
@@ -85,7 +90,7 @@ class _Planner:
     def woven(self, path: str) -> None:
         self.groups["weave"][path] = weave(self.pristine(path), self.series.edits(path), path)
 
-    def test_classes(self, path: str, names: List[str]) -> None:
+    def test_classes(self, path: str, names: list[str]) -> None:
         before = self.groups["new"].get(path) or self.pristine(path)
         self.groups["new"][path] = insert_classes(before, self.series.source(path).read_bytes(), names, path)
 
@@ -98,7 +103,9 @@ class _Planner:
                 break
         suffix = next((suffix for suffix in theirs if suffix in ours), None)
         if suffix is None:
-            raise PatchError(f"{page}: the tree has {theirs}, docs_patch {ours}", "one suffix in common", "add the page")
+            raise PatchError(
+                f"{page}: the tree has {theirs}, docs_patch {ours}", "one suffix in common", "add the page"
+            )
         self.groups["new"][page + suffix] = self.series.source(page + suffix).read_bytes()
 
     # --- checks and results
@@ -109,13 +116,13 @@ class _Planner:
         if state is None or data is None:
             raise PatchError(f"{path} is missing", "a complete PyTorch", "reinstall torch or restore the checkout")
         if self.record and not self.record.matches(path, data):
-            found = f"{path} is not the file that was installed (its hash differs from RECORD)"
+            found = f"{path} is not the file that was installed (RECORD has another hash, or none)"
             raise PatchError(found, "an unmodified file", "reinstall torch: pip install --force-reinstall --no-deps")
         return data
 
     def transaction(self) -> Transaction:
         """New files first (nothing imports them yet), then RECORD, then what imports them; woven modules last."""
-        if self.record:
+        if self.record and self.target.record:
             changed = {path: data for group in self.groups.values() for path, data in group.items()}
             self.groups["record"][self.target.record] = self.record.updated(changed)
         steps = [self.step(path, data) for group in self.groups.values() for path, data in group.items()]
@@ -130,22 +137,22 @@ class _Planner:
             self.contents[state.sha256] = before
         return Step(path, state, after)
 
-    def missing_folders(self, steps: List[Step]) -> List[str]:
+    def missing_folders(self, steps: list[Step]) -> list[str]:
         parents = {parent.as_posix() for step in steps for parent in list(Path(step.path).parents)[:-1]}
         return sorted(p for p in parents if p in self.created or not (self.target.root / p).is_dir())
 
 
-def _mode(path: Path, sibling: Path, state: Optional[FileState]) -> int:
+def _mode(path: Path, sibling: Path, state: FileState | None) -> int:
     if state is not None and state.link is None:
         return state.mode
     return os.stat(path if state is not None else sibling).st_mode & 0o777
 
 
-def originals(store: Store, applied: Optional[Transaction]) -> Original:
+def originals(store: Store, applied: Transaction | None) -> Original:
     """The unpatched files: from the backups of `applied` where it changed them, else as they lie there."""
     steps = {step.path: step for step in applied.steps} if applied else {}
 
-    def original(path: str) -> Tuple[Optional[FileState], Optional[bytes]]:
+    def original(path: str) -> tuple[FileState | None, bytes | None]:
         if path in steps:
             before = steps[path].before
             return before, None if before is None else store.content(before)

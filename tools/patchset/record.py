@@ -4,7 +4,6 @@ import base64
 import csv
 import hashlib
 import io
-from typing import Dict, Optional
 
 from .errors import PatchError
 from .text import split_lines
@@ -22,7 +21,7 @@ class Record:
     def __contains__(self, path: str) -> bool:
         return path in self.index
 
-    def matches(self, path: str, data: bytes) -> Optional[bool]:
+    def matches(self, path: str, data: bytes) -> bool | None:
         """Whether `data` is what RECORD says of `path`; None where RECORD says nothing."""
         row = self.rows[self.index[path]] if path in self.index else []
         if len(row) < 2 or "=" not in row[1]:
@@ -32,7 +31,7 @@ class Record:
             raise PatchError(f"RECORD: {path} has a {name} hash", "sha256", "reinstall torch with pip")
         return _encoded(hashlib.new(name, data).digest()) == value
 
-    def updated(self, contents: Dict[str, bytes]) -> bytes:
+    def updated(self, contents: dict[str, bytes]) -> bytes:
         """RECORD once the files of `contents` hold these bytes."""
         lines = list(self.lines)
         if lines and not lines[-1].endswith("\n"):

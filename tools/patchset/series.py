@@ -1,12 +1,14 @@
 """The series: what torch_patch/series.toml says, checked against the files it names."""
 
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import Any, NamedTuple
 
 from . import disk, toml
-from .errors import PatchError, Problems
+from .classes import class_names
+from .errors import PatchError, raise_all
 from .text import comma_list
-from .weave import check_edit
+from .weave import Edit, check_edit
+
 
 _LISTS = ("resolves", "tests", "new", "replace", "weave", "classes", "docs")
 _HERE = "torch_patch/series.toml"
@@ -17,20 +19,20 @@ class Patch(NamedTuple):
 
     subject: str
     why: str
-    resolves: List[str]
-    tests: List[str]  # that show it works, as arguments of pytest
-    new: List[str]  # whole files that upstream does not have
-    replace: List[str]  # whole files that take the place of upstream's
-    weave: List[str]  # upstream modules that receive insertions
-    classes: List[str]  # test/FILE.py::Name, for upstream's test files
-    docs: List[str]  # documentation pages
+    resolves: list[str]
+    tests: list[str]  # that show it works, as arguments of pytest
+    new: list[str]  # whole files that upstream does not have
+    replace: list[str]  # whole files that take the place of upstream's
+    weave: list[str]  # upstream modules that receive insertions
+    classes: list[str]  # test/FILE.py::Name, for upstream's test files
+    docs: list[str]  # documentation pages
 
 
 class Series(NamedTuple):
     folder: Path  # of this project
     oldest: str
-    tested: List[str]
-    patches: List[Patch]
+    tested: list[str]
+    patches: list[Patch]
 
     def source(self, path: str) -> Path:
         """The file of this project that belongs to upstream's `path`."""
@@ -39,10 +41,10 @@ class Series(NamedTuple):
                 return self.folder / ours / path[len(theirs) :]
         raise PatchError(f"{_HERE}: {path}", "a path in torch/, test/ or docs/", "correct it")
 
-    def edits(self, path: str) -> List[dict]:
+    def edits(self, path: str) -> list[Edit]:
         """The woven edits for the module `path`."""
         source = self.source(path).with_suffix(".toml")
-        edits = _parsed(source).get("edit", [])
+        edits: list[Edit] = _parsed(source).get("edit", [])
         for edit in edits:
             check_edit(edit, str(source))
         return edits
@@ -54,13 +56,15 @@ def load_series(folder: Path) -> Series:
     supported = fields.pop("supported", {})
     rows = fields.pop("patch", [])
     if fields or sorted(supported) != ["oldest", "tested"] or not rows:
-        raise PatchError(f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'}", "[supported] and [[patch]]", "see there")
+        raise PatchError(
+            f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'}", "[supported] and [[patch]]", "see there"
+        )
     series = Series(folder, supported["oldest"], supported["tested"], [_patch(row) for row in rows])
     _check_files(series)
     return series
 
 
-def _parsed(path: Path) -> dict:
+def _parsed(path: Path) -> dict[str, Any]:
     data = disk.read(path)
     if data is None:
         raise PatchError(f"{path} is missing", "a manifest", "restore this project's files")
@@ -70,7 +74,7 @@ def _parsed(path: Path) -> dict:
         raise PatchError(f"{path}: {error}", "the TOML subset", "correct the manifest") from None
 
 
-def _patch(row: dict) -> Patch:
+def _patch(row: dict[str, Any]) -> Patch:
     unknown = sorted(set(row) - {"subject", "why", *_LISTS})
     if unknown or not row.get("subject") or not row.get("why"):
         found = f"{_HERE}: patch {row.get('subject')!r} with unknown keys: {comma_list(unknown) or 'none'}"
@@ -82,24 +86,34 @@ def _check_files(series: Series) -> None:
     """Every file under torch_patch/ is named once, and every file named exists."""
     whole = [path for patch in series.patches for path in patch.new + patch.replace]
     woven = [path for patch in series.patches for path in patch.weave]
-    named = [series.source(path) for path in whole] + [series.source(path).with_suffix(".toml") for path in woven]
-    named += [series.source(entry.split("::")[0]) for patch in series.patches for entry in patch.classes]
     errors = [
-        PatchError(f"{_HERE} names {file.relative_to(series.folder)}, which is missing", "every file", "add it or its line")
-        for file in dict.fromkeys(named)
-        if not file.is_file()
-    ]
-    errors += [
         PatchError(f"{_HERE} names {path} {(whole + woven).count(path)} times", "once", "keep it in one patch")
         for path in dict.fromkeys(whole + woven)
         if (whole + woven).count(path) > 1
     ]
     top = series.folder / "torch_patch"
-    here = [file for kind in ("*.py", "*.toml") for file in sorted(top.rglob(kind)) if file != series.folder / _HERE]
-    errors += [
-        PatchError(f"{file.relative_to(series.folder)} is in no patch of {_HERE}", "every file named", "name it or delete it")
-        for file in here
-        if file not in named and "__pycache__" not in file.parts
-    ]
-    if errors:
-        raise errors[0] if len(errors) == 1 else Problems(errors)
+    found = {file for kind in ("*.py", "*.toml") for file in top.rglob(kind)} - {series.folder / _HERE}
+    named = {series.source(path) for path in whole} | {series.source(path).with_suffix(".toml") for path in woven}
+    errors += _compared(*(sorted(f.relative_to(series.folder).as_posix() for f in files) for files in (named, found)))
+    raise_all(errors)
+
+
+def check_classes(series: Series) -> None:
+    """Every class of the test files that the series names is named, and exists. An installed torch needs no tests."""
+    errors = []
+    entries = [entry for patch in series.patches for entry in patch.classes]
+    for path in dict.fromkeys(entry.split("::")[0] for entry in entries):
+        data = disk.read(series.source(path))
+        classes = [] if data is None else class_names(data, path)
+        errors += _compared(
+            [entry for entry in entries if entry.startswith(path + "::")], [f"{path}::{c}" for c in classes]
+        )
+    raise_all(errors)
+
+
+def _compared(named: list[str], found: list[str]) -> list[PatchError]:
+    missing = [name for name in named if name not in found]
+    unnamed = [name for name in found if name not in named]
+    return [
+        PatchError(f"{_HERE} names {n}, which is missing", "what it names", "add it or drop its line") for n in missing
+    ] + [PatchError(f"{n} is in no patch of {_HERE}", "everything named", "name it or delete it") for n in unnamed]

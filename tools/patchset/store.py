@@ -6,16 +6,18 @@ A transaction is a list of steps, each taking one path from `before` to `after`.
 - renaming journal.json to state.json is the commit: before it the transaction did not happen, after it it did.
 """
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from . import disk
 from .disk import FileState
 from .errors import PatchError
 from .text import comma_list, sha256
+
 
 FOLDER = ".torch_lobpcg_patch"
 FORMAT = 1
@@ -25,15 +27,15 @@ class Step(NamedTuple):
     """One path (with slashes, relative to the folder that holds torch/) before and after; None is absence."""
 
     path: str
-    before: Optional[FileState]
-    after: Optional[FileState]
+    before: FileState | None
+    after: FileState | None
 
 
 class Transaction(NamedTuple):
     action: str  # "apply" or "revert"
     version: str  # of the PyTorch
-    steps: List[Step]
-    folders: List[str]  # that do not exist without the patch, outermost first
+    steps: list[Step]
+    folders: list[str]  # that do not exist without the patch, outermost first
 
 
 class Store:
@@ -48,7 +50,7 @@ class Store:
 
     # --- what is there
 
-    def applied(self) -> Optional[Transaction]:
+    def applied(self) -> Transaction | None:
         """The transaction that patched this PyTorch, if one did."""
         state = _load(self.committed)
         return state if state is not None and state.action == "apply" else None
@@ -58,22 +60,24 @@ class Store:
         data = disk.read(self.objects / state.sha256)
         if data is None or sha256(data) != state.sha256:
             raise PatchError(
-                f"{self.objects / state.sha256} is missing or damaged", "a backup", "reinstall torch or restore the checkout"
+                f"{self.objects / state.sha256} is missing or damaged",
+                "a backup",
+                "reinstall torch or restore the checkout",
             )
         return data
 
-    def foreign(self, steps: List[Step]) -> List[str]:
+    def foreign(self, steps: list[Step]) -> list[str]:
         """The paths that hold neither what they held before nor what they should hold after."""
         return [s.path for s in steps if disk.state_of(self.root / s.path) not in (s.before, s.after)]
 
     # --- transactions
 
-    def run(self, transaction: Transaction, contents: Dict[str, bytes]) -> None:
+    def run(self, transaction: Transaction, contents: dict[str, bytes]) -> None:
         """Carry out `transaction`; `contents` has the bytes of each sha256 that objects/ lacks. All or nothing."""
         try:
             self._prepare(transaction, contents)
-            for folder in transaction.folders if transaction.action == "apply" else []:
-                self.root.joinpath(folder).mkdir(exist_ok=True)
+            if transaction.action == "apply":
+                self._make_folders(transaction.folders)
             for step in transaction.steps:
                 self._put(step.path, step.after)
             if transaction.action == "revert":
@@ -97,6 +101,8 @@ class Store:
                 f"files as they were left, to be rolled back from {self.objects}",
                 "reinstall torch or restore the checkout, and delete " + str(self.folder),
             )
+        if transaction.action == "revert":
+            self._make_folders(transaction.folders)
         for step in reversed(transaction.steps):
             if disk.state_of(self.root / step.path) != step.before:
                 self._put(step.path, step.before)
@@ -107,12 +113,6 @@ class Store:
         self.tidy()
         return True
 
-    def forget(self) -> None:
-        """Drop all backups: what they belong to is gone."""
-        if self.committed.exists():
-            disk.remove(self.committed)
-        self.tidy()
-
     def tidy(self) -> None:
         """Remove the store, or what is left of one, unless something is applied or in progress."""
         if self.folder.exists() and not self.journal.exists() and self.applied() is None:
@@ -120,7 +120,7 @@ class Store:
 
     # --- steps
 
-    def _prepare(self, transaction: Transaction, contents: Dict[str, bytes]) -> None:
+    def _prepare(self, transaction: Transaction, contents: dict[str, bytes]) -> None:
         os.makedirs(self.objects, exist_ok=True)
         # A checkout's `git status` stays clean without touching upstream's ignore file.
         self._save(self.folder / ".gitignore", b"*\n")
@@ -138,7 +138,7 @@ class Store:
         disk.write(temporary, data, 0o644)
         disk.move(temporary, path)
 
-    def _put(self, path: str, state: Optional[FileState]) -> None:
+    def _put(self, path: str, state: FileState | None) -> None:
         """Make `path` hold `state`, by one rename or one removal; the store is on the same file system."""
         place = self.root / path
         staged = self.folder / "staged"
@@ -156,13 +156,15 @@ class Store:
             disk.move(staged, place)
         disk.remove_bytecode(place)
 
-    def _remove_folders(self, folders: List[str]) -> None:
+    def _make_folders(self, folders: list[str]) -> None:
+        for folder in folders:
+            self.root.joinpath(folder).mkdir(exist_ok=True)
+
+    def _remove_folders(self, folders: list[str]) -> None:
         for folder in reversed(folders):
             for path in (self.root / folder / "__pycache__", self.root / folder):
-                try:
+                with contextlib.suppress(OSError):  # absent, or holds files of the user's
                     path.rmdir()
-                except OSError:
-                    pass  # absent, or holds files of the user's
 
 
 def inverse(transaction: Transaction) -> Transaction:
@@ -174,7 +176,7 @@ def _dump(transaction: Transaction) -> bytes:
     return json.dumps({"format": FORMAT, **transaction._asdict()}, indent=1).encode("utf-8")
 
 
-def _load(path: Path) -> Optional[Transaction]:
+def _load(path: Path) -> Transaction | None:
     data = disk.read(path)
     if data is None:
         return None
@@ -190,5 +192,5 @@ def _load(path: Path) -> Optional[Transaction]:
         ) from None
 
 
-def _state(fields: Optional[list]) -> Optional[FileState]:
+def _state(fields: list[Any] | None) -> FileState | None:
     return None if fields is None else FileState(*fields)

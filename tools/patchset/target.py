@@ -8,10 +8,11 @@ import sys
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from . import disk
 from .errors import PatchError
+
 
 _VERSION = re.compile(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 _GIVE_TARGET = "name a PyTorch checkout, a virtual environment or a site-packages folder that holds torch"
@@ -22,7 +23,7 @@ class Target(NamedTuple):
 
     root: Path
     version: str
-    record: Optional[str]
+    record: str | None
 
     @property
     def is_checkout(self) -> bool:
@@ -32,7 +33,7 @@ class Target(NamedTuple):
         return f"{'checkout' if self.is_checkout else 'torch'} {self.version} in {self.root}"
 
 
-def find_target(given: Optional[str]) -> Target:
+def find_target(given: str | None) -> Target:
     """The PyTorch that `given` means; without it, the one that this interpreter would import."""
     if given is None:
         return _from_folder(_importable())
@@ -47,7 +48,7 @@ def find_target(given: Optional[str]) -> Target:
     return _from_folder(folder)
 
 
-def version_numbers(version: str) -> Tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
     """(2, 13, 0) for 2.13.0+cpu or 2.13.0a0."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()
@@ -56,19 +57,24 @@ def version_numbers(version: str) -> Tuple[int, ...]:
 def _importable() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None:
-        raise PatchError(f"{sys.executable} finds no torch", "one", "run this with that environment's python, or " + _GIVE_TARGET)
+        raise PatchError(
+            f"{sys.executable} finds no torch", "one", "run this with that environment's python, or " + _GIVE_TARGET
+        )
     if spec.origin is None:
-        folder = list(spec.submodule_search_locations or ["?"])[0]
-        raise PatchError(f"{folder} has no __init__.py", "a complete torch", "delete what an uninstall left and reinstall")
-    return Path(spec.origin).resolve().parent.parent
+        folder = next(iter(spec.submodule_search_locations or ["?"]))
+        raise PatchError(
+            f"{folder} has no __init__.py", "a complete torch", "delete what an uninstall left and reinstall"
+        )
+    # Not the file itself: it may be a link into a package manager's cache.
+    return Path(spec.origin).parent.parent.resolve()
 
 
-def _site_packages(folder: Path) -> List[Path]:
+def _site_packages(folder: Path) -> list[Path]:
     patterns = ("lib/python*/site-packages", "lib64/python*/site-packages", "Lib/site-packages")
     return sorted({place.resolve() for pattern in patterns for place in folder.glob(pattern)})
 
 
-def _from_environment(folder: Path, places: List[Path]) -> Target:
+def _from_environment(folder: Path, places: list[Path]) -> Target:
     holding = [place for place in places if (place / "torch").exists() or _editable(place) is not None]
     if len(holding) != 1:
         found = f"{len(holding)} of the site-packages folders of {folder} hold torch"
@@ -112,7 +118,7 @@ def _installed(folder: Path) -> Target:
     return Target(folder, imported.group(1), f"{info.name}/RECORD")
 
 
-def _distributions(folder: Path) -> List[Path]:
+def _distributions(folder: Path) -> list[Path]:
     return [info for info in sorted(folder.glob("torch-*.dist-info")) if _field(info, "Name").lower() == "torch"]
 
 
@@ -122,7 +128,7 @@ def _field(info: Path, name: str) -> str:
     return match.group(1) if match else ""
 
 
-def _editable(folder: Path) -> Optional[Path]:
+def _editable(folder: Path) -> Path | None:
     """The checkout that an editable install in `folder` points at."""
     for info in _distributions(folder):
         source = json.loads(disk.read(info / "direct_url.json") or b"{}")
@@ -132,13 +138,13 @@ def _editable(folder: Path) -> Optional[Path]:
     return Path(link.decode("utf-8").split("\n")[0].strip()).resolve() if link else None
 
 
-def changed_in_git(root: Path, paths: List[str]) -> Optional[List[str]]:
+def changed_in_git(root: Path, paths: list[str]) -> list[str] | None:
     """Those of `paths` that differ from the commit checked out; None where `root` is no git working tree."""
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames", "--"]
     try:
-        done = subprocess.run(command + paths, capture_output=True, check=True, env=None)
+        done = subprocess.run(command + paths, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", b"") or str(error).encode()
         raise PatchError(f"git status in {root} failed: {detail.decode().strip()}", "an answer", "repair git") from None

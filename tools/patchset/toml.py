@@ -8,6 +8,7 @@ kinds, decimal integers, booleans and arrays. A test compares the result with to
 import re
 from typing import Any
 
+
 _SPACE = re.compile(r"[ \t]*")
 _BLANK = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -27,23 +28,23 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
-        self.root: dict = {}
+        self.root: dict[str, Any] = {}
         self.table = self.root
-        self.defined: set = set()
+        self.arrays: set[int] = set()  # ids of the arrays of tables
 
     def fail(self, expected: str) -> TOMLError:
         line = self.text.count("\n", 0, self.at) + 1
         rest = self.text[self.at :].split("\n", 1)[0][:40]
         return TOMLError(f"line {line}: found {rest!r}; expected {expected}; see the subset in tools/patchset/toml.py")
 
-    def take(self, pattern: re.Pattern, expected: str) -> re.Match:
+    def take(self, pattern: re.Pattern[str], expected: str) -> re.Match[str]:
         match = pattern.match(self.text, self.at)
         if match is None:
             raise self.fail(expected)
         self.at = match.end()
         return match
 
-    def document(self) -> dict:
+    def document(self) -> dict[str, Any]:
         self.take(_BLANK, "")
         while self.at < len(self.text):
             if self.text[self.at] == "[":
@@ -72,10 +73,10 @@ class _Reader:
         self.table = {}
         if len(opening) == 2:
             rows = table.setdefault(last, [])
-            if not isinstance(rows, list) or (rows and (id(rows) not in self.defined)):
+            if not isinstance(rows, list) or (rows and (id(rows) not in self.arrays)):
                 self.at = start
                 raise self.fail(f"{dotted} to be an array of tables")
-            self.defined.add(id(rows))
+            self.arrays.add(id(rows))
             rows.append(self.table)
         elif last in table:
             self.at = start
@@ -106,7 +107,7 @@ class _Reader:
             return self.take(_BOOLEAN, "true or false").group() == "true"
         return int(self.take(_INTEGER, "a string, an array, true, false or a decimal integer").group())
 
-    def array(self) -> list:
+    def array(self) -> list[Any]:
         values = []
         self.at += 1
         self.take(_BLANK, "")
@@ -153,18 +154,19 @@ class _Reader:
             return raw
         return re.sub(r"\\(.?)", self.escape, raw, flags=re.DOTALL)
 
-    def escape(self, match: re.Match) -> str:
+    def escape(self, match: re.Match[str]) -> str:
         try:
             return _ESCAPES[match.group(1)]
         except KeyError:
             raise self.fail('only the escapes \\n \\t \\" \\\\ in the string before this') from None
 
 
-def loads(text: str) -> dict:
+def loads(text: str) -> dict[str, Any]:
     """The tables of `text` as dictionaries and lists. Raises TOMLError outside the subset."""
     text = text.replace("\r\n", "\n")
     reader = _Reader(text)
-    if _CONTROL.search(text):
-        reader.at = _CONTROL.search(text).start()
+    control = _CONTROL.search(text)
+    if control:
+        reader.at = control.start()
         raise reader.fail("no control character")
     return reader.document()

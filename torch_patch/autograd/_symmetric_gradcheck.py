@@ -12,8 +12,6 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.overrides import is_tensor_like
 
 
-__all__: list = []  # private: reached through gradcheck and gradgradcheck only
-
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _BLOCKED = (torch.sparse_bsr, torch.sparse_bsc)
 

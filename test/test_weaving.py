@@ -1,0 +1,164 @@
+"""What the patch tool reads and what it makes of upstream's text: manifests, woven functions, inserted test classes."""
+
+import sys
+
+import fake_pytorch as fake
+import pytest
+from patchset import toml
+from patchset.classes import insert_classes
+from patchset.errors import PatchError
+from patchset.weave import weave
+
+
+EDITS = toml.loads(fake.EDITS)["edit"]
+
+
+# --- the manifest's reader
+
+
+TOML_ACCEPTED = [
+    "",
+    "a = 1\nb-c = -20 # comment\n_d = true\ne=false",
+    'a = "x # y\\\\ \\n \\t \\""\nb = \'c:\\d\'',
+    "a = '''\nfirst\n  'second'\n'''\nb = \"\"\"\none \\\\ \"two\"\n\"\"\"",
+    "a = []\nb = [1, [2, 3], # why\n\n 'x',\n]\n",
+    "[t]\na = 1\n[[r]]\na = 1\n[[r]]\na = 2\n[[r.s]]\nb = 1\n[t.u]\nc = ['[[r]]']\n",
+    "a = 'x'\r\nb = '''\r\ny\r\n'''\r\n",
+    fake.SERIES,
+    fake.EDITS,
+]
+TOML_REFUSED = [
+    "a = 1.5",
+    "a = 1979-05-27",
+    "a = {b = 1}",
+    "a.b = 1",
+    '"a" = 1',
+    "a = 0x1F",
+    "a = 1_000",
+    "a = 012",
+    "a = truer",
+    "a = 1 b = 2",
+    "a = 1\na = 2",
+    "[t]\n[t]",
+    "a = [1]\n[[a]]",
+    "a = 1\n[a.b]",
+    "[[t]\na = 1",
+    "a = [1 2]",
+    "a = [1, 2",
+    "a = 'x\ny'",
+    "a = '''x",
+    'a = "\\u0041"',
+    'a = """x\\\n  y"""',
+    'a = """x""""',
+    "a = '\x01'",
+    "a",
+]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib, the oracle, is new in 3.11")
+@pytest.mark.parametrize("text", TOML_ACCEPTED)
+def test_toml_reads_what_tomllib_reads(text):
+    import tomllib
+
+    assert toml.loads(text) == tomllib.loads(text)
+
+
+@pytest.mark.parametrize("text", TOML_REFUSED)
+def test_toml_refuses_the_rest_with_its_line(text):
+    with pytest.raises(toml.TOMLError, match=r"line \d+: found "):
+        toml.loads("# first\n" + text)
+
+
+# --- weaving
+
+
+def test_weave_only_inserts():
+    woven = weave(fake.GRADCHECK, EDITS)
+    kept = iter(woven.splitlines())
+    assert all(line in kept for line in fake.GRADCHECK.splitlines())  # a subsequence
+    assert len(woven.splitlines()) == len(fake.GRADCHECK.splitlines()) + 1 + 2 + 6 + 1
+    assert b"            (two lines)\n        symmetric (bool): perturb symmetric\n            inputs only\n" in woven
+
+
+def test_woven_function_is_upstreams_without_the_keyword():
+    names = {}
+    exec(weave(fake.GRADCHECK, EDITS), names)
+    assert names["gradcheck"](None, None) == ["eps", "func", "inputs", "masked"]
+    assert names["gradcheck"].__kwdefaults__["symmetric"] is False
+
+
+def test_weave_keeps_carriage_returns_and_non_ascii_columns():
+    text = fake.GRADCHECK.replace(b"masked: bool = False,", "masked: 'µ\f' = 'éè',".encode())
+    assert weave(text.replace(b"\n", b"\r\n"), EDITS) == weave(text, EDITS).replace(b"\n", b"\r\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"def gradcheck", b"def other", "0 functions gradcheck"),
+        (b"def gradgradcheck", b"def gradcheck", "2 functions gradcheck"),
+        (b"    eps: float", b"    symmetric=1,\n    eps: float", "already has symmetric"),
+        (b"bool = False,  #", b"bool = False  #", "a comma and the end of the line"),
+        (b"        masked (bool): sparse only\n            (two", b"        x\n            (two", "no docstring entry"),
+        (b"        eps (float): step", b"        masked (bool): twice", "2 entries for masked"),
+        (b'    r"""Compare derivatives.\n', b'    x = r"""Compare derivatives.\n', "has no docstring"),
+        (b"    *,\n    eps: float = 1e-6,\n", b"    eps: float = 1e-6,\n", "no keyword-only parameter"),
+        (b"import math\n", b"import math\rx = 1\n", "carriage return"),
+        (b"import math\n", b"import math(\n", "expected Python"),
+        (b"import math\n", b"# \xff\n", "expected UTF-8"),
+    ],
+)
+def test_weave_refuses_a_missing_or_ambiguous_anchor(old, new, message):
+    assert old in fake.GRADCHECK
+    with pytest.raises(PatchError, match=message.replace("(", r"\(")):
+        weave(fake.GRADCHECK.replace(old, new, 1), EDITS)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"parameters": ["a=1"]}, "the keys"),
+        ({"function": "gradcheck"}, "the keys"),
+        ({"function": "gradcheck", "blocks": "pass"}, "the keys"),
+        ({"function": "gradcheck", "parameters": ["a"]}, "parameter 'a'"),
+        ({"function": "gradcheck", "parameters": ["a=1, b=2"]}, "parameter 'a=1, b=2'"),
+        ({"function": "gradcheck", "docstring": "a"}, "docstring_after"),
+        ({"function": "gradcheck", "docstring": 'a """', "docstring_after": ["eps"]}, "plain text"),
+        ({"function": "gradcheck", "block": "if True:"}, "complete statements|expected Python"),
+        ({"function": "gradcheck", "block": "x = '''a\nb'''"}, "changed its meaning"),
+    ],
+)
+def test_weave_refuses_a_faulty_edit(edit, message):
+    with pytest.raises(PatchError, match=message):
+        weave(fake.GRADCHECK, [edit])
+
+
+# --- test classes
+
+
+def test_classes_go_before_main_with_their_imports():
+    result = insert_classes(fake.THEIR_TESTS, fake.OUR_TESTS, ["TestSymmetric"]).decode()
+    inserted = result[result.index("import math") : result.index("if __name__")]
+    assert "    pass\n\n\nimport math" in result
+    assert inserted.startswith("import math\nfrom torch.autograd import gradcheck\n\n\n# What a comment")
+    assert result.replace("\n" + inserted, "").encode() == fake.THEIR_TESTS
+    assert "import torch\n" not in inserted  # upstream's file has it
+    theirs = fake.THEIR_TESTS.replace(b"import torch\n", b"import torch\nimport torch.nn\n")
+    assert inserted in insert_classes(theirs, fake.OUR_TESTS, ["TestSymmetric"]).decode()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (fake.THEIR_TESTS.replace(b"'__main__'", b"'main'"), fake.OUR_TESTS, "0 times if __name__"),
+        (fake.THEIR_TESTS.replace(b"TestTheirs", b"TestSymmetric"), fake.OUR_TESTS, "already defines TestSymmetric"),
+        (fake.THEIR_TESTS, b"import torch\n", "no TestSymmetric"),
+        (fake.THEIR_TESTS, b"helper = 1\n" + fake.OUR_TESTS.replace(b"()):", b"helper)):"), "need helper"),
+        (b"import x as math\n" + fake.THEIR_TESTS, fake.OUR_TESTS, "binds math otherwise"),
+    ],
+)
+def test_classes_refuse_clashes_and_unmet_needs(theirs, ours, message):
+    if b"helper" in ours:
+        ours = ours.replace(b"gradcheck(torch.sin, ())", b"helper")
+    with pytest.raises(PatchError, match=message):
+        insert_classes(theirs, ours, ["TestSymmetric"])

@@ -1,0 +1,1 @@
+"""The parts of tools/bench.py. Only row.py and what it imports (peers, problems) need PyTorch."""

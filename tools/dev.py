@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""Set up an environment with a patched PyTorch and run the demo or the tests in it.
+
+usage: python3 tools/dev.py demo [ARGUMENT ...]     the main job on real input; arguments go to the demo
+       python3 tools/dev.py test [ARGUMENT ...]     the tests; arguments go to pytest
+
+The first call makes .venv in the repository, installs PyTorch and the test dependencies there and patches that
+PyTorch; a later call finds this done and starts at once. A set-up that was interrupted is begun anew, and a change of
+torch_patch/ is patched in again. The exit status is that of the command that ran; 2 if the set-up failed.
+
+environment: LOBPCG_TORCH=REQUIREMENT   what pip installs instead of the pinned PyTorch: torch==2.6.0, or a wheel's path
+             LOBPCG_PYTHON=INTERPRETER  an interpreter to use as it is: nothing is installed or patched, only checked
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+
+if sys.platform != "win32":
+    import fcntl
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "lobpcg-setup.json"
+PATCH = ROOT / "tools" / "patch.py"
+DEMO = ROOT / "docs_patch" / "source" / "scripts" / "lobpcg" / "demo.py"
+
+TORCH = "torch==2.13.0"
+# import name -> requirement; networkx comes with torch and is named because the demo imports it
+PACKAGES = {
+    "networkx": "networkx",
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "expecttest": "expecttest>=0.2",
+    "hypothesis": "hypothesis>=6",
+    "pytest": "pytest>=8",
+}
+# variables through which the caller's shell would put other packages in front of those of .venv
+FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "VIRTUAL_ENV")
+
+
+class SetupError(Exception):
+    """The set-up cannot go on; the message says what was found and what to do."""
+
+
+def say(text: str) -> None:
+    print(f"dev.py: {text}", flush=True)
+
+
+def command_line(*words: object) -> str:
+    return " ".join(shlex.quote(str(word)) for word in words)
+
+
+def run(*words: object, env: dict[str, str] | None = None) -> None:
+    """Run a step of the set-up, its output shown; SetupError where it fails."""
+    status = subprocess.call([str(word) for word in words], cwd=ROOT, env=env)
+    if status != 0:
+        raise SetupError(f"exit status {status} from: {command_line(*words)}")
+
+
+# --- the environment in .venv -------------------------------------------------------------------------------------
+
+
+def venv_python() -> Path:
+    return VENV / "Scripts" / "python.exe" if os.name == "nt" else VENV / "bin" / "python"
+
+
+def venv_environment() -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    env["PYTHONNOUSERSITE"] = "1"
+    return env
+
+
+def torch_requirement() -> str:
+    chosen = os.environ.get("LOBPCG_TORCH") or TORCH
+    return os.path.abspath(chosen) if os.path.exists(chosen) else chosen
+
+
+def requirements() -> list[str]:
+    return [torch_requirement(), *PACKAGES.values()]
+
+
+def fingerprint() -> str:
+    """Changes whenever an environment made earlier no longer is what a set-up would make now."""
+    base = [list(sys.version_info[:2]), str(VENV)]
+    return hashlib.sha256(json.dumps([base, requirements()]).encode()).hexdigest()
+
+
+def read_stamp() -> dict[str, str] | None:
+    """What an earlier set-up left: None without a stamp, {} for one cut short while it was written."""
+    try:
+        stamp = json.loads(STAMP.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def write_stamp(state: str) -> None:
+    STAMP.write_text(json.dumps({"state": state, "fingerprint": fingerprint()}) + "\n", encoding="utf-8")
+
+
+def empty_venv() -> None:
+    """Remove all of .venv but the stamp, which marks the folder as made here and so stays to the end."""
+    for entry in list(os.scandir(VENV)):
+        if entry.path == str(STAMP):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def make_venv() -> list[str]:
+    """Create .venv; returns the command that runs pip for it."""
+    if importlib.util.find_spec("ensurepip") is not None:
+        run(sys.executable, "-m", "venv", VENV)
+        return [str(venv_python()), "-m", "pip"]
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("pip") is None:
+        raise SetupError(
+            f"{sys.executable} has neither ensurepip nor pip, so no environment can be filled; install the "
+            "distribution's package for virtual environments (python3-venv on Debian and Ubuntu), or set LOBPCG_PYTHON "
+            "to an interpreter that has a patched PyTorch"
+        )
+    say("this Python has no ensurepip: filling .venv with the pip it has")
+    run(sys.executable, "-m", "venv", "--without-pip", VENV)
+    return [sys.executable, "-m", "pip", "--python", str(venv_python())]
+
+
+def install() -> None:
+    """Leave .venv with everything installed and a stamp that says so; nothing to do where that is the case."""
+    stamp = read_stamp()
+    if stamp is None and VENV.exists() and any(VENV.iterdir()):
+        raise SetupError(
+            f"{VENV} was not made by this command; move it away, or use it as it is with "
+            f"LOBPCG_PYTHON={shlex.quote(str(venv_python()))}"
+        )
+    if stamp == {"state": "complete", "fingerprint": fingerprint()} and venv_python().exists():
+        return
+    if stamp is None:
+        say(f"making {VENV}")
+    elif stamp.get("state") == "complete":
+        say("the requirements or the Python have changed: making .venv anew")
+    else:
+        say("an earlier set-up did not finish: making .venv anew")
+    begin = time.monotonic()
+    VENV.mkdir(exist_ok=True)
+    write_stamp("started")
+    empty_venv()
+    pip = make_venv()
+    say("installing " + " ".join(requirements()))
+    run(*pip, "install", "--no-input", *requirements(), env=venv_environment())
+    write_stamp("complete")
+    say(f"installed in {time.monotonic() - begin:.0f} s")
+
+
+def patch_venv() -> None:
+    """Leave the PyTorch of .venv patched with torch_patch/ as it is now; quick where it is already."""
+    try:
+        run(venv_python(), PATCH, "apply", env=venv_environment())
+    except SetupError as error:
+        raise SetupError(
+            f"{error}\npatch.py says above what stands in the way; if .venv itself is damaged, delete it and try again"
+        ) from None
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Hold back a second set-up of the same repository; the lock goes with the process, so none is left behind."""
+    if sys.platform == "win32":  # has no advisory lock on a folder
+        yield
+        return
+    handle = os.open(ROOT, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another set-up of this repository")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+# --- an interpreter that exists -----------------------------------------------------------------------------------
+
+
+def check_interpreter(python: str) -> None:
+    """SetupError unless this interpreter has the packages and a PyTorch patched with torch_patch/ as it is now."""
+    names = ["torch", *PACKAGES]
+    probe = (
+        "import importlib.util, json, sys; "
+        f"print(json.dumps([n for n in {names!r} if importlib.util.find_spec(n) is None]))"
+    )
+    try:
+        answer = subprocess.run([python, "-c", probe], cwd=ROOT, check=False, capture_output=True, text=True)
+    except OSError as error:
+        raise SetupError(f"LOBPCG_PYTHON={python} cannot be run: {error.strerror}") from error
+    if answer.returncode != 0:
+        raise SetupError(f"LOBPCG_PYTHON={python} does not run as a Python 3: {answer.stderr.strip()[-500:]}")
+    missing = json.loads(answer.stdout)
+    if missing:
+        what = [PACKAGES.get(name, torch_requirement()) for name in missing]
+        raise SetupError(
+            f"{python} lacks {', '.join(missing)}; install with: {command_line(python, '-m', 'pip', 'install', *what)}"
+        )
+    verify = subprocess.run([python, str(PATCH), "verify"], cwd=ROOT, check=False, capture_output=True, text=True)
+    if verify.returncode != 0:
+        sys.stderr.write(verify.stdout + verify.stderr)
+        raise SetupError(
+            f"the PyTorch of {python} is not patched with this version; it is left as it is; to patch it: "
+            + command_line(python, PATCH, "apply")
+        )
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def prepare() -> tuple[str, dict[str, str]]:
+    """The interpreter to use, and the environment variables to run it with."""
+    chosen = os.environ.get("LOBPCG_PYTHON")
+    if chosen:
+        # a path is taken from the caller's folder, a bare name from PATH
+        python = os.path.abspath(chosen) if os.sep in chosen else shutil.which(chosen) or chosen
+        say(f"using {python} as it is")
+        check_interpreter(python)
+        return python, dict(os.environ)
+    with one_at_a_time():
+        install()
+        patch_venv()
+    return str(venv_python()), venv_environment()
+
+
+def become(command: list[str], env: dict[str, str]) -> NoReturn:
+    """Go over to the command, so that signals reach it and its status is ours; Windows can only wait for it."""
+    if sys.platform == "win32":
+        sys.exit(subprocess.call(command, cwd=ROOT, env=env))
+    os.chdir(ROOT)
+    os.execve(command[0], command, env)
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    jobs = {"demo": [str(DEMO)], "test": ["-m", "pytest"]}
+    if name not in jobs:
+        print(f"dev.py: expected one of {', '.join(jobs)}, got {name!r}; --help says what each does", file=sys.stderr)
+        return 2
+    begin = time.monotonic()
+    try:
+        python, env = prepare()
+    except SetupError as error:
+        print(f"dev.py: {error}", file=sys.stderr)
+        return 2
+    command = [python, *jobs[name], *rest]
+    say(f"ready after {time.monotonic() - begin:.1f} s; running {command_line(*command)}")
+    become(command, env)
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):
+        sys.exit("dev.py: expected Python 3.10 or newer, got " + sys.version.split()[0] + "; run it with a newer one")
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
