@@ -29,6 +29,7 @@ METRICS = {
     "gradient_error": "||g - exact g||_F / ||exact g||_F, the larger of A's and B's",
     "extra_mb": "growth of the resident memory at its peak over what the problem itself takes, MB",
     "peak_mb": "peak resident memory of the whole process, PyTorch and the set-up included, MB",
+    "first_call": "time of a first call on a tiny problem: what a process pays once, not part of the times",
     "setup": "seconds to build the preconditioner, not part of the times",
     "iterations": "iterations",
     "columns": "columns that A was applied to",

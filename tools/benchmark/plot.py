@@ -46,7 +46,7 @@ def _growth(axes, study: dict) -> None:
     axes.loglog(
         x, [y[0] * (a / x[0]) ** study["limit"] for a in x], ":", color="gray", label=f"exponent {study['limit']:g}"
     )
-    axes.set_title(f"{study['name']}: exponent {study['exponent']:.2f}", fontsize="medium")
+    axes.set_title(f"{study['name']}:\nexponent {study['exponent']:.2f}", fontsize="medium")
     axes.set_xlabel(study["axis"])
     axes.set_ylabel(study["metric"])
     axes.legend(fontsize="small")

@@ -190,6 +190,13 @@ class _Sines:
         return self._transform(grid / self.norm) / self.d
 
 
+def tiny(spec, k):
+    """The specification of a problem of the same kind, as small as k allows."""
+    if spec["kind"] == "laplacian":
+        return spec | {"sizes": [6 * k] + [3] * (len(spec["sizes"]) - 1)}
+    return spec | {"m": 6 * k} | ({"count": 2} if "count" in spec else {})
+
+
 def _problem(library, spec):
     kind = spec["kind"]
     if kind == "laplacian":

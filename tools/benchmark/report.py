@@ -148,6 +148,7 @@ _COLUMNS = {
     "extra MB": "extra_mb",
     "peak MB": "peak_mb",
     "set-up s": "setup",
+    "first call s": "first_call",
     "iterations": "iterations",
     "columns of A": "columns",
     "columns / active": "columns_per_active",
@@ -183,8 +184,8 @@ def markdown(report: dict) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     parts = [
         "# torch.lobpcg and its peers",
-        f"{report['threads']} thread(s); {report['machine']}; {versions}; {report['clock']} time. Each row is a process "
-        f"of its own; the peers of a case take turns, medians of up to {report['repeats']} turns after a "
+        f"{report['threads']} thread(s); {report['machine']}; {versions}; {report['clock']} time. Each row is a "
+        f"process of its own; the peers of a case take turns, medians of up to {report['repeats']} turns after a "
         "warm-up. Compare ratios, not seconds; residuals and errors are the worst over the turns.",
     ]
     judged = report["bars"]

@@ -6,6 +6,7 @@ set-up. An answer with "error" means that the row is lost; the process then ends
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -57,6 +58,24 @@ class Row:
         self.instance = problems.Instance(self.case)
         self.peer = self.make(self.instance, self.options)
         self.tol = None  # settled by the first run
+        self.first_call = self._first_call(problems)
+
+    def _first_call(self, problems) -> float:
+        """Seconds of the same call on a tiny problem: imports and allocations that happen once per process.
+
+        Done before the memory is measured, so that these are not counted as the problem's.
+        """
+        case = dataclasses.replace(self.case, problem=problems.tiny(self.case.problem, self.case.k), iK="")
+        kept = self.instance, self.peer, self.case, self.tol
+        self.instance, self.case = problems.Instance(case), case
+        self.peer, self.tol = self.make(self.instance, self.options), self.instance.tolerance()
+        start = self.clock()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._timed(0)
+        seconds = self.clock() - start
+        self.instance, self.peer, self.case, self.tol = kept
+        return seconds
 
     def about(self) -> dict:
         import numpy
@@ -71,6 +90,7 @@ class Row:
         about = {"versions": versions, "threads": torch.get_num_threads()}
         if self.instance is not None:
             about |= {"m": self.instance.m, "nnz": self.instance.nnz, "k": self.case.k, "setup": self.instance.setup}
+            about["first_call"] = self.first_call
         return about
 
     def run(self, seed: int) -> dict:
