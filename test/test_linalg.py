@@ -105,9 +105,7 @@ class TestLobpcgForward(LobpcgTestCase):
     """The wanted pairs of every problem whose spectrum is known."""
 
     def sweep(self, device, dtype, methods, layouts=(torch.strided,)):
-        for p, method, largest, layout in itertools.product(
-            self.problems.catalogue(), methods, (False, True), layouts
-        ):
+        for p, method, largest, layout in itertools.product(self.problems.catalogue(), methods, (False, True), layouts):
             if p.supports(dtype):
                 with self.subTest(problem=p.name, method=method, largest=largest, layout=layout):
                     self.run_problem(p, dtype, 3, largest, layout, device, method=method, niter=3000)
@@ -263,7 +261,7 @@ class TestLobpcgForward(LobpcgTestCase):
             given = {"A": A, "B": B, "X": self.start(p.m, 4), "iK": torch.eye(p.m, dtype=torch.float64)}
             before = {name: M.to_dense().clone() for name, M in given.items()}
             versions = {name: M._version for name, M in given.items()}
-            E, X, _ = self.solve(**given, k=3, method=method)
+            _E, X, _ = self.solve(**given, k=3, method=method)
             for name, M in given.items():
                 self.assertTrue(torch.equal(M.to_dense(), before[name]), name)
                 self.assertEqual(M._version, versions[name], name)
@@ -390,7 +388,7 @@ class TestLobpcgConvergence(LobpcgTestCase):
         A, _ = p.build()
         for method, batched in itertools.product(("ortho", "basic"), (False, True)):
             M = torch.stack([A, A + A]) if batched else A
-            E, X, messages = self.solve(M, k=3, largest=False, niter=4, method=method, tol=1e-12)
+            E, _X, messages = self.solve(M, k=3, largest=False, niter=4, method=method, tol=1e-12)
             self.assertEqual(len(messages), 1, messages)
             self.assertRegex(messages[0], r"lobpcg: .*residual")
             self.assertRegex(messages[0], r"1e-12")
@@ -468,7 +466,7 @@ class TestLobpcgConvergence(LobpcgTestCase):
         p = self.problems.indefinite(80, 10.0)
         A, B = p.build()
         for method, s in itertools.product(("ortho", "basic"), (1e-100, 1e100)):
-            E, X, messages = self.solve(A, k=3, B=B * s, method=method, tol=1e-9)
+            E, _X, messages = self.solve(A, k=3, B=B * s, method=method, tol=1e-9)
             self.assertEqual(messages, [])
             self.assertEqual(E * s, p.extreme(3, True), rtol=1e-7, atol=0)
 
@@ -491,9 +489,7 @@ class TestLobpcgProducts(LobpcgTestCase):
             n, niter = 4, 30
             apply, columns = self.counting(A)
             B, of_B = self.counting(torch.eye(p.m, dtype=torch.float64) * 2)
-            self.solve(
-                apply, B=B if generalized else None, X=self.start(p.m, n), niter=niter, tol=1e-30, method=method
-            )
+            self.solve(apply, B=B if generalized else None, X=self.start(p.m, n), niter=niter, tol=1e-30, method=method)
             self.assertLessEqual(sum(columns), n + 1.1 * n * niter, (method, columns))
             self.assertGreaterEqual(sum(columns), n * niter)
             if generalized:
@@ -505,9 +501,7 @@ class TestLobpcgProducts(LobpcgTestCase):
         A, _ = self.problems.prescribed("outlier", spectrum).build()
         for method in ("ortho", "basic"):
             apply, columns = self.counting(A)
-            _, _, messages = self.solve(
-                apply, X=self.start(200, 3), largest=False, tol=1e-8, method=method, niter=500
-            )
+            _, _, messages = self.solve(apply, X=self.start(200, 3), largest=False, tol=1e-8, method=method, niter=500)
             self.assertEqual(messages, [])
             self.assertLess(columns[-1], 3, (method, columns))
 
@@ -548,8 +542,16 @@ class TestLobpcgProducts(LobpcgTestCase):
         """Iterations: products with the block of residuals, counted through a callable A."""
         apply, columns = self.counting(A)
         E, X, messages = self.solve(
-            apply, B=B, X=self.start(A.size(-1), 4, A.dtype, batch=A.shape[:-2]), k=3, iK=iK, largest=largest,
-            method=method, tol=1e-8, niter=3000, **kwargs,
+            apply,
+            B=B,
+            X=self.start(A.size(-1), 4, A.dtype, batch=A.shape[:-2]),
+            k=3,
+            iK=iK,
+            largest=largest,
+            method=method,
+            tol=1e-8,
+            niter=3000,
+            **kwargs,
         )
         self.assertEqual(messages, [])
         return len(columns), E, X
@@ -781,7 +783,7 @@ class TestLobpcgWorker(LobpcgTestCase):
                 if worker.ivars["istep"] == 3:
                     worker.bvars["force_stop"] = True
 
-            E, X, _ = self.solve(A, k=2, largest=False, method=method, tracker=tracker, tol=1e-12)
+            _E, X, _ = self.solve(A, k=2, largest=False, method=method, tracker=tracker, tol=1e-12)
             self.assertEqual(calls[-1], 3)
             self.assertEqual((X.mH @ X), torch.eye(2, dtype=X.dtype), atol=1e-10, rtol=0)
 
@@ -885,7 +887,7 @@ class TestLobpcgWorker(LobpcgTestCase):
 
     def test_torchscript_inside_a_scripted_function(self):
         def spectral_gap(A: torch.Tensor):
-            E, X = torch.lobpcg(A, k=2, largest=False, method="ortho")
+            E, _X = torch.lobpcg(A, k=2, largest=False, method="ortho")
             return E[1] - E[0]
 
         p = self.problems.laplacian(40)
@@ -1049,12 +1051,20 @@ class TestLobpcgRandomized(LobpcgTestCase):
             return self.problems.prescribed(f"random{m}", spectrum, condition, draw(st.booleans()))
 
         @settings(
-            max_examples=examples, deadline=None, derandomize=True, database=None,
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            database=None,
             suppress_health_check=list(HealthCheck),
         )
         @given(
-            pencils(), st.integers(1, 6), st.integers(0, 3), st.booleans(), st.sampled_from([None, "ortho", "basic"]),
-            st.sampled_from([torch.float64, torch.float32]), st.booleans(),
+            pencils(),
+            st.integers(1, 6),
+            st.integers(0, 3),
+            st.booleans(),
+            st.sampled_from([None, "ortho", "basic"]),
+            st.sampled_from([torch.float64, torch.float32]),
+            st.booleans(),
         )
         def check(p, k, extra, largest, method, real, with_start):
             dtype = torch.zeros((), dtype=real).to(torch.complex64).dtype if p.is_complex else real
