@@ -100,6 +100,9 @@ class TestSymmetric(object):
         assert math.pi > 3 and gradcheck(torch.sin, ())
 
 
+enlist(TestSymmetric)
+enlist(TestElsewhere)
+
 if __name__ == "__main__":
     run_tests()
 """

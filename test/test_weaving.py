@@ -142,6 +142,8 @@ def test_classes_go_before_main_with_their_imports():
     assert "    pass\n\n\nimport math" in result
     assert inserted.startswith("import math\nfrom torch.autograd import gradcheck\n\n\n# What a comment")
     assert result.replace("\n" + inserted, "").encode() == fake.THEIR_TESTS
+    assert "\nenlist(TestSymmetric)\n" in inserted
+    assert "TestElsewhere" not in inserted
     assert "import torch\n" not in inserted  # upstream's file has it
     theirs = fake.THEIR_TESTS.replace(b"import torch\n", b"import torch\nimport torch.nn\n")
     assert inserted in insert_classes(theirs, fake.OUR_TESTS, ["TestSymmetric"]).decode()

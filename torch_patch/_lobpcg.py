@@ -171,8 +171,12 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     )
 
     def run(A, B, X, iK) -> EigenPairs:
-        shape = torch.broadcast_shapes(*(T.shape[:-2] for T in (A, B, X, iK) if isinstance(T, Tensor)))
-        pairs = solve(A, B, X, iK, list(shape), m, settings, tracker)
+        # Not torch.broadcast_shapes: its first call imports a symbolic algebra package, 0.8 s.
+        shape: list[int] = []
+        for T, name in ((A, "A"), (B, "B"), (X, "X"), (iK, "iK")):
+            if isinstance(T, Tensor):
+                shape = check_broadcast(shape, T, name)
+        pairs = solve(A, B, X, iK, shape, m, settings, tracker)
         _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
         return pairs
 

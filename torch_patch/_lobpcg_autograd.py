@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torch._lobpcg_derivative import ComputedPairs, forward_mode, reverse_mode
-from torch._lobpcg_function import accepts_legacy_vmap, batched_first, save, saved, without_autocast
+from torch._lobpcg_derivative import ComputedPairs, corrected, forward_mode, reverse_mode
+from torch._lobpcg_function import (
+    accepts_legacy_vmap,
+    batched_first,
+    refuse_nested_forward_mode,
+    save,
+    saved,
+    without_autocast,
+)
 from torch._lobpcg_pattern import is_sparse, is_symmetric_pattern
 
 
@@ -81,10 +88,13 @@ class LOBPCGAutogradFunction(Function):
         like = next(M for M in (A, B, X) if isinstance(M, Tensor))
         with without_autocast(like):
             pairs = problem.solve(A, B, X, iK)
-        k = problem.k
-        E, X = pairs.E, pairs.X
+            k = problem.k
+            residual, scale = pairs.residual, pairs.scale
+            wanted = (pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k])
+            E, X, improved = corrected(A, B, *wanted, problem.largest, problem.tol)
+        residual = torch.cat([improved, residual[..., k:]], -1)
         # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
-        parts = (E[..., :k], X[..., :k], E[..., k:], X[..., k:], pairs.residual, pairs.scale)
+        parts = (E, X, pairs.E[..., k:], pairs.X[..., k:], residual, scale)
         return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
 
     @staticmethod
@@ -108,6 +118,7 @@ class LOBPCGAutogradFunction(Function):
     @staticmethod
     @accepts_legacy_vmap
     def jvp(ctx, dA, dB, _dX, _diK, _problem):
+        refuse_nested_forward_mode()
         pairs = _pairs(ctx)
         if dA is None and dB is None:
             dE, dX = torch.zeros_like(pairs.E), torch.zeros_like(pairs.X)

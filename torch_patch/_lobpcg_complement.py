@@ -7,8 +7,8 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 * conjugate gradients on all columns at once, projected, preconditioned, deflated by the extra columns that the
   forward carried (Saad, Yeung, Erhel, Guyomarc'h 2000), for anything else; a dense A gets one Cholesky
   factorisation as preconditioner as soon as plain iterations have cost as much as that factorisation;
-* spectral: all eigenpairs on the complement, where the operator turns out indefinite or singular to rounding
-  (an eigenvalue cluster cut at k, or pairs that are not the extreme ones).
+* spectral: all eigenpairs on the complement, for k a good part of m, and where the operator turns out indefinite or
+  singular to rounding (an eigenvalue cluster cut at k, or pairs that are not the extreme ones).
 """
 
 import math
@@ -20,8 +20,13 @@ from torch import Tensor
 
 from torch._lobpcg_pattern import fast_operand, multiply
 
-# Measured on one core: below this order k factorisations take less time than the iterations that they replace.
-_FACTORISE_BELOW = 256
+# Measured on one core: while k m^3 is below this, k factorisations take less time than one with iterations on top.
+_FACTORISE_FLOPS = 5e7
+# From k = m / 16 on, k >= 8, all eigenpairs on the complement cost less than k systems (measured at m = 100 to 500).
+_SPECTRAL_FROM = 8
+_SPECTRAL_FRACTION = 16
+# A factorisation of order m costs as much as m / 100 products with a dense A and a thin block (measured at 2000).
+_PRODUCTS_PER_FACTOR = 100
 # Largest order at which an O(m^3) eigendecomposition is an acceptable answer to an indefinite operator.
 _SPECTRAL_BELOW = 2049
 # Elements of the batch of factorised matrices held at one time: 64 MiB of float64.
@@ -40,25 +45,31 @@ def solve_on_complement(
     iK: Any,
     largest: bool,
     tol: float,
+    quiet: bool = False,
 ) -> Tensor:
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, Y: (*, m, p) further approximate
     eigenvectors or None.  Relative residual at most `tol` in every column, or the smallest that rounding allows;
-    a column that misses both is reported by a RuntimeWarning.
+    a column that misses both is reported by a RuntimeWarning unless `quiet`.
     """
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
     shifts = E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
     op = Complement(A, B, shifts, X, largest)
+    op.quiet = quiet
     b = op.project_dual(b)
     size = _safe_norm(b)
     b = b / torch.where(size > 0, size, torch.ones_like(size))
     op.set_scale(b)
     m = X.shape[-2]
-    if m < _FACTORISE_BELOW:
-        z = _factorised(op, b, k) if m > k else torch.zeros_like(b)
+    if m == k:
+        z = torch.zeros_like(b)
+    elif k >= _SPECTRAL_FROM and _SPECTRAL_FRACTION * k >= m and m < _SPECTRAL_BELOW:
+        z = _spectral(op, b, *op.dense())
+    elif k * m**3 <= _FACTORISE_FLOPS:
+        z = _factorised(op, b, k)
     else:
         z = _iterate(op, b, Y, iK, tol)
     z = op.project(z) * (size * op.sign / op.scale)
@@ -109,6 +120,7 @@ class Complement:
         self.BX = multiply(self.B, X)
         self.sign = -1.0 if largest else 1.0
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
+        self.quiet = False
         self.u: Optional[Tensor] = None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
 
     def set_scale(self, b: Tensor) -> None:
@@ -162,10 +174,6 @@ def _dense(M: Any, like: Tensor) -> Tensor:
     return M
 
 
-def _identity(op: Complement) -> Tensor:
-    return torch.eye(op.X.shape[-2], dtype=op.X.dtype, device=op.X.device)
-
-
 # ---------------------------------------------------------------------------------------------- factorised
 
 
@@ -175,11 +183,16 @@ def _positive_matrix(op: Complement, A: Tensor, B: Optional[Tensor], shifts: Ten
     On span X the quadratic form is s (E_i - E_j) / scale + sigma: sigma exceeds twice the spread of the shifts, and
     is of the size of the operator (1 after scaling) so that it does not spoil the condition.
     """
-    B = _identity(op) if B is None else B
+    m, k = op.BX.shape[-2:]
     spread = (op.shifts.amax(-1) - op.shifts.amin(-1))[..., None, None] / op.scale
-    lift = ((1 + 2 * spread) * op.BX) @ op.BX.mH
-    K = (A.unsqueeze(-3) - shifts[..., None, None] * B.unsqueeze(-3)) * (op.sign / op.scale).unsqueeze(-3)
-    return K.add_(lift.unsqueeze(-3))
+    factor = (op.sign / op.scale).unsqueeze(-3)
+    moved = shifts[..., None, None] * factor  # (*, q, 1, 1)
+    K = (A.unsqueeze(-3) * factor).expand(tuple(moved.shape[:-2]) + (m, m)).contiguous()
+    if B is None:
+        K.diagonal(dim1=-2, dim2=-1).sub_(moved.squeeze(-1))
+    else:
+        K.sub_(B.unsqueeze(-3) * moved)
+    return K.add_((((1 + 2 * spread) * op.BX) @ op.BX.mH).unsqueeze(-3))
 
 
 def _factorised(op: Complement, b: Tensor, k: int) -> Tensor:
@@ -239,7 +252,7 @@ def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tens
     c = U.mH @ b
     # Rounding of an inner product of length m with unit b.
     noise = 8 * math.sqrt(m) * eps * torch.linalg.vector_norm(U, dim=-2).unsqueeze(-1)
-    if bool((lost & (c.abs() > noise)).any()):
+    if not op.quiet and bool((lost & (c.abs() > noise)).any()):
         j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
         width = float((torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax())
         warn_cut_cluster(j, k, width)
@@ -303,9 +316,14 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
     if Y is not None and Y.shape[-1] > 0:
         deflation = _Deflation(op, Y)
         deflation = deflation if deflation.usable else None
-    # An iteration with a dense A costs about 1/60 (measured) of its factorisation for few columns.
-    budget = max(20, m // (8 + 4 * q)) if dense else min(10 * m, _MOST_ITERATIONS)
-    z, state = _conjugate_gradients(op, b, z, deflation, precondition, rtol, budget)
+    # A dense A is factorised at once where that is cheap, and elsewhere when iterations have cost as much.
+    budget = min(10 * m, _MOST_ITERATIONS)
+    if dense:
+        budget = m // _PRODUCTS_PER_FACTOR if precondition is None else max(50, m // _PRODUCTS_PER_FACTOR)
+        budget = budget if budget >= 50 else 0
+    state = _State(math.inf, False, False, torch.zeros_like(op.scale))
+    if budget:
+        z, state = _conjugate_gradients(op, b, z, deflation, precondition, rtol, budget)
     if state.all_done:
         return _without_cut_cluster(op, b, z, state, precondition, rtol)
     if dense and not state.indefinite:
@@ -323,7 +341,8 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
             return z
     if m < _SPECTRAL_BELOW:
         return _spectral(op, b, *op.dense())
-    _warn_residual(state, rtol)
+    if not op.quiet:
+        _warn_residual(state, rtol)
     return z
 
 
@@ -366,8 +385,9 @@ def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: "_State", 
         excluded, excluded.project_dual(b[..., large]), torch.zeros_like(u), None, precondition, rtol, _MOST_ITERATIONS
     )
     k = op.X.shape[-1]
-    warn_cut_cluster(int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max()))
-    if not state.all_done:
+    if not op.quiet:
+        warn_cut_cluster(int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max()))
+    if not state.all_done and not op.quiet:
         _warn_residual(state, rtol)
     return z.index_copy(-1, large, excluded.project(again))
 

@@ -49,8 +49,8 @@ def batched_first(size: int, in_dims, values, trailing) -> Tuple[list, int]:
 def accepts_legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
     """Let a backward or jvp rule run under the vmap of torch.autograd.grad(is_grads_batched=True).
 
-    That vmap is older than torch.func's, knows no Function.vmap and cannot branch on values.  The tensors mapped by it are
-    unwrapped, and the rule is run under torch.vmap instead.
+    That vmap is older than torch.func's, knows no Function.vmap and cannot branch on values.  The tensors mapped by it
+    are unwrapped, and the rule is run under torch.vmap instead.
     """
 
     @functools.wraps(rule)
@@ -75,3 +75,13 @@ def accepts_legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
         return out if len(out) > 1 else out[0]
 
     return wrapped
+
+
+def refuse_nested_forward_mode() -> None:
+    """An error where PyTorch silently drops a tangent: the outer one of any autograd.Function in two torch.func.jvp."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+        raise NotImplementedError(
+            "lobpcg: forward mode inside forward mode loses the outer tangent of an autograd.Function in PyTorch; use "
+            "reverse mode inside, such as jacfwd(jacrev(f)) or torch.func.hessian"
+        )

@@ -39,8 +39,8 @@ def pair_factors(
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E.
 
     E: (*, k), X: (*, m, k), cotangents gE, gX and G = X^H gX with any further leading dimensions, or None; in
-    forward mode G is S = X^H (dA X - dB X E).  T: (*, p) further eigenvalues.  Raises RuntimeError where no derivative exists;
-    warns where it exists only in part or is inaccurate.
+    forward mode G is S = X^H (dA X - dB X E).  T: (*, p) further eigenvalues.  Raises RuntimeError where no derivative
+    exists; warns where it exists only in part or is inaccurate.
     """
     mask = _PairMask.apply(
         E.detach(),
@@ -62,7 +62,9 @@ class _PairMask(Function):
 
     @staticmethod
     def forward(E, G, gE, x, g, T, residual, scale, options):
-        return _pair_mask(E, G, gE, x, g, T, residual, scale, options)
+        mask = _pair_mask(E, G, gE, x, g, T, residual, scale, options).to(E.dtype)
+        shapes = [mask.shape] + ([] if G is None else [G.shape]) + ([] if gE is None else [gE.shape + gE.shape[-1:]])
+        return mask.expand(torch.broadcast_shapes(*shapes)).contiguous()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -103,21 +105,27 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     _check_convergence(E, x, gap, equal, T, residual, scale, options)
     if T.shape[-1] and gE is not None:
         _check_cut(E, gE, x, T, scale, options)
+    amplitude = None
+    if G is not None and g is not None:
+        amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
+        amplitude = (amplitude + amplitude.mT) / 2
+        if G.is_complex():
+            _check_phase(G, amplitude, eps)
+    # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3); elsewhere nothing can go wrong.
+    close = distinct & (gap <= eps ** (1 / 3) * size)
+    if not bool(close.any()):
+        return distinct.expand(gap.shape)
     if gE is not None:
         _check_weights(gE, gap, equal)
     if G is None:
         if gE is not None:
             _check_blur(_weighs_differently(gE) & distinct & ~equal, E, x, gap, size, T, residual, options)
-        return (distinct & ~equal).to(E.dtype)
+        return distinct & ~equal
     if options.forward_mode:
         if bool((equal & (G.abs() > 16 * math.sqrt(m) * eps * size)).any()):
             i, j = _first(equal & (G.abs() > 16 * math.sqrt(m) * eps * size), 2)
             _warn_cluster(i, j, gap, "the tangent splits them, so single tangents of these pairs do not exist")
-        return (distinct & ~equal).to(E.dtype).expand(G.shape)
-    amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
-    amplitude = (amplitude + amplitude.mT) / 2
-    if G.is_complex():
-        _check_phase(G, amplitude, eps)
+        return distinct & ~equal
     skew = (G - G.mH).abs() / 2
     # Rounding in G of a loss that does not see the gauge: inner products of length m.
     noise = 8 * math.sqrt(m) * eps * amplitude
@@ -129,15 +137,11 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
             i, j = _first(seen & (skew > math.sqrt(eps) * amplitude), 2)
             raise RuntimeError(_cluster_text(i, j, gap, why) + "; it has no gradient there. " + _WELL_POSED)
         _warn_cluster(i, j, gap, why)
-    # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3).  A loss that is invariant in the
-    # cluster has a Hermitian block, skew part zero up to noise, and then the exact factor is zero.
-    invariant = (gap <= eps ** (1 / 3) * size) & (skew <= noise)
-    if gE is not None or bool((~invariant & distinct & ~equal).any()):
-        used = skew > noise
-        if gE is not None:
-            used = used | _weighs_differently(gE)
-        _check_blur(used & distinct & ~equal, E, x, gap, size, T, residual, options)
-    return (distinct & ~equal & ~invariant).to(E.dtype)
+    # A loss that is invariant in a cluster has a Hermitian block, skew part zero up to noise: the exact factor is zero.
+    invariant = close & (skew <= noise)
+    used = skew > noise if gE is None else (skew > noise) | _weighs_differently(gE)
+    _check_blur(used & distinct & ~equal, E, x, gap, size, T, residual, options)
+    return distinct & ~equal & ~invariant
 
 
 _WELL_POSED = (

@@ -20,7 +20,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 from torch._lobpcg_operator import epsilon, Operator, start_rows
-from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten
+from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten_scaled
 
 
 class EigenPairs(NamedTuple):
@@ -97,8 +97,8 @@ class LOBPCG:
         self.drift = 0.0  # bound on the loss of the invariants since they were last enforced
         self.suspicious = False  # X0 was almost invariant: a wrong invariant subspace looks the same
         self.best = float("inf")
+        self.best_rerr = float("inf")
         self.best_step = 0
-        self.small_since = -1
         self.active = 0
 
         rows = X.mT.contiguous()
@@ -114,10 +114,11 @@ class LOBPCG:
         self.W = rows
         self.E = torch.zeros(self.batch + [self.n], dtype=real.dtype, device=X.device)
         self.G = torch.zeros(self.batch + [self.n, self.n], dtype=X.dtype, device=X.device)
-        self.lost = torch.zeros_like(self.E)  # 1 where a vector of [X P] is zero
+        self.lost = self.E > 0  # whether a vector of [X P] is zero
         self.w_index = torch.zeros(self.batch + [0], dtype=torch.int64, device=X.device)
         self.w_valid = self.E
-        self.least_B, self.least_K, self.least_d, self.losses = one, one, one, torch.zeros_like(one)
+        self.least_B, self.least_K = one, one
+        self.d = self.E[..., :0]  # spectrum of the last W's Gram matrix
         self.residual = torch.zeros_like(self.E)
         self.scale = torch.zeros_like(self.E)
         self.X = X
@@ -241,9 +242,9 @@ class LOBPCG:
             self.check_start(X, gram)
             # Columns closer than sqrt(eps) to the span of the others carry fewer than half of their digits.
             drop = self.eps**0.5 * n
-            T, d = whiten(gram, drop, self.tiny)
+            T, _, dropped = whiten_scaled(gram, drop, self.tiny)
             X = T.mT @ X
-            missing = (d <= drop).unsqueeze(-1)
+            missing = dropped.unsqueeze(-1)
             some = bool(missing.any())
             if attempt > 0 and not some:
                 break
@@ -319,7 +320,7 @@ class LOBPCG:
         if self.orthogonal_left > 0:
             W = self.project(W, length)
             length = torch.linalg.vector_norm(W, dim=-1)
-        inverse = 1.0 / length.clamp_min(self.tiny)
+        inverse = length.clamp_min(self.tiny).reciprocal()
         if len(self.batch) > 0:
             inverse = inverse * self.w_valid
         slot = self.S_rows[..., first:last, :]
@@ -350,24 +351,15 @@ class LOBPCG:
         if self.active < self.n:
             columns = self.w_index
         step = ritz_step(self.G, self.lost, gram_A, gram_B, self.n, self.sign, columns, self.eps, self.tiny)
-        self.watch(gram_B[..., known:], step.d)
+        self.d = step.d
+        if self.general:
+            self.least_B = real_diagonal(gram_B[..., known:]).min()
         self.advance(step, S, AS, BS)
-
-    def watch(self, gram_W: Tensor, d: Tensor) -> None:
-        """Keep for the report: the least squared length of W in B, the least direction kept, and whether digits were lost."""
-        drop = self.eps**0.5
-        self.least_B = real_diagonal(gram_W).min()
-        self.least_d = torch.where(d > drop, d, 1.0).min()
-        loss = max(1e-3, self.eps**0.25)
-        if len(self.batch) > 0:  # masked rows of W show as zeros in d
-            self.losses = ((d < loss).sum(-1) + self.w_valid.sum(-1)).max() - self.active
-        else:
-            self.losses = (d < loss).sum()
 
     def advance(self, step: Ritz, S: Tensor, AS: Tensor, BS: Tensor) -> None:
         """Take a Ritz step: the new X, P and their images into the other buffers, which then become the present ones."""
         C = step.C
-        self.E, self.G, self.lost = step.e * self.sign, step.G, step.lost
+        self.E, self.G, self.lost = step.e, step.G, step.lost
         self.q = C.size(-2)
         torch.matmul(C, S, out=self.S_next[..., : self.q, :])
         torch.matmul(C, AS, out=self.AS_next[..., : self.q, :])
@@ -391,87 +383,142 @@ class LOBPCG:
             BS[...] = self.op_B.rows(S)
         conj = S.conj()
         step = ritz_fresh(hermitian(conj @ AS.mT), hermitian(conj @ BS.mT), self.n, self.sign, self.eps, self.tiny)
+        self.d = self.E[..., :0]
         self.advance(step, S, AS, BS)
         self.drift = 4.0 * self.eps
 
     def update_residual(self) -> None:
         """W := A X - B X E of all n columns, their norms, and rerr."""
         n = self.n
-        X, AX, BX = self.S_rows[..., :n, :], self.AS[..., :n, :], self.BS[..., :n, :]
-        torch.mul(BX, self.E.unsqueeze(-1), out=self.W)
+        AX = self.AS[..., :n, :]
+        torch.mul(self.BS[..., :n, :], self.E.unsqueeze(-1), out=self.W)
         torch.sub(AX, self.W, out=self.W)
         self.residual = torch.linalg.vector_norm(self.W, dim=-1)
         size = self.E.abs()
         self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size * self.norm_B
         if self.general:
-            self.scale = self.scale * torch.linalg.vector_norm(X, dim=-1)
+            self.scale = self.scale * torch.linalg.vector_norm(self.S_rows[..., :n, :], dim=-1)
         self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
 
     def update_converged_count(self) -> int:
-        """Active set and converged_count from rerr; the iteration's one transfer to the host is here."""
-        k, tol = self.iparams["k"], self.fparams["tol"]
-        rerr = self.tvars["rerr"]
-        done = rerr <= tol
-        wanted = done[..., :k]
-        lead = torch.cumprod(wanted, -1).sum(-1)  # (*)
-        locked = done
-        if self.suspicious:
-            lead = torch.where(self.settled(rerr), lead, lead.clamp_max(k - 1))
-            if self.ivars["istep"] < 5:
-                locked = rerr <= 8.0 * self.eps
-        waiting = ~(locked | (lead >= k).unsqueeze(-1))  # (*, n)
-        worst = torch.where(wanted, 0.0, rerr[..., :k]).max()
-        real = rerr.dtype
-        values: list[float] = torch.stack(
-            [
-                waiting.sum(-1).max().to(real),
-                lead.min().to(real),
-                worst,
-                self.residual.sum(),
-                self.least_B,
-                self.least_K,
-                self.least_d,
-                self.losses.to(real),
-            ]
-        ).tolist()
-        self.read_report(values)
-        if self.active < self.n or len(self.batch) > 0:
-            order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
-            self.w_index = order[..., : self.active]
-            self.w_valid = waiting.gather(-1, self.w_index).to(real)
+        """Active set and converged_count from rerr; the iteration's one transfer to the host is here.
+
+        One matrix: everything is decided on the host from the numbers transferred, which spares some twenty small kernels.
+        """
+        if len(self.batch) > 0:
+            self.count_batch()
+        else:
+            self.count_one()
+        if self.best_rerr < 0.9 * self.best:
+            self.best, self.best_step = self.best_rerr, self.ivars["istep"]
         return self.ivars["converged_count"]
 
-    def settled(self, rerr: Tensor) -> Tensor:
-        """Whether the first column that no caller chose has found an eigenvalue of its own, so that none before it was missed: (*).
+    def lock_tolerance(self) -> float:
+        """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep them at first."""
+        return 8.0 * self.eps if self.suspicious and self.ivars["istep"] < 5 else self.fparams["tol"]
+
+    def probe_index(self) -> int:
+        """The first column that no caller chose and that is not wanted: n or more where there is none."""
+        return max(self.probe, self.iparams["k"])
+
+    def count_one(self) -> None:
+        n, k, tol = self.n, self.iparams["k"], self.fparams["tol"]
+        rerr = self.tvars["rerr"]
+        j = min(self.probe_index(), n - 1)
+        extra = torch.stack([self.least_B, self.least_K, self.residual[j], (self.E[j] - self.E[k - 1]).abs() * self.norm_B[0]])
+        values: list[float] = torch.cat([rerr, extra, self.d]).tolist()
+        self.judge(sum(values[:n]), values[n], values[n + 1])
+        lead = 0
+        while lead < k and values[lead] <= tol:
+            lead += 1
+        if self.suspicious and not self.settled(values[j], values[n + 2], values[n + 3]):
+            lead = min(lead, k - 1)
+        lock = self.lock_tolerance()
+        running: list[int] = []
+        self.best_rerr = 0.0
+        for i in range(n):
+            if values[i] > lock and lead < k:
+                running.append(i)
+            if i < k and values[i] > tol:
+                self.best_rerr = max(self.best_rerr, values[i])
+        self.ivars["converged_count"] = lead
+        self.active = len(running)
+        if self.active < n:
+            self.w_index = torch.tensor(running, dtype=torch.int64, device=rerr.device)
+        least, drop = 1.0, self.eps**0.5
+        for d in values[n + 4 :]:
+            if d > drop:
+                least = min(least, d)
+        self.watch(least, len(values) > n + 4 and values[n + 4] < self.loss())
+
+    def settled(self, rerr: float, residual: float, distance: float) -> bool:
+        """Whether the first column that no caller chose has found an eigenvalue of its own, so that none before it was missed.
 
         Its residual, an error bound for its eigenvalue, must be a tenth of its distance from the wanted ones, after five
         iterations, which carry even a weight of 1 / m on a missed eigenvector into view; or it must be small in itself.
         """
-        j = max(self.probe, self.iparams["k"])
-        if j >= self.n:
-            return torch.ones_like(rerr[..., 0], dtype=torch.bool)
-        small = rerr[..., j] <= max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
-        if self.ivars["istep"] < 5:
-            return small
-        distance = (self.E[..., j] - self.E[..., self.iparams["k"] - 1]).abs() * self.norm_B[..., 0]
-        return small | (self.residual[..., j] <= 0.1 * distance)
+        if self.probe_index() >= self.n or rerr <= max(self.fparams["tol"] ** 0.5, 8.0 * self.eps):
+            return True
+        return self.ivars["istep"] >= 5 and residual <= 0.1 * distance
 
-    def read_report(self, values: list[float]) -> None:
-        self.active = int(values[0])
-        self.ivars["converged_count"] = int(values[1])
-        if not values[3] < float("inf"):
+    def count_batch(self) -> None:
+        """The same decisions as masks over the batch; active is the largest count in it, and the rest of W is zero."""
+        n, k, tol = self.n, self.iparams["k"], self.fparams["tol"]
+        rerr = self.tvars["rerr"]
+        real = rerr.dtype
+        done = rerr[..., :k] <= tol
+        lead = torch.cumprod(done, -1).sum(-1)  # (*)
+        j = self.probe_index()
+        if self.suspicious and j < n:
+            settled = rerr[..., j] <= max(tol**0.5, 8.0 * self.eps)
+            if self.ivars["istep"] >= 5:
+                distance = (self.E[..., j] - self.E[..., k - 1]).abs() * self.norm_B[..., 0]
+                settled = settled | (self.residual[..., j] <= 0.1 * distance)
+            lead = torch.where(settled, lead, lead.clamp_max(k - 1))
+        waiting = (rerr > self.lock_tolerance()) & (lead < k).unsqueeze(-1)  # (*, n)
+        drop = self.eps**0.5
+        least, losses = torch.ones_like(self.least_B), torch.zeros_like(self.least_B)
+        if self.d.size(-1) > 0:
+            least = self.d.masked_fill(self.d <= drop, 1.0).min()
+            # Masked rows of W show as zeros in d: more small ones than those are losses.
+            losses = ((self.d < self.loss()).sum(-1) + self.w_valid.sum(-1)).max() - self.d.size(-1)
+        values: list[float] = torch.stack(
+            [
+                waiting.sum(-1).max().to(real),
+                lead.min().to(real),
+                rerr[..., :k].masked_fill(done, 0.0).max(),
+                rerr.sum(),
+                self.least_B,
+                self.least_K,
+                least,
+                losses.to(real),
+            ]
+        ).tolist()
+        self.judge(values[3], values[4], values[5])
+        self.active, self.ivars["converged_count"], self.best_rerr = int(values[0]), int(values[1]), values[2]
+        order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
+        self.w_index = order[..., : self.active]
+        self.w_valid = waiting.gather(-1, self.w_index).to(real)
+        self.watch(values[6], values[7] > 0.0)
+
+    def judge(self, total: float, least_B: float, least_K: float) -> None:
+        if not total < float("inf"):
             self.raise_not_finite()
-        if values[4] < 0.0:
+        if least_B < 0.0:
             self.raise_not_positive("B")
-        if values[5] < 0.0:
+        if least_K < 0.0:
             self.raise_not_positive("iK")
-        if values[2] < 0.9 * self.best:
-            self.best = values[2]
-            self.best_step = self.ivars["istep"]
-        self.drift += 4.0 * self.eps + self.eps / values[6]
+
+    def loss(self) -> float:
+        """Gram eigenvalues under this bound cost three digits (single precision: two), which the orthogonal route would keep."""
+        return max(1e-3, self.eps**0.25)
+
+    def watch(self, least: float, losses: bool) -> None:
+        """Account for the digits that the last Ritz step lost; from a loss on, ten iterations of the orthogonal route."""
+        self.drift += 4.0 * self.eps + self.eps / least
         if self.orthogonal_left > 0:
             self.orthogonal_left -= 1
-        elif values[7] > 0.0 and self.method != "basic":
+        elif losses and self.method != "basic":
             self.orthogonal_left = 10
 
     def raise_not_positive(self, name: str) -> None:

@@ -118,8 +118,8 @@ class Pattern:
     """Stored positions of a sparse matrix (*, m, m), as flat indices into rows of tall blocks (*, m, p).
 
     Invariant: stored element i of `values` (a block of `block` elements for BSR and BSC) sits in block row
-    positions(i, i + 1)[0] and block column positions(i, i + 1)[1], both counted through all batches.  COO duplicates are
-    summed first: each position is stored once.
+    positions(i, i + 1)[0] and block column positions(i, i + 1)[1], both counted through all batches.  COO duplicates
+    are summed first: each position is stored once.
     """
 
     def __init__(self, M: Tensor) -> None:
@@ -168,8 +168,12 @@ class Pattern:
     def with_values(self, values: Tensor) -> Tensor:
         """A sparse tensor of this pattern with other values, not differentiated."""
         if self.layout == torch.sparse_coo:
-            return torch.sparse_coo_tensor(self.indices, values, self.shape, is_coalesced=True)
-        return torch.sparse_compressed_tensor(self.compressed, self.plain, values, self.shape, layout=self.layout)
+            return torch.sparse_coo_tensor(
+                self.indices, values, self.shape, is_coalesced=True, check_invariants=False
+            )
+        return torch.sparse_compressed_tensor(
+            self.compressed, self.plain, values, self.shape, layout=self.layout, check_invariants=False
+        )
 
 
 def _values_on_pattern(U: Tensor, V: Tensor, pattern: Pattern) -> Tensor:
@@ -192,7 +196,9 @@ def _product_on_pattern(values: Tensor, V: Tensor, pattern: Pattern, adjoint: bo
     p = V.shape[-1]
     values = values.reshape(-1, height, width)
     if adjoint:
-        values, height, width = values.mH, width, height
+        # Not .mH: PyTorch cannot mark a view of a compressed tensor's values as conjugate.
+        values = torch.conj_physical(values.mT) if values.is_complex() else values.mT
+        height, width = width, height
     source = V.reshape(-1, width, p)
     out = V.new_zeros((V.numel() // max(1, height * p), height, p))
     for start, end, rows, cols in pattern.chunks(p):

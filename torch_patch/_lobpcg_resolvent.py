@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch._lobpcg_complement import solve_on_complement
-from torch._lobpcg_function import accepts_legacy_vmap, batched_first, save, saved, without_autocast
+from torch._lobpcg_function import (
+    accepts_legacy_vmap,
+    batched_first,
+    refuse_nested_forward_mode,
+    save,
+    saved,
+    without_autocast,
+)
 from torch._lobpcg_pattern import _sum_to, apply, hermitian_apply, hermitian_outer
 
 
@@ -85,6 +92,7 @@ class ReducedResolvent(Function):
     @staticmethod
     @accepts_legacy_vmap
     def jvp(ctx, dA, dB, dE, dX, db, dY, diK, _options):
+        refuse_nested_forward_mode()
         s = saved(ctx)
         A, B, E, X, b, z = s["A"], s["B"], s["E"], s["X"], s["b"], s["z"]
         with without_autocast(X):

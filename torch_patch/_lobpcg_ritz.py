@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class Ritz(NamedTuple):
-    """e: (*, n) eigenvalues, ascending; C: (*, n + p, q) rows are the coordinates of the new X, then P, in [X P W];
-    G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) 1 where a vector is zero; d: (*, p) spectrum of W's Gram matrix."""
+    """e: (*, n) eigenvalues, wanted ones first; C: (*, n + p, q) rows are the coordinates of the new X, then P, in [X P W];
+    G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero; d: (*, p) spectrum of W's Gram matrix."""
 
     e: Tensor
     C: Tensor
@@ -30,22 +30,29 @@ def real_diagonal(M: Tensor) -> Tensor:
     return d.real if d.is_complex() else d
 
 
-def whiten(M: Tensor, drop: float, tiny: float) -> tuple[Tensor, Tensor]:
-    """T with T^H M T = I on the eigenvectors of the diagonally scaled M above drop, zero columns for the others; and that spectrum.
+def whiten(M: Tensor, drop: float) -> tuple[Tensor, Tensor, Tensor]:
+    """T with T^H M T = I on the eigenvectors of M above drop, zero columns for the others; the spectrum d; what was dropped.
 
-    M: (*, p, p) Hermitian, positive semidefinite to rounding. Guarantee: finite for every finite M; T^H M T = I to eps / drop.
-    Scaling to a unit diagonal brings the condition within a factor p of the best diagonal scaling (van der Sluis 1969).
+    M: (*, p, p) Hermitian, positive semidefinite to rounding, with a diagonal of order one or zero (lower triangle read).
+    Guarantee: finite for every finite M; T^H M T = I to eps / drop.
     """
+    d, U = torch.linalg.eigh(M)
+    dropped = d <= drop
+    return U * d.masked_fill(dropped, float("inf")).rsqrt().unsqueeze(-2), d, dropped
+
+
+def whiten_scaled(M: Tensor, drop: float, tiny: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for an M of any diagonal, scaled to a unit one: within a factor p of the best scaling (van der Sluis 1969)."""
     s = real_diagonal(M).clamp_min(tiny).rsqrt()
-    d, U = torch.linalg.eigh(M * s.unsqueeze(-1) * s.unsqueeze(-2))
-    root = torch.where(d > drop, d, float("inf")).rsqrt()
-    return s.unsqueeze(-1) * U * root.unsqueeze(-2), d
+    T, d, dropped = whiten(M * s.unsqueeze(-1) * s.unsqueeze(-2), drop)
+    return s.unsqueeze(-1) * T, d, dropped
 
 
 def extreme(G: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of G (lower triangle read), ascending, coordinates marked in lost (*, q) last."""
-    beyond = 2.0 * G.abs().sum([-2, -1]).unsqueeze(-1) + 1.0
-    return torch.linalg.eigh(G + torch.diag_embed((lost * beyond).to(G.dtype)))
+    """Eigenpairs of G (lower triangle read; overwritten), ascending, coordinates marked in lost (*, q) last."""
+    beyond = 2.0 * G.abs().sum([-2, -1])
+    G.diagonal(0, -2, -1).add_(lost * beyond.unsqueeze(-1))
+    return torch.linalg.eigh(G)
 
 
 def next_P(C: Tensor, n: int, columns: Optional[Tensor], eps: float) -> tuple[Tensor, Tensor]:
@@ -61,8 +68,8 @@ def next_P(C: Tensor, n: int, columns: Optional[Tensor], eps: float) -> tuple[Te
         C1 = C[..., :n, :n]
         Z = Z @ C1.gather(-1, columns.unsqueeze(-2).expand(list(C1.shape[:-1]) + [columns.size(-1)]))
     Q, R = torch.linalg.qr(Z)
-    lost = (R.diagonal(0, -2, -1).abs() <= 8.0 * C.size(-1) * eps).to(R.abs().dtype)
-    return Q * (1.0 - lost).unsqueeze(-2), lost
+    lost = R.diagonal(0, -2, -1).abs() <= 8.0 * C.size(-1) * eps
+    return Q.masked_fill(lost.unsqueeze(-2), 0.0), lost
 
 
 def ritz_step(
@@ -74,25 +81,27 @@ def ritz_step(
     is orthonormal and the Ritz problem a standard one. Loses eps / d digits, d the smallest kept value of Ritz.d.
     """
     known = G.size(-1)
-    drop = eps**0.5
-    H = gram_B[..., :known].mH  # (*, known, p)
-    K = gram_A[..., :known].mH
-    T, d = whiten(gram_B[..., known:] - H.mH @ H, drop, tiny)
-    GH = G @ H
-    off = T.mH @ (K - GH).mH
-    HK = H.mH @ K
-    corner = T.mH @ (gram_A[..., known:] - HK - HK.mH + H.mH @ GH) @ T
-    upper = torch.cat([G, off.mH], -1)
-    full = torch.cat([upper, torch.cat([off, corner], -1)], -2)
-    e, C = extreme(full * sign, torch.cat([lost, (d <= drop).to(lost.dtype)], -1))
-    C_X, C_rest, e_rest = C[..., :n], C[..., n:], e[..., n:]
+    HH = gram_B[..., :known]  # (*, p, known)
+    H = HH.mH
+    T, d, dropped = whiten_scaled(gram_B[..., known:] - HH @ H, eps**0.5, tiny)
+    V = torch.cat([-(H @ T), T], -2)  # W_o = S V: (*, q, p)
+    top = torch.cat([G, gram_A[..., :known].mH], -1)
+    rows = V.mH @ torch.cat([top, gram_A], -2)  # W_o^H A S
+    full = torch.cat([top, torch.cat([rows[..., :known], rows @ V], -1)], -2)
+    if sign < 0:
+        full = -full
+    e, C = extreme(full, torch.cat([lost, dropped], -1))
     Q, lost_P = next_P(C, n, columns, eps)
-    inner = Q.mH @ (e_rest.unsqueeze(-1) * Q)
-    coordinates = torch.cat([C_X, C_rest @ Q], -1)
-    TC = T @ coordinates[..., known:, :]
-    raw = torch.cat([coordinates[..., :known, :] - H @ TC, TC], -2).mT
+    C_rest = C[..., n:]
+    inner = Q.mH @ (e[..., n:].unsqueeze(-1) * Q)
+    coordinates = torch.cat([C[..., :n], C_rest @ Q], -1)
+    raw = V @ coordinates[..., known:, :]
+    raw[..., :known, :] += coordinates[..., :known, :]
     e = e[..., :n]
-    return Ritz(e, raw, block_diagonal(e, inner) * sign, torch.cat([torch.zeros_like(e), lost_P], -1), d)
+    new_G = block_diagonal(e, inner)
+    if sign < 0:
+        new_G = -new_G
+    return Ritz(e * sign, raw.mT, new_G, torch.cat([torch.zeros_like(e, dtype=torch.bool), lost_P], -1), d)
 
 
 def block_diagonal(e: Tensor, inner: Tensor) -> Tensor:
@@ -106,10 +115,9 @@ def block_diagonal(e: Tensor, inner: Tensor) -> Tensor:
 
 def ritz_fresh(gram_A: Tensor, gram_B: Tensor, n: int, sign: float, eps: float, tiny: float) -> Ritz:
     """The same from the full Gram matrices of [X P], (*, q, q): its span is kept, X the n wanted Ritz vectors, P the others."""
-    drop = eps**0.5
-    T, d = whiten(gram_B, drop, tiny)
-    e, C = extreme(hermitian(T.mH @ gram_A @ T) * sign, (d <= drop).to(d.dtype))
-    lost = torch.sort((d <= drop).to(d.dtype), -1)[0]
-    inner = torch.diag_embed((e[..., n:] * (1.0 - lost[..., n:])).to(C.dtype))
+    T, d, dropped = whiten_scaled(gram_B, eps**0.5, tiny)
+    e, C = extreme(hermitian(T.mH @ gram_A @ T) * sign, dropped)
+    lost = torch.sort(dropped.to(torch.int8), -1)[0].to(torch.bool)
+    inner = torch.diag_embed(e[..., n:].masked_fill(lost[..., n:], 0.0).to(C.dtype))
     e = e[..., :n]
-    return Ritz(e, (T @ C).mT, block_diagonal(e, inner) * sign, lost, d)
+    return Ritz(e * sign, (T @ C).mT, block_diagonal(e, inner) * sign, lost, d)

@@ -1,0 +1,327 @@
+"""The displayed formulas of the derivative modules, each against a dense oracle that shares no code with it."""
+
+import unittest
+import warnings
+
+import torch
+import torch._lobpcg_complement as complement
+import torch._lobpcg_derivative as derivative
+from torch._lobpcg_autograd import differentiable_eigenpairs, hermitian_part
+from torch._lobpcg_iteration import EigenPairs
+from torch._lobpcg_pattern import Pattern, _PatternValues, apply, hermitian_apply, hermitian_outer, is_symmetric_pattern
+from torch._lobpcg_resolvent import SolveOptions, reduced_resolvent
+
+DTYPES = (torch.float64, torch.complex128)
+SPARSE = {
+    "coo": lambda M: M.to_sparse_coo(),
+    "coo with duplicates": lambda M: split_duplicates(M.to_sparse_coo().coalesce()),
+    "csr": lambda M: M.to_sparse_csr(),
+    "csc": lambda M: M.to_sparse_csc(),
+    "bsr": lambda M: M.to_sparse_bsr((2, 2)),
+    "bsc": lambda M: M.to_sparse_bsc((2, 2)),
+}
+
+
+def split_duplicates(S):
+    i, v = S.indices(), S.values()
+    return torch.sparse_coo_tensor(torch.cat([i, i], 1), torch.cat([v / 4, v * 3 / 4]), S.shape)
+
+
+def random(*shape, dtype, seed=0):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def hermitian(M):
+    return (M + M.mH) / 2
+
+
+def pencil(m, dtype, batch=()):
+    A = hermitian(random(*batch, m, m, dtype=dtype, seed=1))
+    R = random(*batch, m, m, dtype=dtype, seed=2)
+    return A, hermitian(R @ R.mH / m + torch.eye(m, dtype=dtype))
+
+
+def spectral(A, B):
+    """All eigenpairs, ascending, through the Cholesky factor of B; differentiable."""
+    L = torch.linalg.cholesky(B)
+    C = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, A, upper=False).mH, upper=False)
+    E, U = torch.linalg.eigh(C)
+    return E, torch.linalg.solve_triangular(L.mH, U, upper=True)
+
+
+def exact(n, largest):
+    """A forward that returns exact pairs."""
+
+    def solve(A, B, X, iK):
+        A = hermitian(A.to_dense())
+        B = torch.eye(A.shape[-1], dtype=A.dtype) if B is None else hermitian(B.to_dense())
+        E, U = spectral(A, B)
+        if largest:
+            E, U = E.flip(-1), U.flip(-1)
+        E, U = E[..., :n], U[..., :n]
+        residual = torch.linalg.vector_norm(A @ U - B @ U * E.unsqueeze(-2), dim=-2)
+        size = torch.linalg.matrix_norm(A, 2).unsqueeze(-1) + E.abs() * torch.linalg.matrix_norm(B, 2).unsqueeze(-1)
+        return EigenPairs(E, U, residual, size * torch.linalg.vector_norm(U, dim=-2))
+
+    return solve
+
+
+def invariant_loss(E, X):
+    """Real and blind to phases; sees eigenvalues and eigenvectors."""
+    W = hermitian(random(X.shape[-2], X.shape[-2], dtype=X.dtype, seed=9))
+    weights = torch.arange(1, E.shape[-1] + 1, dtype=E.dtype)
+    return E.sin().sum() + ((X * weights) @ X.mH * W.mT).sum().real
+
+
+def system(A, B, E, X, b):
+    """R_j b_j from the full system, one dense solve per pair."""
+    m, k = X.shape
+    columns = []
+    for j in range(k):
+        top = torch.cat([A - E[j] * B, B @ X], 1)
+        bottom = torch.cat([X.mH @ B, torch.zeros(k, k, dtype=X.dtype)], 1)
+        rhs = torch.cat([b[:, j], torch.zeros(k, dtype=X.dtype)])
+        columns.append(torch.linalg.solve(torch.cat([top, bottom]), rhs)[:m])
+    return torch.stack(columns, 1)
+
+
+class FormulaTest(unittest.TestCase):
+    def assertRelative(self, value, reference, bound):
+        error = float(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
+        self.assertLessEqual(error, bound)
+
+    def setUp(self):
+        context = warnings.catch_warnings()
+        context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        warnings.simplefilter("error", RuntimeWarning)
+
+
+class ResolventTest(FormulaTest):
+    def setup_pairs(self, dtype, m=24, k=3, largest=False, extra=0):
+        A, B = pencil(m, dtype)
+        E, X = spectral(A, B)
+        if largest:
+            E, X = E.flip(-1), X.flip(-1)
+        return A, B, E[:k], X[:, :k], X[:, k : k + extra], random(m, k, dtype=dtype, seed=3)
+
+    def test_every_route_solves_the_full_system(self):
+        for dtype in DTYPES:
+            for largest in (False, True):
+                A, B, E, X, Y, b = self.setup_pairs(dtype, largest=largest, extra=2)
+                op = complement.Complement(A, B, E, X, largest)
+                rhs = op.project_dual(b)
+                op.set_scale(rhs)
+                reference = system(A, B, E, X, b) * op.scale * op.sign
+                routes = {
+                    "factorised": lambda: complement._factorised(op, rhs, 3),
+                    "spectral": lambda: complement._spectral(op, rhs, A, B),
+                    "iterations": lambda: complement._iterate(op, rhs, None, None, 1e-14),
+                    "deflated": lambda: complement._iterate(op, rhs, Y + 1e-2 * b[:, :2], None, 1e-14),
+                    "preconditioned": lambda: complement._iterate(op, rhs, Y, B, 1e-14),
+                }
+                for name, route in routes.items():
+                    with self.subTest(name, dtype=dtype, largest=largest):
+                        self.assertRelative(op.project(route()), reference, 1e-11)
+
+    def test_iterations_alone_converge_and_stay(self):
+        # Callables have no dense route: tolerance 0 asks for the attainable accuracy, column by column.
+        A, B, E, X, _, b = self.setup_pairs(torch.float64, m=400, k=4)
+        b = b * torch.tensor([1.0, 1e-9, 1e9, 0.0], dtype=b.dtype)
+        z = reduced_resolvent(lambda V: A @ V, lambda V: B @ V, E, X, b, None, None, SolveOptions(False, 0.0))
+        reference = system(A, B, E, X, b)
+        self.assertRelative(z[:, :3] / b[:, :3].norm(dim=0), reference[:, :3] / b[:, :3].norm(dim=0), 1e-10)
+        self.assertEqual(float(z[:, 3].abs().max()), 0.0)
+
+    def test_further_dimensions_are_further_columns(self):
+        A, B, E, X, _, _ = self.setup_pairs(torch.float64)
+        b = random(2, 5, 24, 3, dtype=torch.float64)
+        z = reduced_resolvent(A, B, E, X, b, None, None, SolveOptions(False, 1e-12))
+        for i in range(2):
+            for j in range(5):
+                self.assertRelative(z[i, j], system(A, B, E, X, b[i, j]), 1e-11)
+
+    def test_reverse_and_forward_mode(self):
+        for dtype in DTYPES:
+            A, B, E, X, _, b = self.setup_pairs(dtype, m=9)
+            options = SolveOptions(False, 1e-15)
+            ours = lambda A, B, E, X, b: reduced_resolvent(A, B, E, X, b, None, None, options)  # noqa: E731
+            herm = lambda A, B, E, X, b: system(hermitian(A), hermitian(B), E, X, b)  # noqa: E731
+            inputs = tuple(t.clone().requires_grad_() for t in (A, B, E, X, b))
+            cotangent = random(9, 3, dtype=dtype, seed=7)
+            expected = torch.autograd.grad(herm(*inputs), inputs, cotangent)
+            actual = torch.autograd.grad(ours(*inputs), inputs, cotangent)
+            for name, value, reference in zip(("gA", "gB", "gE", "gX", "gb"), actual, expected):
+                with self.subTest(name, dtype=dtype):
+                    self.assertRelative(value, reference, 1e-11)
+            plain = (A, B, E, X, b)
+            tangents = tuple(random(*t.shape, dtype=t.dtype, seed=20 + i) for i, t in enumerate(plain))
+            _, dz = torch.func.jvp(ours, plain, tangents)
+            _, reference = torch.func.jvp(herm, plain, tangents)
+            self.assertRelative(dz, reference, 1e-11)
+
+
+class EigenpairsTest(FormulaTest):
+    def test_reverse_mode(self):
+        for dtype in DTYPES:
+            for largest in (False, True):
+                for generalized in (False, True):
+                    for batch in ((), (2,)):
+                        A, B = pencil(12, dtype, batch)
+                        B = B if generalized else torch.eye(12, dtype=dtype).expand_as(A)
+                        A, B = A.clone().requires_grad_(), B.clone().requires_grad_()
+                        inputs = (A, B) if generalized else (A,)
+                        E, X = spectral(hermitian(A), hermitian(B))
+                        E, X = (E.flip(-1), X.flip(-1)) if largest else (E, X)
+                        expected = torch.autograd.grad(invariant_loss(E[..., :3], X[..., :3]), inputs)
+                        E, X = differentiable_eigenpairs(
+                            A, B if generalized else None, None, None, exact(5, largest), 3, largest, 1e-12
+                        )
+                        actual = torch.autograd.grad(invariant_loss(E, X), inputs)
+                        for name, value, reference in zip("AB", actual, expected):
+                            with self.subTest(name, dtype=dtype, largest=largest, batch=batch):
+                                self.assertRelative(value, reference, 1e-11)
+                                self.assertRelative(value, value.mH, 1e-14)
+
+    def test_forward_mode_against_differences(self):
+        for dtype in DTYPES:
+            A, B = pencil(10, dtype)
+            dA, dB = random(10, 10, dtype=dtype, seed=5), random(10, 10, dtype=dtype, seed=6)
+            f = lambda A, B: differentiable_eigenpairs(A, B, None, None, exact(4, True), 2, True, 1e-12)  # noqa: E731
+            projector = lambda A, B: (lambda E, X: (E, X @ X.mH))(*f(A, B))  # noqa: E731
+            _, (dE, dP) = torch.func.jvp(projector, (A, B), (dA, dB))
+            h = 1e-5
+            plus, minus = projector(A + h * dA, B + h * dB), projector(A - h * dA, B - h * dB)
+            self.assertRelative(dE, (plus[0] - minus[0]) / (2 * h), 1e-8)
+            self.assertRelative(dP, (plus[1] - minus[1]) / (2 * h), 1e-8)
+
+    def test_eigenvalues_alone_need_no_solve(self):
+        A, B = (M.requires_grad_() for M in pencil(12, torch.float64))
+        E, _ = differentiable_eigenpairs(A, B, None, None, exact(5, True), 3, True, 1e-12)
+        solve, derivative.reduced_resolvent = derivative.reduced_resolvent, None
+        try:
+            gA, gB = torch.autograd.grad(E.square().sum(), (A, B))
+        finally:
+            derivative.reduced_resolvent = solve
+        exact_E, _ = spectral(A, B)
+        for value, reference in zip((gA, gB), torch.autograd.grad(exact_E[-3:].square().sum(), (A, B))):
+            self.assertRelative(value, hermitian(reference), 1e-12)
+
+    def test_hermitian_part_copies_only_what_is_not_hermitian(self):
+        A, _ = pencil(6, torch.complex128)
+        self.assertIs(hermitian_part(A), A)
+        M = random(6, 6, dtype=torch.complex128)
+        self.assertTrue(torch.equal(hermitian_part(M), hermitian(M)))
+
+
+class ClusterTest(FormulaTest):
+    def problem(self, m, values, dtype=torch.float64):
+        e = torch.arange(1.0, m + 1, dtype=torch.float64)
+        e[: len(values)] = torch.tensor(values, dtype=torch.float64)
+        Q = torch.linalg.qr(random(m, m, dtype=dtype)).Q
+        return e, Q, hermitian((Q * e) @ Q.mH).requires_grad_()
+
+    def projector_gradient(self, e, Q, k, W):
+        """Gradient of Re tr(W P) in A, P the projector onto the first k vectors: divided differences, outside in."""
+        S = Q.mH @ W @ Q
+        D = torch.zeros_like(S)
+        D[:k, k:] = S[:k, k:] / (e[:k, None] - e[None, k:])
+        D[k:, :k] = S[k:, :k] / (e[None, :k] - e[k:, None])
+        return Q @ D @ Q.mH
+
+    def test_projector_at_any_gap_inside_the_block(self):
+        for dtype in DTYPES:
+            for gap in (0.0, 1e-15, 1e-13, 1e-10, 1e-6):
+                e, Q, A = self.problem(20, [1.0, 1.0 + gap, 1.0 + 2 * gap, 3.0], dtype)
+                W = hermitian(random(20, 20, dtype=dtype, seed=3))
+                _, X = differentiable_eigenpairs(A, None, None, None, exact(6, False), 4, False, 1e-12)
+                (gA,) = torch.autograd.grad((X @ X.mH * W.mT).sum().real, A)
+                with self.subTest(gap=gap, dtype=dtype):
+                    self.assertRelative(gA, self.projector_gradient(e, Q, 4, W), 1e-10)
+
+    def test_loss_that_sees_the_gauge(self):
+        _, _, A = self.problem(20, [1.0, 1.0])
+        E, X = differentiable_eigenpairs(A, None, None, None, exact(5, False), 3, False, 1e-12)
+        with self.assertRaisesRegex(RuntimeError, "eigenvalues 0 and 1 are equal to rounding"):
+            torch.autograd.grad((X[:, 0] ** 4).sum(), A, retain_graph=True)
+        with self.assertWarnsRegex(RuntimeWarning, "weighs them differently"):
+            torch.autograd.grad(E[0], A)
+        _, _, A = self.problem(20, [1.0], torch.complex128)
+        _, X = differentiable_eigenpairs(A, None, None, None, exact(5, False), 3, False, 1e-12)
+        with self.assertRaisesRegex(RuntimeError, "phase of eigenvector"):
+            torch.autograd.grad(X.real.sum(), A)
+
+    def test_cluster_cut_at_k(self):
+        for m in (20, 400):  # by factorisation and by iterations
+            e, Q, A = self.problem(m, [1.0, 2.0, 3.0, 3.0])
+            W = hermitian(random(m, m, dtype=torch.float64, seed=3))
+            _, X = differentiable_eigenpairs(A, None, None, None, exact(6, False), 3, False, 1e-12)
+            with self.assertWarnsRegex(RuntimeWarning, r"eigenvalue 2 of the k=3 .* rounding"):
+                (gA,) = torch.autograd.grad((X @ X.mH * W).sum(), A, retain_graph=True)
+            self.assertLess(float(gA.abs().max()), 1e3)
+            # The part that exists: vectors outside of the cluster do not notice it.
+            (gA,) = torch.autograd.grad((X[:, :2] @ X[:, :2].mH * W).sum(), A)
+            self.assertRelative(gA, self.projector_gradient(e, Q, 2, W), 1e-10)
+
+    def test_pairs_that_have_not_converged(self):
+        _, _, A = self.problem(20, [1.0])
+
+        def rough(*args):
+            pairs = exact(5, False)(*args)
+            return EigenPairs(pairs.E, pairs.X, pairs.residual + 1e-3 * pairs.scale, pairs.scale)
+
+        E, _ = differentiable_eigenpairs(A, None, None, None, rough, 3, False, 1e-8)
+        with self.assertWarnsRegex(RuntimeWarning, r"relative residual 1.0e-03 where tol=1.0e-08 .* niter"):
+            torch.autograd.grad(E.sum(), A)
+
+
+class PatternTest(FormulaTest):
+    def matrix(self, dtype, m=8):
+        M = hermitian(random(m, m, dtype=dtype, seed=4))
+        return M * (hermitian(random(m, m, dtype=torch.float64, seed=5)).abs() < 0.6)
+
+    def test_gradient_lives_on_the_pattern(self):
+        for dtype in DTYPES:
+            M = self.matrix(dtype)
+            U, V = random(8, 3, dtype=dtype, seed=6), random(8, 3, dtype=dtype, seed=7)
+            for name, convert in SPARSE.items():
+                S = convert(M)
+                stored = convert(torch.ones_like(M) * (M != 0)).to_dense() != 0
+                if name in ("bsr", "bsc"):  # whole blocks are stored
+                    blocks = (M != 0).reshape(4, 2, 4, 2).any(3).any(1)
+                    stored = blocks.repeat_interleave(2, 0).repeat_interleave(2, 1)
+                with self.subTest(name, dtype=dtype):
+                    g = hermitian_outer(S, U, V)
+                    self.assertEqual((g.layout, g.dtype, g.shape), (S.layout, S.dtype, S.shape))
+                    self.assertRelative(g.to_dense(), hermitian(U @ V.mH) * stored, 1e-15)
+                    self.assertRelative(apply(S, V), M @ V, 1e-14)
+                    self.assertRelative(hermitian_apply(S, V), M @ V, 1e-14)
+                    self.assertTrue(is_symmetric_pattern(S))
+
+    def test_gradient_on_the_pattern_is_differentiable(self):
+        for name in ("coo", "csr", "bsr"):
+            for dtype in DTYPES:
+                pattern = Pattern(SPARSE[name](self.matrix(dtype)))
+                U, V = (random(8, 2, dtype=dtype, seed=s).requires_grad_() for s in (6, 7))
+                values = lambda U, V: _PatternValues.apply(U, V, pattern)  # noqa: E731
+                with self.subTest(name, dtype=dtype):
+                    self.assertTrue(torch.autograd.gradcheck(values, (U, V), fast_mode=True))
+                    self.assertTrue(torch.autograd.gradgradcheck(values, (U, V), fast_mode=True))
+
+    def test_batches_that_the_matrix_lacks_are_summed(self):
+        U, V = random(4, 8, 3, dtype=torch.float64, seed=6), random(4, 8, 3, dtype=torch.float64, seed=7)
+        M = self.matrix(torch.float64)
+        for S in (M, M.to_sparse_csr()):
+            stored = M != 0 if S.layout != torch.strided else torch.ones_like(M, dtype=torch.bool)
+            self.assertRelative(hermitian_outer(S, U, V).to_dense(), hermitian(U @ V.mH).sum(0) * stored, 1e-14)
+
+    def test_pattern_that_is_not_symmetric(self):
+        index = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]])
+        values = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
+        S = torch.sparse_coo_tensor(index, values, (3, 3)).requires_grad_()
+        with self.assertRaisesRegex(ValueError, r"sparse A .* \(r, c\) without \(c, r\)"):
+            differentiable_eigenpairs(S, None, None, None, exact(1, False), 1, False, 1e-10)
+
+
+if __name__ == "__main__":
+    unittest.main()
