@@ -51,7 +51,7 @@ def _compressed_rows(A: Tensor) -> Tensor:
     A CSC matrix holds the transpose's rows: for Hermitian A that is conj(A), so nothing is sorted.
     """
     if A.layout == torch.sparse_csc:
-        values = A.values().conj() if A.is_complex() else A.values()
+        values = A.values().conj_physical() if A.is_complex() else A.values()  # a lazy conjugate asks CSC for strides
         crow, col = A.ccol_indices(), A.row_indices()
     else:
         if A.layout != torch.sparse_csr:
@@ -188,6 +188,9 @@ def _called(call, name: str, V: Tensor) -> Tensor:
             f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.device} for a block of shape {tuple(block.shape)}, "
             f"{block.dtype}, {block.device}; a callable must keep shape, dtype and device"
         )
+    # Seen here a NaN has a name; later it would be a factorisation that fails.
+    if not bool(torch.isfinite(torch.linalg.vector_norm(U, float("inf")))):
+        raise ValueError(f"lobpcg: {name} returned NaN or infinite values for a finite block; check the callable {name}")
     return U.mT
 
 

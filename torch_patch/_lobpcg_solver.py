@@ -10,10 +10,6 @@ from torch._lobpcg_operator import epsilon, is_sparse_layout, largest_entry, Ope
 from torch._lobpcg_ritz import hermitian
 
 
-# Up to this size one dense factorisation costs less than the iterations it replaces (1 thread, k = 5: break-even near m = 500).
-DENSE_LIMIT = 512
-
-
 def solve(
     A: Tensor, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor], batch: list[int], m: int, settings: Settings, tracker: None
 ) -> EigenPairs:
@@ -32,7 +28,9 @@ def solve(
         check_finite(iK, "iK")
     if X is not None:
         check_finite(X, "X")
-    if _dense_is_cheaper(A, B, settings, m):
+    if 0 in batch:
+        return _no_pairs(batch, m, settings.n, like)
+    if _dense_is_cheaper(A, B, iK, settings, m):
         return dense_solve(A, B, settings, batch)
     start = X if X is not None else start_rows(settings.n, m, 0, like).mT
     start = start.expand(batch + [m, settings.n])
@@ -77,7 +75,9 @@ def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[
         norm_B = torch.linalg.matrix_norm(T).unsqueeze(-1) / m**0.5
     residual = torch.linalg.vector_norm(S @ X - BX * E.unsqueeze(-2), dim=-2)
     norm_A = torch.linalg.matrix_norm(S).unsqueeze(-1) / m**0.5
-    scale = (norm_A.maximum(E.abs().amax(-1, keepdim=True)) + E.abs() * norm_B) * torch.linalg.vector_norm(X, dim=-2)
+    if B is None:
+        norm_A = norm_A.maximum(E.abs().amax(-1, keepdim=True))
+    scale = (norm_A + E.abs() * norm_B) * torch.linalg.vector_norm(X, dim=-2)
     if settings.largest:
         E, X, residual, scale = E.flip([-1]), X.flip([-1]), residual.flip([-1]), scale.flip([-1])
     up = (1.0 / sA).to(E.dtype).unsqueeze(-1)
@@ -87,6 +87,12 @@ def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[
     full = batch + [m]
     residual, scale = residual * up * root, scale * up * root
     return EigenPairs(E.expand(full), X.expand(batch + [m, m]), residual.expand(full), scale.expand(full))
+
+
+def _no_pairs(batch: list[int], m: int, n: int, like: Tensor) -> EigenPairs:
+    """The result for an empty batch."""
+    E = torch.zeros(batch + [n], dtype=_real(like.dtype), device=like.device)
+    return EigenPairs(E, torch.zeros(batch + [m, n], dtype=like.dtype, device=like.device), E, E)
 
 
 def check_finite(A: Tensor, name: str) -> None:
@@ -103,8 +109,12 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.float64
 
 
-def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], settings: Settings, m: int) -> bool:
-    """One dense factorisation instead of iterations: m < 3 n, where LOBPCG does not apply, or dense matrices up to DENSE_LIMIT."""
+def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], settings: Settings, m: int) -> bool:
+    """One dense factorisation instead of iterations: m < 3 n, where LOBPCG does not apply, or small dense matrices.
+
+    Measured on one thread: with k = 5, eigh costs as much as the iterations near m = 512; with a preconditioner that
+    is any good, near m = 128.
+    """
     if settings.iterate:
         return False
     if not torch.jit.is_scripting():
@@ -115,7 +125,7 @@ def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], settings: Settings, m: int
     dense = not is_sparse_layout(A)
     if B is not None:
         dense = dense and not is_sparse_layout(B)
-    return dense and m <= 512
+    return dense and m <= (512 if iK is None else 128)
 
 
 def _checked(A: Tensor, name: str, m: int, batch: list[int], like: Tensor) -> Tensor:
