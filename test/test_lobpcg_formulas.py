@@ -239,6 +239,32 @@ class ClusterTest(FormulaTest):
                 with self.subTest(gap=gap, dtype=dtype):
                     self.assertRelative(gA, self.projector_gradient(e, Q, 4, W), 1e-10)
 
+    def test_projector_of_a_pencil_in_both_modes(self):
+        """X X^H of a triple eigenvalue with B given, against differences of the projector by Cholesky and eigh."""
+        for dtype in DTYPES:
+            e, Q, _ = self.problem(16, [1.0, 1.0, 1.0], dtype)
+            _, B = pencil(16, dtype)
+            L = torch.linalg.cholesky(B)
+            A = hermitian(L @ ((Q * e) @ Q.mH) @ L.mH)
+            W, dA, dB = (hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5))
+            dA, dB = dA * 1e-1, dB * 1e-1
+
+            def value(h):
+                X = spectral(A + h * dA, B + h * dB)[1][:, :3]
+                return (X @ X.mH * W.mT).sum().real
+
+            h = 1e-5
+            difference = (value(h) - value(-h)) / (2 * h)
+            f = lambda A, B: differentiable_eigenpairs(A, B, None, None, exact(5, False), 3, False, 1e-12)[1]  # noqa: E731
+            loss = lambda A, B: (lambda X: (X @ X.mH * W.mT).sum().real)(f(A, B))  # noqa: E731
+            gA, gB = torch.autograd.grad(loss(*(inputs := [M.clone().requires_grad_() for M in (A, B)])), inputs)
+            with self.subTest(dtype=dtype):
+                self.assertRelative((gA.conj() * dA).sum().real + (gB.conj() * dB).sum().real, difference, 1e-7)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # the tangent splits the cluster
+                    _, tangent = torch.func.jvp(loss, (A, B), (dA, dB))
+                self.assertRelative(tangent, difference, 1e-7)
+
     def test_loss_that_sees_the_gauge(self):
         _, _, A = self.problem(20, [1.0, 1.0])
         E, X = differentiable_eigenpairs(A, None, None, None, exact(5, False), 3, False, 1e-12)

@@ -1,15 +1,21 @@
 """Forward- and reverse-mode derivatives of k extreme eigenpairs, tensors in, tensors out.
 
-A X = B X diag(E), X^H B X = I.  With G = X^H gX, F_ij = 1 / (E_j - E_i) off the diagonal, and the reduced
-resolvents R_j of module _lobpcg_resolvent (Magnus 1985; Giles 2008, NA-08-01; generalized to B != I):
+A X = B X diag(E), X^H B X = I.  Herm and Skew are the parts of a square matrix.  With G = X^H gX, the reduced
+resolvents R_j of module _lobpcg_resolvent, and F_ij = 1 / (E_j - E_i), but 0 on the diagonal and inside a cluster
+(Magnus 1985; Giles 2008, NA-08-01; generalized to B != I):
 
-    reverse   W    = X (diag(gE) + G o F) - [R_j gX_j]
+    reverse   W    = X (diag(gE) + Skew(G) o F) - [R_j gX_j]
               gA   = Herm(W X^H)
-              gB   = -Herm(W diag(E) X^H + 1/2 X Re diag(G) X^H)
+              gB   = -Herm(W diag(E) X^H) - 1/2 X Herm(G) X^H
 
-    forward   S    = X^H (dA X - dB X diag(E))
+    forward   b    = dA X - dB X diag(E),  S = X^H b
               dE   = Re diag(S)
-              dX_j = sum_i X_i S_ij F_ij - 1/2 X_j (X_j^H dB X_j) - R_j (dA X_j - E_j dB X_j)
+              dX   = X (Herm(S) o F - 1/2 X^H dB X) - [R_j b_j]
+
+Textbooks have G o F and S o F with the diagonals of Herm(G) and X^H dB X only, which is the same for distinct
+eigenvalues: F is antisymmetric, so Herm(G) o F cancels in gA and leaves 1/2 Herm(G) in gB, and Skew(S) o F is
+-1/2 X^H dB X off the diagonal.  Here no such part is divided by a gap, and the formulas hold inside a cluster as well:
+there the normalisation X^H B X = I still ties the vectors to each other, whatever basis of the cluster X is.
 
 All of it consists of differentiable operations, so every order of derivative follows from this one.
 """
@@ -95,14 +101,16 @@ def reverse_mode(
     if gX is None:
         W = X * gE.unsqueeze(-2)
     else:
-        inside = G * F if gE is None else G * F + torch.diag_embed(gE).to(G.dtype)
+        inside = (G - G.mH) / 2 * F
+        if gE is not None:
+            inside = inside + torch.diag_embed(gE).to(G.dtype)
         W = X @ inside - pairs.resolvent(gX)
     gA = hermitian_outer(pairs.A, W, X) if need_A else None
     gB = None
     if need_B:
         V = W * E.unsqueeze(-2)
         if G is not None:
-            V = V + X * (_real_diagonal(G) / 2).unsqueeze(-2)
+            V = V + X @ ((G + G.mH) / 4)
         gB = hermitian_outer(pairs.B, -V, X)
     return gA, gB
 
@@ -115,10 +123,10 @@ def forward_mode(pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor
     if dBX is not None:
         b = b - dBX * E.unsqueeze(-2)
     S = X.mH @ b  # (*, k, k)
-    F = pairs.factors(S, None, None, forward_mode=True)
-    dX = X @ (S * F) - pairs.resolvent(b)
-    if dBX is not None:
-        dX = dX - X * (_real_diagonal(X.mH @ dBX) / 2).unsqueeze(-2)
+    H = (S + S.mH) / 2
+    F = pairs.factors(H, None, None, forward_mode=True)
+    inside = H * F if dBX is None else H * F - X.mH @ dBX / 2
+    dX = X @ inside - pairs.resolvent(b)
     return _real_diagonal(S), dX
 
 
