@@ -220,3 +220,12 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     extreme = (largest > 0) & ((largest < low) | (largest > high))
     size = torch.where(extreme, largest, torch.ones_like(largest))
     return torch.pow(4.0, -torch.floor(0.5 * torch.log2(size)))
+
+
+def sparse_diagonal_is_positive(B: Tensor) -> bool:
+    """Whether every diagonal entry of sparse B (*, m, m) is stored and positive. Cost: a few passes over the stored values."""
+    M = _block_diagonal(B) if B.dim() > 2 else _compressed_rows(B)
+    crow, col, values = M.crow_indices(), M.col_indices(), M.values()
+    values = torch.real(values) if values.is_complex() else values
+    row = torch.repeat_interleave(torch.arange(M.size(0), device=col.device, dtype=col.dtype), (crow[1:] - crow[:-1]).to(torch.int64))
+    return int(((row == col) & (values > 0)).sum()) == M.size(0)
