@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from torch._lobpcg_constructor import keep_graph_of_values
 from torch._lobpcg_derivative import ComputedPairs, corrected, forward_mode, reverse_mode
 from torch._lobpcg_function import (
     accepts_legacy_vmap,
@@ -49,9 +50,12 @@ def differentiable_eigenpairs(
         if is_sparse(M) and M.requires_grad and not is_symmetric_pattern(M.detach()):
             raise ValueError(
                 f"lobpcg: the gradient of sparse {name} is Hermitian and lives on its stored positions, but {name} "
-                "stores a position (r, c) without (c, r); store both, explicit zeros included, or pass a dense matrix"
+                "stores a position (r, c) without (c, r); make its pattern symmetric, with explicit zeros, or pass a dense matrix"
             )
+        if is_sparse(M) and M.grad_fn is not None:
+            keep_graph_of_values(M)
     A, B = hermitian_part(A), hermitian_part(B)
+    X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
     if tol is None:
         dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))
         tol = math.sqrt(torch.finfo(dtype).eps)
