@@ -569,7 +569,7 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         ):
             v = values.clone().requires_grad_(True)
             self.loss_of_both(*torch.lobpcg(make(v), k=3, tol=1e-11)).backward()
-            self.assertEqual(v.grad, exact[indices[0], indices[1]], atol=1e-8, rtol=1e-8)
+            self.assert_close(v.grad, exact[indices[0], indices[1]], 1e-8)
 
     def test_pattern_that_is_not_symmetric(self):
         """A stored zero without its mirror: the gradient could not be symmetric, so it is refused by name."""
@@ -653,12 +653,18 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         def dense(v):
             return self.reference(torch.zeros(35, 35).double().index_put((r, c), v), None, 3, False)
 
+        crow = A.to_sparse_csr().crow_indices()
         for make in (
             lambda v: torch.sparse_coo_tensor(A.indices(), v, A.shape),
-            lambda v: torch.sparse_csr_tensor(A.to_sparse_csr().crow_indices(), c, v, A.shape),
+            lambda v: torch.sparse_coo_tensor(A.indices().flip(1), v.flip(0), A.shape),
+            lambda v: torch.sparse_coo_tensor(torch.cat([A.indices()] * 2, 1), torch.cat([v, -3 * v]) / -2, A.shape),
+            lambda v: torch.sparse_coo_tensor(A.indices(), v, A.shape).to_sparse_csr(),
+            lambda v: torch.sparse_csr_tensor(crow, c, v, A.shape),
+            lambda v: torch.sparse_csc_tensor(crow, c, v, A.shape),
+            lambda v: torch.sparse_bsr_tensor(crow, c, v.reshape(-1, 1, 1), A.shape),
         ):
             found = second(lambda v: torch.lobpcg(make(v), **self.options))
-            self.assert_close(found, second(dense), 1e-6)
+            self.assert_close(found, second(dense), 1e-8)
 
     def test_hermitian_sparse(self):
         p = self.problems.ring(45, 1.0)

@@ -17,7 +17,7 @@ from torch._lobpcg_function import (
     saved,
     without_autocast,
 )
-from torch._lobpcg_pattern import is_sparse, is_symmetric_pattern
+from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
 
 
 class Problem:
@@ -54,7 +54,7 @@ def differentiable_eigenpairs(
             )
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)
-    A, B = hermitian_part(A), hermitian_part(B)
+    A, B = (by_rows(M) if is_sparse(M) and M.requires_grad else hermitian_part(M) for M in (A, B))
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
     if tol is None:
         dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))

@@ -1,8 +1,9 @@
-"""Higher derivatives through torch.sparse_coo_tensor(indices, values).
+"""Higher derivatives through torch.sparse_coo_tensor(indices, values), torch.sparse_csr_tensor and their siblings.
 
-PyTorch differentiates the constructor once: the gradient of `values` has no graph, so a second derivative that passes
-through it would be lost without a word.  A hook on the constructor's node replaces that gradient by an equal one that
-is differentiable.  It acts where a graph is asked for (create_graph=True) and does nothing otherwise.
+PyTorch differentiates these constructors once.  For COO the gradient of `values` has no graph, so a second derivative
+that passes through it would be lost without a word; for the compressed layouts the second derivative raises.  A hook
+on the constructor's node replaces that gradient by an equal one that is differentiable.  It acts where a graph is asked
+for (create_graph=True) and does nothing otherwise.
 """
 
 from typing import Any, Optional
@@ -11,41 +12,56 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torch._lobpcg_pattern import Pattern, _SparseFromValues
+from torch._lobpcg_pattern import Pattern, _SparseFromValues, _Values
 
-_NAME = "SparseCooTensorWithDimsAndTensorsBackward0"
+_COO, _COMPRESSED = "SparseCooTensorWithDimsAndTensorsBackward0", "SparseCompressedTensorBackward0"
 # Nodes between a sparse tensor and its constructors: conversions and sums, a handful.
 _MOST_NODES = 64
 
 
 def keep_graph_of_values(M: Tensor) -> None:
-    """Hook every COO constructor that M came from, once each."""
+    """Hook every sparse constructor that M came from, once each."""
     pending, seen = [M.grad_fn], 0
     while pending and seen < _MOST_NODES:
         node = pending.pop()
         seen += 1
         if node is None:
             continue
-        if node.name() != _NAME:
+        if node.name() not in (_COO, _COMPRESSED):
             pending.extend(parent for parent, _ in node.next_functions)
-        elif not node.metadata.get(_NAME):
-            node.metadata[_NAME] = True
-            node.register_hook(_Replacement(node._saved_result._indices().detach()))
+        elif not node.metadata.get(_COO):
+            node.metadata[_COO] = True
+            node.register_hook(_Replacement(node._saved_result.detach()))
 
 
 class _Replacement:
-    def __init__(self, indices: Tensor) -> None:
-        self.indices = indices
+    """The hook: made of what the constructor returned, which holds the indices in the caller's order."""
+
+    def __init__(self, made: Tensor) -> None:
+        self.made = made
 
     def __call__(self, grad_inputs, grad_outputs) -> Any:
-        g = grad_outputs[0]
-        if g is None or not g.requires_grad or not torch.is_grad_enabled() or grad_inputs[0] is None:
+        g, made = grad_outputs[0], self.made
+        which = [i for i, h in enumerate(grad_inputs) if h is not None]
+        if g is None or not g.requires_grad or not torch.is_grad_enabled() or len(which) != 1:
             return None
-        if g.layout == torch.strided:
-            return (g[tuple(self.indices)],) + tuple(grad_inputs[1:])
-        if g.layout != torch.sparse_coo:
+        if made.layout == torch.sparse_coo:
+            if g.layout == torch.strided:
+                values = g[tuple(made._indices())]
+            else:
+                values = _ValuesAt.apply(g.to_sparse_coo(), made._indices())
+        elif _same_positions(g, made):
+            values = _Values.apply(g)
+        else:
             return None
-        return (_ValuesAt.apply(g, self.indices),) + tuple(grad_inputs[1:])
+        return tuple(values if i == which[0] else h for i, h in enumerate(grad_inputs))
+
+
+def _same_positions(g: Tensor, made: Tensor) -> bool:
+    if g.layout != made.layout:
+        return False
+    a, b = Pattern(g.detach()), Pattern(made)
+    return torch.equal(a.compressed, b.compressed) and torch.equal(a.plain, b.plain)
 
 
 class _ValuesAt(Function):
