@@ -927,7 +927,7 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
 
     def invariant(self, E, X):
         """Outputs without gauge freedom: E and the moduli of X's entries, squared."""
-        return E, (X * X.conj()).real
+        return E, (X * torch.conj_physical(X)).real  # .conj(): see pencil_of
 
     def pencil_of(self, S, R=None):
         """Hermitian A and positive definite B from unconstrained parameters."""

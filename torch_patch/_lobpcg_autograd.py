@@ -12,6 +12,7 @@ from torch._lobpcg_derivative import ComputedPairs, corrected, forward_mode, rev
 from torch._lobpcg_function import (
     accepts_legacy_vmap,
     batched_first,
+    broadcast,
     refuse_nested_forward_mode,
     save,
     saved,
@@ -141,7 +142,7 @@ class LOBPCGAutogradFunction(Function):
             A = A.expand((info.batch_size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
         if isinstance(A, Tensor):
             shapes = [M.shape[:-2] for M in [A] + mapped]
-            A = A.expand(torch.broadcast_shapes(*shapes) + A.shape[-2:])
+            A = A.expand(broadcast(*shapes) + list(A.shape[-2:]))
         return LOBPCGAutogradFunction.apply(A, B, X, iK, problem), (0,) * 6
 
 

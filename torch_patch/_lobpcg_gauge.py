@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch._lobpcg_complement import warn_cut_cluster
-from torch._lobpcg_function import batched_first
+from torch._lobpcg_function import batched_first, broadcast
 
 
 class CheckOptions:
@@ -64,7 +64,7 @@ class _PairMask(Function):
     def forward(E, G, gE, x, g, T, residual, scale, options):
         mask = _pair_mask(E, G, gE, x, g, T, residual, scale, options).to(E.dtype)
         shapes = [mask.shape] + ([] if G is None else [G.shape]) + ([] if gE is None else [gE.shape + gE.shape[-1:]])
-        return mask.expand(torch.broadcast_shapes(*shapes)).contiguous()
+        return mask.expand(broadcast(*shapes)).contiguous()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
