@@ -156,6 +156,9 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
         if T is not None and not isinstance(T, Tensor) and not callable(T):
             raise TypeError(f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)")
+    for number, name in ((k, "k"), (n, "n"), (niter, "niter")):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, torch.SymInt))):
+            raise TypeError(f"lobpcg: {name} is {type(number).__name__} ({number}); it must be an int")
     model = next((T for T in (A, X, B) if isinstance(T, Tensor)), None)
     if model is None:
         raise ValueError("lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n)")

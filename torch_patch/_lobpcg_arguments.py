@@ -107,8 +107,8 @@ def settle(
     elif n is not None:
         block = n
     else:
-        # Guard columns: they separate the wanted pairs from the rest, which halves the iterations at k = 4.
-        block = max(wanted, min(wanted + max(2, wanted // 2), m // 3))
+        # Guard columns: they separate the wanted pairs from the rest. Four of them halve the iterations at k = 4, and the time.
+        block = max(wanted, min(wanted + max(4, wanted // 2), m // 3))
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
     name = "ortho" if method is None else method

@@ -19,7 +19,7 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch._lobpcg_operator import epsilon, Operator, start_rows
+from torch._lobpcg_operator import epsilon, largest_entry, Operator, safe_scale, start_rows
 from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten_scaled
 
 
@@ -151,9 +151,9 @@ class LOBPCG:
         self.ivars["iterations_left"] -= 1
         self.new_directions()
         self.ritz()
-        # Losing a twentieth of tol to rounding cannot change the answer; below 64 eps there is nothing to win.
-        limit = max(0.05 * self.fparams["tol"], 64.0 * self.eps)
-        if self.drift > limit:
+        # A twentieth of the residual lost to rounding delays nothing; below 64 eps there is nothing to win.
+        current = max(self.fparams["tol"], min(self.best_rerr, self.eps**0.5))
+        if self.drift > max(0.05 * current, 64.0 * self.eps):
             self.refresh()
         self.update_residual()
         self.update_converged_count()
@@ -214,21 +214,30 @@ class LOBPCG:
         self.complete_start(self.S_rows, 0)
 
     def estimate_norms(self) -> None:
-        """Root mean square eigenvalue of A and B: independent of X0. Of a callable, from a product with two fixed random vectors."""
-        self.norm_A = self.root_mean_square(self.op_A)
-        if self.general:
-            self.norm_B = self.root_mean_square(self.op_B)
+        """Root mean square eigenvalue of A and B: independent of X0. Of a callable, from a product with two fixed random vectors.
+
+        Operators of extreme size are brought near one first, by powers of two that result() takes back.
+        """
+        self.norm_A = self.root_mean_square(self.op_A, self.A)
+        B = self.B
+        if B is not None:
+            self.norm_B = self.root_mean_square(self.op_B, B)
         self.fvars["A_norm"] = float(self.norm_A.max()) if self.norm_A.numel() > 0 else 0.0
         self.fvars["B_norm"] = float(self.norm_B.max()) if self.norm_B.numel() > 0 else 0.0
 
-    def root_mean_square(self, op: Operator) -> Tensor:
+    def root_mean_square(self, op: Operator, matrix: Tensor) -> Tensor:
+        real = self.E.dtype
         if not torch.jit.is_scripting():
             if op.call is not None:
                 V = start_rows(2, self.m, self.n + 7, self.S_rows).expand(self.batch + [2, self.m])
-                ratio = torch.linalg.vector_norm(op.rows(V), dim=[-2, -1]) / torch.linalg.vector_norm(V, dim=[-2, -1])
-                return ratio.unsqueeze(-1).to(self.E.dtype)
-        square = op.mean_square(self.m, self.batch).to(self.E.dtype)
-        return square.sqrt().unsqueeze(-1).expand(self.batch + [1])
+                U = op.rows(V)
+                largest = torch.linalg.vector_norm(U, float("inf"), dim=[-2, -1])
+                scale = safe_scale(largest.to(torch.float64), U.dtype).to(real)
+                op.set_scale(scale)
+                ratio = torch.linalg.vector_norm(U * op.scale, dim=[-2, -1]) / torch.linalg.vector_norm(V, dim=[-2, -1])
+                return ratio.unsqueeze(-1)
+        op.set_scale(safe_scale(largest_entry(matrix), matrix.dtype).to(real))
+        return op.mean_square(self.m, self.batch).to(real).sqrt().unsqueeze(-1).expand(self.batch + [1])
 
     def complete_start(self, X: Tensor, first: int) -> None:
         """Set X, AX, BX, E from start rows X (*, n, m); directions that X lacks come from the fixed table, from row `first` on.
@@ -237,7 +246,7 @@ class LOBPCG:
         """
         n = X.size(-2)
         for attempt in range(3):
-            X = X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(self.tiny)
+            X = self.unit_rows(X)
             BX = self.op_B.rows(X) if self.general else X
             gram = hermitian(X.conj() @ BX.mT)
             self.check_start(X, gram)
@@ -247,6 +256,8 @@ class LOBPCG:
             X = T.mT @ X
             missing = dropped.unsqueeze(-1)
             some = bool(missing.any())
+            if some and attempt == 0 and first == 0 and self.probe > 0:
+                self.check_rank(int((~dropped).sum(-1).min()))
             if attempt > 0 and not some:
                 break
             if some:
@@ -255,6 +266,11 @@ class LOBPCG:
         self.n = n
         self.allocate(X)
         self.refresh()
+
+    def unit_rows(self, X: Tensor) -> Tensor:
+        """Rows of length one, or zero; twice, so that neither overflow nor underflow of a square is seen."""
+        X = X / torch.linalg.vector_norm(X, float("inf"), dim=-1, keepdim=True).clamp_min(self.tiny)
+        return X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(self.tiny)
 
     def allocate(self, X: Tensor) -> None:
         """Buffers for a block of n rows, X in front of S_rows. Cost: 3 n rows for each of S, A S, B S, twice."""
@@ -267,6 +283,14 @@ class LOBPCG:
         self.W = X.new_empty(self.batch + [self.n, self.m])
         self.S_rows[..., : self.n, :] = X
         self.q = self.n
+
+    def check_rank(self, rank: int) -> None:
+        """Error if the caller's X holds fewer independent columns than pairs are wanted."""
+        if rank < self.iparams["k"]:
+            raise ValueError(
+                f"lobpcg: X has numerical rank {rank}, fewer than k={self.iparams['k']}; X needs at least k linearly independent "
+                "columns: pass such an X, or leave X out"
+            )
 
     def check_start(self, X: Tensor, gram: Tensor) -> None:
         """Error if B is seen not to be positive definite (X: unit or zero rows)."""
@@ -396,7 +420,8 @@ class LOBPCG:
         torch.sub(AX, self.W, out=self.W)
         self.residual = torch.linalg.vector_norm(self.W, dim=-1)
         size = self.E.abs()
-        self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size * self.norm_B
+        norm_A = self.norm_A if self.general else torch.maximum(self.norm_A, size.amax(-1, keepdim=True))  # ||A|| >= |E_j|
+        self.scale = norm_A + size * self.norm_B
         if self.general:
             self.scale = self.scale * torch.linalg.vector_norm(self.S_rows[..., :n, :], dim=-1)
         self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
@@ -410,7 +435,8 @@ class LOBPCG:
             self.count_one()
         else:
             self.count_batch()
-        if self.best_rerr < 0.9 * self.best:
+        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.
+        if self.best_rerr < 0.9 * self.best or self.best_rerr > 100.0 * self.best:
             self.best, self.best_step = self.best_rerr, self.ivars["istep"]
         return self.ivars["converged_count"]
 
@@ -418,21 +444,18 @@ class LOBPCG:
         """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep them at first."""
         return 8.0 * self.eps if self.suspicious and self.ivars["istep"] < 5 else self.fparams["tol"]
 
-    def probe_index(self) -> int:
-        """The first column that no caller chose and that is not wanted: n or more where there is none."""
-        return max(self.probe, self.iparams["k"])
-
     def count_one(self) -> None:
         n, k, tol = self.n, self.iparams["k"], self.fparams["tol"]
         rerr = self.tvars["rerr"]
-        j = min(self.probe_index(), n - 1)
-        extra = torch.stack([self.least_B, self.least_K, self.residual[j], (self.E[j] - self.E[k - 1]).abs() * self.norm_B[0]])
-        values: list[float] = torch.cat([rerr, extra, self.d]).tolist()
+        settled = torch.ones_like(self.least_B)
+        if self.suspicious:
+            settled = self.settled(rerr).to(rerr.dtype)
+        values: list[float] = torch.cat([rerr, torch.stack([self.least_B, self.least_K, settled]), self.d]).tolist()
         self.judge(sum(values[:n]), values[n], values[n + 1])
         lead = 0
         while lead < k and values[lead] <= tol:
             lead += 1
-        if self.suspicious and not self.settled(values[j], values[n + 2], values[n + 3]):
+        if values[n + 2] == 0.0:
             lead = min(lead, k - 1)
         lock = self.lock_tolerance()
         running: list[int] = []
@@ -447,20 +470,25 @@ class LOBPCG:
         if self.active < n:
             self.w_index = torch.tensor(running, dtype=torch.int64, device=rerr.device)
         least, drop = 1.0, self.eps**0.5
-        for d in values[n + 4 :]:
+        for d in values[n + 3 :]:
             if d > drop:
                 least = min(least, d)
-        self.watch(least, len(values) > n + 4 and values[n + 4] < self.loss())
+        self.watch(least, len(values) > n + 3 and min(values[n + 3 :]) < self.loss())
 
-    def settled(self, rerr: float, residual: float, distance: float) -> bool:
-        """Whether the first column that no caller chose has found an eigenvalue of its own, so that none before it was missed.
+    def settled(self, rerr: Tensor) -> Tensor:
+        """Whether a column that no caller chose has found an eigenvalue of its own, so that none before it was missed: (*).
 
-        Its residual, an error bound for its eigenvalue, must be a tenth of its distance from the wanted ones, after five
-        iterations, which carry even a weight of 1 / m on a missed eigenvector into view; or it must be small in itself.
+        Of the columns behind the wanted ones, up to one more than the caller chose, at least one is no caller's. Each must have a
+        residual, an error bound for its eigenvalue, of a tenth of its distance from the wanted ones, after five iterations,
+        which carry even a weight of 1 / m on a missed eigenvector into view; or a residual that is small in itself.
         """
-        if self.probe_index() >= self.n or rerr <= max(self.fparams["tol"] ** 0.5, 8.0 * self.eps):
-            return True
-        return self.ivars["istep"] >= 5 and residual <= 0.1 * distance
+        k = self.iparams["k"]
+        last = min(max(self.probe, k), self.n - 1)
+        small = rerr[..., k : last + 1] <= max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
+        if self.ivars["istep"] >= 5:
+            distance = (self.E[..., k : last + 1] - self.E[..., k - 1 : k]).abs() * self.norm_B
+            small = small | (self.residual[..., k : last + 1] <= 0.1 * distance)
+        return small.all(-1)
 
     def count_batch(self) -> None:
         """The same decisions as masks over the batch; active is the largest count in it, and the rest of W is zero."""
@@ -469,13 +497,8 @@ class LOBPCG:
         real = rerr.dtype
         done = rerr[..., :k] <= tol
         lead = torch.cumprod(done, -1).sum(-1)  # (*)
-        j = self.probe_index()
-        if self.suspicious and j < n:
-            settled = rerr[..., j] <= max(tol**0.5, 8.0 * self.eps)
-            if self.ivars["istep"] >= 5:
-                distance = (self.E[..., j] - self.E[..., k - 1]).abs() * self.norm_B[..., 0]
-                settled = settled | (self.residual[..., j] <= 0.1 * distance)
-            lead = torch.where(settled, lead, lead.clamp_max(k - 1))
+        if self.suspicious:
+            lead = torch.where(self.settled(rerr), lead, lead.clamp_max(k - 1))
         waiting = (rerr > self.lock_tolerance()) & (lead < k).unsqueeze(-1)  # (*, n)
         drop = self.eps**0.5
         least, losses = torch.ones_like(self.least_B), torch.zeros_like(self.least_B)

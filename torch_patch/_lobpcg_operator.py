@@ -51,7 +51,7 @@ def _compressed_rows(A: Tensor) -> Tensor:
     A CSC matrix holds the transpose's rows: for Hermitian A that is conj(A), so nothing is sorted.
     """
     if A.layout == torch.sparse_csc:
-        values = A.values().conj() if A.is_complex() else A.values()
+        values = A.values().conj_physical() if A.is_complex() else A.values()  # a lazy conjugate asks CSC for strides
         crow, col = A.ccol_indices(), A.row_indices()
     else:
         if A.layout != torch.sparse_csr:
@@ -188,6 +188,9 @@ def _called(call, name: str, V: Tensor) -> Tensor:
             f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.device} for a block of shape {tuple(block.shape)}, "
             f"{block.dtype}, {block.device}; a callable must keep shape, dtype and device"
         )
+    # Seen here a NaN has a name; later it would be a factorisation that fails.
+    if not bool(torch.isfinite(torch.linalg.vector_norm(U, float("inf")))):
+        raise ValueError(f"lobpcg: {name} returned NaN or infinite values for a finite block; check the callable {name}")
     return U.mT
 
 
@@ -217,3 +220,12 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     extreme = (largest > 0) & ((largest < low) | (largest > high))
     size = torch.where(extreme, largest, torch.ones_like(largest))
     return torch.pow(4.0, -torch.floor(0.5 * torch.log2(size)))
+
+
+def sparse_diagonal_is_positive(B: Tensor) -> bool:
+    """Whether every diagonal entry of sparse B (*, m, m) is stored and positive. Cost: a few passes over the stored values."""
+    M = _block_diagonal(B) if B.dim() > 2 else _compressed_rows(B)
+    crow, col, values = M.crow_indices(), M.col_indices(), M.values()
+    values = torch.real(values) if values.is_complex() else values
+    row = torch.repeat_interleave(torch.arange(M.size(0), device=col.device, dtype=col.dtype), (crow[1:] - crow[:-1]).to(torch.int64))
+    return int(((row == col) & (values > 0)).sum()) == M.size(0)

@@ -51,13 +51,17 @@ def whiten_scaled(M: Tensor, drop: float, tiny: float) -> tuple[Tensor, Tensor, 
 def extreme(G: Tensor, lost: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     """Eigenpairs of G (lower triangle read; overwritten), ascending, coordinates marked in lost (*, q) last."""
     if lost is not None:
-        beyond = 2.0 * G.abs().sum([-2, -1])
+        beyond = 2.0 * G.abs().sum([-2, -1]) + 1.0  # more than the largest eigenvalue, and not zero
         G.diagonal(0, -2, -1).add_(lost * beyond.unsqueeze(-1))
     return torch.linalg.eigh(G)
 
 
-def next_P(C_X: Tensor, C_rest: Tensor, columns: Optional[Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    """Q (*, q - n, p) such that C_rest Q are coordinates of the next P (what the new X has outside the old one); |diag R|.
+def next_P(
+    C_X: Tensor, C_rest: Tensor, columns: Optional[Tensor], noise: float, host: bool
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Q (*, q - n, p) such that C_rest Q are coordinates of the next P, what the new X has outside the old one; which are lost.
+
+    A column with no more than noise of its own is zero and marked as lost; None where none is.
 
     C_X (*, q, n), C_rest (*, q, q - n): the eigenvectors, wanted ones and the others. (I - C_X C_X^H) [0; C_2] =
     -C_rest (top of C_rest)^H C_1, so an orthonormal basis of the last two factors' product does it, orthogonal to the new X as
@@ -68,8 +72,16 @@ def next_P(C_X: Tensor, C_rest: Tensor, columns: Optional[Tensor], eps: float) -
     if columns is not None:
         C_1 = C_X.narrow(-2, 0, n)
         Z = Z @ C_1.gather(-1, columns.unsqueeze(-2).expand(list(C_1.shape[:-1]) + [columns.size(-1)]))
-    Q, R = torch.linalg.qr(Z)
-    return Q, R.diagonal(0, -2, -1).abs()
+    if host:
+        Q, R = torch.linalg.qr(Z)
+        own = R.diagonal(0, -2, -1).abs()
+        if own.min().item() > noise:
+            return Q, None
+    # Longest columns first: the direction that Q invents for a column of noise must not be taken out of a true one.
+    order = torch.sort(torch.linalg.vector_norm(Z, dim=-2), dim=-1, descending=True)[1]
+    Q, R = torch.linalg.qr(Z.gather(-1, order.unsqueeze(-2).expand(Z.shape)))
+    lost = R.diagonal(0, -2, -1).abs() <= noise
+    return Q.masked_fill(lost.unsqueeze(-2), 0.0), lost
 
 
 def span_of_W(gram_W: Tensor, HH: Tensor, eps: float, tiny: float, host: bool) -> tuple[Tensor, Tensor, Optional[Tensor]]:
@@ -125,13 +137,9 @@ def ritz_step(
     e, C = extreme(full, lost)
     e, e_rest = e.split([n, q - n], -1)
     C_X, C_rest = C.split([n, q - n], -1)
-    Q, own = next_P(C_X, C_rest, columns, eps)
-    # A column of P with no more than rounding noise of its own is zero and marked.
-    noise = 8.0 * q * eps
+    Q, gone = next_P(C_X, C_rest, columns, 8.0 * q * eps, host)
     lost_P: Optional[Tensor] = None
-    if not host or own.min().item() <= noise:
-        gone = own <= noise
-        Q = Q.masked_fill(gone.unsqueeze(-2), 0.0)
+    if gone is not None:
         lost_P = torch.cat([torch.zeros_like(e, dtype=torch.bool), gone], -1)
     new_G = block_diagonal(e, Q.mH @ (e_rest.unsqueeze(-1) * Q))
     if sign < 0:

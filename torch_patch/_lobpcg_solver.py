@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 from torch._lobpcg_arguments import Settings
 from torch._lobpcg_iteration import EigenPairs, LOBPCG
-from torch._lobpcg_operator import epsilon, is_sparse_layout, largest_entry, Operator, safe_scale, start_rows
-from torch._lobpcg_ritz import hermitian
-
-
-# Up to this size one dense factorisation costs less than the iterations it replaces (1 thread, k = 5: break-even near m = 500).
-DENSE_LIMIT = 512
+from torch._lobpcg_operator import epsilon, is_sparse_layout, largest_entry, Operator, safe_scale, sparse_diagonal_is_positive, start_rows
+from torch._lobpcg_ritz import hermitian, real_diagonal
 
 
 def solve(
@@ -32,7 +28,9 @@ def solve(
         check_finite(iK, "iK")
     if X is not None:
         check_finite(X, "X")
-    if _dense_is_cheaper(A, B, settings, m):
+    if 0 in batch:
+        return _no_pairs(batch, m, settings.n, like)
+    if _dense_is_cheaper(A, B, iK, settings, m):
         return dense_solve(A, B, settings, batch)
     start = X if X is not None else start_rows(settings.n, m, 0, like).mT
     start = start.expand(batch + [m, settings.n])
@@ -77,7 +75,9 @@ def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[
         norm_B = torch.linalg.matrix_norm(T).unsqueeze(-1) / m**0.5
     residual = torch.linalg.vector_norm(S @ X - BX * E.unsqueeze(-2), dim=-2)
     norm_A = torch.linalg.matrix_norm(S).unsqueeze(-1) / m**0.5
-    scale = (norm_A.maximum(E.abs().amax(-1, keepdim=True)) + E.abs() * norm_B) * torch.linalg.vector_norm(X, dim=-2)
+    if B is None:
+        norm_A = norm_A.maximum(E.abs().amax(-1, keepdim=True))
+    scale = (norm_A + E.abs() * norm_B) * torch.linalg.vector_norm(X, dim=-2)
     if settings.largest:
         E, X, residual, scale = E.flip([-1]), X.flip([-1]), residual.flip([-1]), scale.flip([-1])
     up = (1.0 / sA).to(E.dtype).unsqueeze(-1)
@@ -87,6 +87,12 @@ def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[
     full = batch + [m]
     residual, scale = residual * up * root, scale * up * root
     return EigenPairs(E.expand(full), X.expand(batch + [m, m]), residual.expand(full), scale.expand(full))
+
+
+def _no_pairs(batch: list[int], m: int, n: int, like: Tensor) -> EigenPairs:
+    """The result for an empty batch."""
+    E = torch.zeros(batch + [n], dtype=_real(like.dtype), device=like.device)
+    return EigenPairs(E, torch.zeros(batch + [m, n], dtype=like.dtype, device=like.device), E, E)
 
 
 def check_finite(A: Tensor, name: str) -> None:
@@ -103,8 +109,12 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.float64
 
 
-def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], settings: Settings, m: int) -> bool:
-    """One dense factorisation instead of iterations: m < 3 n, where LOBPCG does not apply, or dense matrices up to DENSE_LIMIT."""
+def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], settings: Settings, m: int) -> bool:
+    """One dense factorisation instead of iterations: m < 3 n, where LOBPCG does not apply, or small dense matrices.
+
+    Measured on one thread: with k = 5, eigh costs as much as the iterations near m = 512; with a preconditioner that
+    is any good, near m = 128.
+    """
     if settings.iterate:
         return False
     if not torch.jit.is_scripting():
@@ -115,55 +125,72 @@ def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], settings: Settings, m: int
     dense = not is_sparse_layout(A)
     if B is not None:
         dense = dense and not is_sparse_layout(B)
-    return dense and m <= 512
+    return dense and m <= (512 if iK is None else 128)
 
 
 def _checked(A: Tensor, name: str, m: int, batch: list[int], like: Tensor) -> Tensor:
-    """A itself where it is Hermitian to rounding, its Hermitian part where it is dense and not; ValueError if sparse and not.
-
-    Hermitian up to what two products can tell: |u^H A v - conj(v^H A u)| for fixed random u, v (a single unequal pair of
-    entries shows with probability one). The rounding error of the two forms is at most 2 m eps ||A||_F, and a typical one
-    sqrt(m) times smaller; a matrix left alone is Hermitian to that.
-    """
+    """The Hermitian part of a dense A, A itself where no bit changes; a sparse A is checked, a callable trusted."""
     if not torch.jit.is_scripting():
         if not isinstance(A, Tensor):
             return A
     check_finite(A, name)
+    if is_sparse_layout(A):
+        check_symmetry(A, name, m, like)
+    elif not is_hermitian(A):
+        A = hermitian(A)
     if name == "B":
-        check_diagonal(A)
-    dense = not is_sparse_layout(A)
-    if dense and m <= 64:
-        return hermitian(A)
+        check_positive(A)
+    return A
+
+
+def is_hermitian(A: Tensor) -> bool:
+    """Whether dense A (*, m, m) equals A^H to the bit; by tiles, since the transpose as a whole would miss the cache throughout."""
+    m, tile = A.size(-1), 512
+    for i in range(0, m, tile):
+        for j in range(0, i + 1, tile):
+            lower = A[..., i : i + tile, j : j + tile]
+            if not torch.equal(lower, A[..., j : j + tile, i : i + tile].mH):
+                return False
+    return True
+
+
+def check_symmetry(A: Tensor, name: str, m: int, like: Tensor) -> None:
+    """ValueError if sparse A is seen not to be Hermitian: |u^H A v - conj(v^H A u)| for fixed random u, v.
+
+    A single unequal pair of entries shows with probability one, at the cost of one product with two columns. The rounding
+    error of the two forms is at most 2 m eps ||A||_F / sqrt(m) |u| |v|, and sqrt(m) times smaller as a rule.
+    """
     op = Operator(A, name)
     op.set_scale(safe_scale(largest_entry(A), A.dtype).to(_real(A.dtype)))
-    rows = start_rows(2, m, 1 << 20, like)
     shape = list(A.shape[:-2]) + [2, m]
-    forms = rows.expand(shape) @ op.rows(rows.expand(shape)).mT  # (*, 2, 2): entry (i, j) is u_i . A u_j
-    skew = (forms[..., 0, 1] - forms[..., 1, 0].conj()).abs() + forms.diagonal(0, -2, -1).imag.abs().sum(-1) if A.is_complex() else (
-        forms[..., 0, 1] - forms[..., 1, 0]
-    ).abs()
+    rows = start_rows(2, m, 1 << 20, like).expand(shape)
+    forms = rows @ op.rows(rows).mT  # (*, 2, 2): entry (i, j) is u_i . A u_j, for real u
+    skew = (forms - forms.mH).abs().amax([-2, -1])
     limit = 8.0 * epsilon(A.dtype) * m * op.mean_square(m, list(A.shape[:-2])).sqrt()
-    wrong = skew > limit
-    if not bool(wrong.any()):
-        return A
-    if dense:
-        return hermitian(A)
-    raise ValueError(
-        f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for fixed vectors u, v with "
-        f"entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian matrix, such as ({name} + {name}^H) / 2"
-    )
+    if bool((skew > limit).any()):
+        raise ValueError(
+            f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for fixed vectors u, v with "
+            f"entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian matrix, such as ({name} + {name}^H) / 2"
+        )
 
 
-def check_diagonal(B: Tensor) -> None:
-    """ValueError if a diagonal entry of B is not positive: then B is not positive definite."""
-    if not is_sparse_layout(B):
-        d = B.diagonal(0, -2, -1)
-        d = d.real if d.is_complex() else d
-        bad = bool((d <= 0).any())
-        if not bad and B.size(-1) <= 4096:
-            bad = bool((torch.linalg.cholesky_ex(hermitian(B))[1] > 0).any())
-        if bad:
-            raise ValueError("lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive definite")
+def check_positive(B: Tensor) -> None:
+    """ValueError if B is not positive definite, as far as that shows at once: by its diagonal, or, dense, by Cholesky.
+
+    Cholesky (m^3 / 3) costs as much as a few dozen iterations; above m = 4096 the iteration is left to meet a negative direction.
+    """
+    if is_sparse_layout(B):
+        if not sparse_diagonal_is_positive(B):
+            raise ValueError("lobpcg: B is not positive definite: a diagonal entry is not positive; B must be Hermitian positive definite")
+        return
+    d = real_diagonal(B)
+    bad = bool((d <= 0).any())
+    if not bad and B.size(-1) <= 4096:
+        # Scaled to a unit diagonal the factorisation neither overflows nor mistakes a graded matrix for a singular one.
+        s = d.rsqrt()
+        bad = bool((torch.linalg.cholesky_ex(B * s.unsqueeze(-1) * s.unsqueeze(-2))[1] > 0).any())
+    if bad:
+        raise ValueError("lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive definite")
 
 
 @torch.jit.unused

@@ -22,7 +22,8 @@ from typing import Callable, Optional
 
 import torch
 
-__all__ = ["Problem", "catalogue", "get", "batch"]
+
+__all__ = ["Problem", "batch", "catalogue", "get"]
 
 _LAYOUTS = {
     torch.strided: lambda A, b: A.to_dense(),
@@ -248,7 +249,13 @@ def laplacian_mass(*sizes):
         return _sines(sizes, position) / torch.sqrt(1 - c * _modes(sizes).sort().values[position])
 
     return Problem(
-        "laplacian_mass" + "x".join(map(str, sizes)), m, assemble, eigenvalues, vectors, 2.0, generalized=True,
+        "laplacian_mass" + "x".join(map(str, sizes)),
+        m,
+        assemble,
+        eigenvalues,
+        vectors,
+        2.0,
+        generalized=True,
         source="shares eigenvectors with the Laplacian; spectrum of B within (1/2, 1)",
     )
 
@@ -262,7 +269,11 @@ def sakurai(m):
         return _band(diagonal, _full(m - 1, -4), _full(m - 2, 1)), None
 
     return Problem(
-        f"sakurai{m}", m, assemble, lambda: _modes((m,)) ** 2, lambda position: _sines((m,), position),
+        f"sakurai{m}",
+        m,
+        assemble,
+        lambda: _modes((m,)) ** 2,
+        lambda position: _sines((m,), position),
         source="Sakurai et al. (2003)",
     )
 
@@ -280,9 +291,12 @@ def ring(m, flux=0.0):
         return _coo(m, i, (i + 1) % m, -phase, _full(m, 2)), None
 
     return Problem(
-        f"ring{m}" + (f"_flux{flux:g}" if flux else ""), m, assemble,
+        f"ring{m}" + (f"_flux{flux:g}" if flux else ""),
+        m,
+        assemble,
         lambda: (2 - 2 * torch.cos((2 * math.pi * _count(m) + flux) / m)).sort().values,
-        is_complex=bool(flux), source="circulant matrix",
+        is_complex=bool(flux),
+        source="circulant matrix",
     )
 
 
@@ -316,8 +330,14 @@ def rod(m):
 
     top = math.cos(math.pi * h)
     return Problem(
-        f"rod{m}", m, assemble, lambda: 6 / h**2 * (1 - torch.cos(_angles(m))) / (2 + torch.cos(_angles(m))), vectors,
-        (2 + top) / (2 - top), generalized=True, source="Strang and Fix (1973)",
+        f"rod{m}",
+        m,
+        assemble,
+        lambda: 6 / h**2 * (1 - torch.cos(_angles(m))) / (2 + torch.cos(_angles(m))),
+        vectors,
+        (2 + top) / (2 - top),
+        generalized=True,
+        source="Strang and Fix (1973)",
     )
 
 
@@ -334,7 +354,13 @@ def _graph(name, m, i, j, spectrum, normalized=False):
     degree = torch.bincount(torch.cat([i, j]), minlength=m)
     condition = float(degree.max()) / float(degree.min()) if normalized else 1.0
     return Problem(
-        name, m, assemble, lambda: spectrum.sort().values, None, condition, generalized=normalized,
+        name,
+        m,
+        assemble,
+        lambda: spectrum.sort().values,
+        None,
+        condition,
+        generalized=normalized,
         source="Chung (1997), Spectral Graph Theory",
     )
 
@@ -403,7 +429,14 @@ def prescribed(name, spectrum, condition=1.0, is_complex=False):
         return ((U / d) @ V.mH)[:, position]
 
     return Problem(
-        name, m, assemble, lambda: spectrum, vectors, float(condition), is_complex, generalized,
+        name,
+        m,
+        assemble,
+        lambda: spectrum,
+        vectors,
+        float(condition),
+        is_complex,
+        generalized,
         source="by construction",
     )
 
@@ -461,8 +494,12 @@ def diagonal(values, name="diagonal"):
     m = len(values)
     order = values.argsort(stable=True)
     return Problem(
-        f"{name}{m}", m, lambda: (_diagonal(values), None), lambda: values[order],
-        lambda position: torch.eye(m, dtype=torch.float64)[:, order[position]], source="by construction",
+        f"{name}{m}",
+        m,
+        lambda: (_diagonal(values), None),
+        lambda: values[order],
+        lambda position: torch.eye(m, dtype=torch.float64)[:, order[position]],
+        source="by construction",
     )
 
 
@@ -482,10 +519,15 @@ def scaled(p, factor):
         return j if factor > 0 else p.m - 1 - j
 
     return Problem(
-        f"{p.name}_times{factor:g}", p.m, lambda: (p.assemble()[0] * factor, p.assemble()[1]),
+        f"{p.name}_times{factor:g}",
+        p.m,
+        lambda: (p.assemble()[0] * factor, p.assemble()[1]),
         lambda: (p.spectrum * factor).sort().values,
         None if p.vectors is None else lambda j: p.vectors(position(j)),
-        p.condition, p.is_complex, p.generalized, p.source,
+        p.condition,
+        p.is_complex,
+        p.generalized,
+        p.source,
     )
 
 
@@ -499,9 +541,15 @@ def diagonal_mass(p, condition):
         return _congruence(A, d), _diagonal(d**2) if B is None else _congruence(B, d)
 
     return Problem(
-        f"{p.name}_mass{condition:g}", p.m, assemble, lambda: p.spectrum,
+        f"{p.name}_mass{condition:g}",
+        p.m,
+        assemble,
+        lambda: p.spectrum,
         None if p.vectors is None else lambda j: p.vectors(j) / d.unsqueeze(-1),
-        condition * p.condition, p.is_complex, True, p.source,
+        condition * p.condition,
+        p.is_complex,
+        True,
+        p.source,
     )
 
 
@@ -520,7 +568,7 @@ def batch(p, shape, dtype=torch.float64, device="cpu"):
 # --- The catalogue ---
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def catalogue():
     """Every kind of problem once, small (m <= 216), as a tuple."""
     problems = [laplacian(100), laplacian(12, 9), laplacian(6, 6, 6), laplacian_mass(11, 8), sakurai(50)]
