@@ -74,7 +74,7 @@ def solve_on_complement(
     b = b / torch.where(size > 0, size, torch.ones_like(size))
     op.set_scale(b)
     m = X.shape[-2]
-    if m == k:
+    if m == k or b.numel() == 0:
         z = torch.zeros_like(b)
     elif k >= _SPECTRAL_FROM and _SPECTRAL_FRACTION * k >= m and m < _SPECTRAL_BELOW:
         z = _spectral(op, b, *op.dense())
