@@ -972,13 +972,12 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
 
     def invariant(self, E, X):
         """Outputs without gauge freedom: E and the moduli of X's entries, squared."""
-        return E, (X * torch.conj_physical(X)).real  # .conj(): see pencil_of
+        return E, X.abs().square()
 
     def pencil_of(self, S, R=None):
         """Hermitian A and positive definite B from unconstrained parameters."""
-        # PyTorch's batched forward mode fails on a conjugate that is only marked as such, .mH: a resolved one here.
-        adjoint = lambda M: torch.conj_physical(M.mT)  # noqa: E731
-        return S + adjoint(S), None if R is None else R @ adjoint(R) + torch.eye(R.size(-1), dtype=R.dtype)
+        A = S + S.mH.resolve_conj()  # a lazy conjugate has no batched forward derivative
+        return A, None if R is None else R @ R.mH.resolve_conj() + torch.eye(R.size(-1), dtype=R.dtype)
 
     def parameters(self, m, dtype, seed=0):
         generator = torch.Generator().manual_seed(seed)

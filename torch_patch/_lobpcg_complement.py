@@ -6,8 +6,8 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 * factorised: one Cholesky factorisation of s (A - E_j B) + sigma (B X)(B X)^H per pair j, for small m;
 * conjugate gradients on all columns at once (_lobpcg_conjugate_gradient), for anything else; a dense A gets one
   Cholesky factorisation as preconditioner as soon as plain iterations have cost as much as that factorisation;
-* spectral: all eigenpairs on the complement, for k a good part of m, and where the operator turns out indefinite or
-  singular to rounding (an eigenvalue cluster cut at k, or pairs that are not the extreme ones).
+* spectral: all eigenpairs on the complement, where a dense forward found them, for k a good part of m, and where the
+  operator turns out indefinite or singular to rounding (an eigenvalue cluster cut at k, or pairs that are not extreme).
 """
 
 import math
@@ -53,11 +53,12 @@ def solve_on_complement(
     largest: bool,
     tol: float,
     quiet: bool = False,
+    T: Optional[Tensor] = None,
 ) -> Tensor:
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, Y: (*, m, p) further approximate
-    eigenvectors or None.  Relative residual at most `tol` in every column, or the smallest that rounding allows;
+    eigenvectors or None, T: (*, p) their eigenvalues.  Relative residual at most `tol` in every column, or the smallest that rounding allows;
     a column that misses both is reported by a RuntimeWarning unless `quiet`.
     """
     if E.dtype == torch.float32 and is_small_and_dense(A, B, X.shape[-2]):
@@ -74,8 +75,10 @@ def solve_on_complement(
     b = b / torch.where(size > 0, size, torch.ones_like(size))
     op.set_scale(b)
     m = X.shape[-2]
-    if m == k:
+    if m == k or b.numel() == 0:
         z = torch.zeros_like(b)
+    elif Y is not None and T is not None and Y.shape[-1] == m - k:
+        z = _by_all_pairs(op, b, T, Y)
     elif k >= _SPECTRAL_FROM and _SPECTRAL_FRACTION * k >= m and m < _SPECTRAL_BELOW:
         z = _spectral(op, b, *op.dense())
     elif k * m**3 <= _FACTORISE_FLOPS:
@@ -258,18 +261,34 @@ def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tens
         U = torch.linalg.solve_triangular(L.mH, U, upper=True)
     U = Q @ U
     gap = mu.unsqueeze(-1) - (op.shifts.unsqueeze(-2) - shift) * (op.sign / op.scale)  # (*, m - k, q)
-    eps = torch.finfo(mu.dtype).eps
+    return _divide(op, b, U, gap, mu.abs().amax(-1))
+
+
+def _by_all_pairs(op: Complement, b: Tensor, T: Tensor, Y: Tensor) -> Tensor:
+    """The same with pairs that the forward found, T: (*, m - k), Y: (*, m, m - k), and one step of refinement."""
+    gap = (T.unsqueeze(-1) - op.shifts.unsqueeze(-2)) * (op.sign / op.scale)
+    size = T.abs().amax(-1) / op.scale[..., 0, 0]
+    z = op.project(_divide(op, b, Y, gap, size))
+    return z + _divide(op, b - op(z), Y, gap, size, quiet=True)
+
+
+def _divide(op: Complement, b: Tensor, U: Tensor, gap: Tensor, size: Tensor, quiet: bool = False) -> Tensor:
+    """U ((U^H b) / gap) but for gaps at rounding level, for U with U^H B U = I; size: (*) of the operator."""
+    m, k = op.X.shape[-2:]
+    eps = torch.finfo(gap.dtype).eps
     # Backward error of the eigensolver: m eps times the size of the operator, eigenvalues of the forward included.
-    size = torch.maximum(mu.abs().amax(-1), op.shifts.abs().amax(-1) / op.scale[..., 0, 0])[..., None, None]
+    size = torch.maximum(size, op.shifts.abs().amax(-1) / op.scale[..., 0, 0])[..., None, None]
     lost = gap.abs() <= m * eps * size
     c = U.mH @ b
-    # Rounding of an inner product of length m with unit b.
-    noise = 8 * math.sqrt(m) * eps * torch.linalg.vector_norm(U, dim=-2).unsqueeze(-1)
-    if not op.quiet and bool((lost & (c.abs() > noise)).any()):
-        j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
-        width = float((torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax())
-        warn_cut_cluster(j, k, width)
-    return U @ torch.where(lost, torch.zeros_like(c), c / torch.where(lost, torch.ones_like(gap), gap))
+    if bool(lost.any()):
+        # Rounding of an inner product of length m with unit b.
+        noise = 8 * math.sqrt(m) * eps * torch.linalg.vector_norm(U, dim=-2).unsqueeze(-1)
+        if not (quiet or op.quiet) and bool((lost & (c.abs() > noise)).any()):
+            j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
+            width = float((torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax())
+            warn_cut_cluster(j, k, width)
+        c = torch.where(lost, torch.zeros_like(c), c)
+    return U @ (c / torch.where(lost, torch.ones_like(gap), gap))
 
 
 def warn_cut_cluster(j: int, k: int, gap: float) -> None:

@@ -90,7 +90,7 @@ class ComputedPairs:
 
     def resolvent(self, b: Tensor, E: Optional[Tensor] = None) -> Tensor:
         options = SolveOptions(self.largest, self.tol)
-        return reduced_resolvent(self.A, self.B, self.E if E is None else E, self.X, b, self.Y, self.iK, options)
+        return reduced_resolvent(self.A, self.B, self.E if E is None else E, self.X, b, self.Y, self.iK, options, self.T)
 
     def factors(
         self, G: Optional[Tensor], gE: Optional[Tensor], gX: Optional[Tensor], forward_mode: bool

@@ -237,6 +237,6 @@ def sparse_diagonal_is_positive(B: Tensor) -> bool:
     """Whether every diagonal entry of sparse B (*, m, m) is stored and positive. Cost: a few passes over the stored values."""
     M = _block_diagonal(B) if B.dim() > 2 else _compressed_rows(B)
     crow, col, values = M.crow_indices(), M.col_indices(), M.values()
-    values = torch.real(values) if values.is_complex() else values
+    values = torch.real(values.clone()) if values.is_complex() else values  # a view of stored values cannot be viewed again
     row = torch.repeat_interleave(torch.arange(M.size(0), device=col.device, dtype=col.dtype), (crow[1:] - crow[:-1]).to(torch.int64))
     return int(((row == col) & (values > 0)).sum()) == M.size(0)

@@ -42,39 +42,47 @@ class SolveOptions:
 
 
 def reduced_resolvent(
-    A: Any, B: Any, E: Tensor, X: Tensor, b: Tensor, Y: Optional[Tensor], iK: Any, options: SolveOptions
+    A: Any,
+    B: Any,
+    E: Tensor,
+    X: Tensor,
+    b: Tensor,
+    Y: Optional[Tensor],
+    iK: Any,
+    options: SolveOptions,
+    T: Optional[Tensor] = None,
 ) -> Tensor:
     """R_j b_j for all pairs as one block, differentiable in A, B, E, X and b.
 
     E: (*, k), X and b: (*, m, k); b may have further leading dimensions.  Y (*, m, p), more approximate eigenvectors,
-    and the preconditioner iK change the cost of the solve, not its result.
+    with their eigenvalues T (*, p), and the preconditioner iK change the cost of the solve, not its result.
     """
-    return ReducedResolvent.apply(A, B, E, X, b, Y, iK, options)
+    return ReducedResolvent.apply(A, B, E, X, b, Y, iK, T, options)
 
 
 class ReducedResolvent(Function):
     @staticmethod
-    def forward(A, B, E, X, b, Y, iK, options):
+    def forward(A, B, E, X, b, Y, iK, T, options):
         with without_autocast(X):
-            return solve_on_complement(A, B, E, X, b, Y, iK, options.largest, options.tol)
+            return solve_on_complement(A, B, E, X, b, Y, iK, options.largest, options.tol, T=T)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        A, B, E, X, b, Y, iK, ctx.options = inputs
-        save(ctx, A=A, B=B, E=E, X=X, b=b, Y=Y, iK=iK, z=output)
+        A, B, E, X, b, Y, iK, T, ctx.options = inputs
+        save(ctx, A=A, B=B, E=E, X=X, b=b, Y=Y, iK=iK, T=T, z=output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @accepts_legacy_vmap
     def backward(ctx, gz):
         if gz is None:
-            return (None,) * 8
+            return (None,) * 9
         s = saved(ctx)
         A, B, E, X, b, z = s["A"], s["B"], s["E"], s["X"], s["b"], s["z"]
         need_A, need_B, need_E, need_X = ctx.needs_input_grad[:4]
         gA = gB = gE = gX = None
         with without_autocast(X):
-            w = reduced_resolvent(A, B, E, X, gz, s["Y"], s["iK"], ctx.options)
+            w = reduced_resolvent(A, B, E, X, gz, s["Y"], s["iK"], ctx.options, s["T"])
             if need_A:
                 gA = hermitian_outer(A, -w, z)
             if need_E:
@@ -87,11 +95,11 @@ class ReducedResolvent(Function):
                 )
             if need_X:
                 gX = _sum_to(-apply(B, w @ c.mH + z @ v.mH), X.shape)
-        return gA, gB, gE, gX, w, None, None, None
+        return gA, gB, gE, gX, w, None, None, None, None
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx, dA, dB, dE, dX, db, dY, diK, _options):
+    def jvp(ctx, dA, dB, dE, dX, db, dY, diK, dT, _options):
         refuse_nested_forward_mode()
         s = saved(ctx)
         A, B, E, X, b, z = s["A"], s["B"], s["E"], s["X"], s["b"], s["z"]
@@ -107,15 +115,15 @@ class ReducedResolvent(Function):
             if dX is not None:
                 dBX = apply(B, dX) if dBX is None else dBX + apply(B, dX)
             if dBX is None:
-                return reduced_resolvent(A, B, E, X, rhs, s["Y"], s["iK"], ctx.options)
+                return reduced_resolvent(A, B, E, X, rhs, s["Y"], s["iK"], ctx.options, s["T"])
             rhs = rhs - dBX @ (X.mH @ b)
-            return reduced_resolvent(A, B, E, X, rhs, s["Y"], s["iK"], ctx.options) - X @ (dBX.mH @ z)
+            return reduced_resolvent(A, B, E, X, rhs, s["Y"], s["iK"], ctx.options, s["T"]) - X @ (dBX.mH @ z)
 
     @staticmethod
-    def vmap(info, in_dims, A, B, E, X, b, Y, iK, options):
-        tensors = [A, B, E, X, b, Y, iK]
+    def vmap(info, in_dims, A, B, E, X, b, Y, iK, T, options):
+        tensors = [A, B, E, X, b, Y, iK, T]
         size = info.batch_size
-        (A, B, E, X, b, Y, iK), _ = batched_first(size, in_dims[:-1], tensors, trailing=(2, 2, 1, 2, 2, 2, 2))
+        (A, B, E, X, b, Y, iK, T), _ = batched_first(size, in_dims[:-1], tensors, trailing=(2, 2, 1, 2, 2, 2, 2, 1))
         # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
         operator_mapped = any(dim is not None for i, dim in enumerate(in_dims[:-1]) if i != 4)
         if in_dims[4] is None:
@@ -124,7 +132,7 @@ class ReducedResolvent(Function):
             E = E.expand((size,) + tuple(E.shape))
         if operator_mapped and in_dims[3] is None:
             X = X.expand((size,) + tuple(X.shape))
-        return ReducedResolvent.apply(A, B, E, X, b, Y, iK, options), 0
+        return ReducedResolvent.apply(A, B, E, X, b, Y, iK, T, options), 0
 
 
 def _real(x: Tensor) -> Tensor:
