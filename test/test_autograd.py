@@ -92,9 +92,11 @@ class LobpcgGradientCase(TestCase):
     # Losses ---------------------------------------------------------------------------------------------------------
 
     def weights(self, m, dtype=torch.float64, seed=0):
-        """A fixed random Hermitian matrix; the same numbers in single and double precision."""
-        wide = torch.complex128 if dtype.is_complex else torch.float64
-        M = torch.randn(m, m, dtype=wide, generator=torch.Generator().manual_seed(seed))
+        """Hermitian, entries of variance about 1, the same numbers in every precision; no generator, so that vmap allows it."""
+        t = torch.arange(1, m * m + 1, dtype=torch.float64).reshape(m, m) ** 2
+        M = 2**0.5 * torch.sin(0.6180339887 * t + seed)
+        if dtype.is_complex:
+            M = torch.complex(M, 2**0.5 * torch.sin(0.4142135624 * t + seed)) / 2**0.5
         return ((M + M.mH) / 2).to(dtype)
 
     def loss_of_values(self, E, X):
@@ -131,9 +133,12 @@ class LobpcgGradientCase(TestCase):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             E, X = (solver or torch.lobpcg)(A, B=B, **kwargs)
-            loss(E, X).backward()
+            # Not backward(): PyTorch cannot accumulate into .grad of a CSC, BSR or BSC leaf.
+            leaves = [M for M in (A, B) if M is not None and M.requires_grad]
+            found = iter(torch.autograd.grad(loss(E, X), leaves, allow_unused=True))
         messages = [str(w.message) for w in caught if "lobpcg" in str(w.message)]
-        return A.grad, None if B is None else B.grad, messages
+        gA, gB = (next(found) if M is not None and M.requires_grad else None for M in (A, B))
+        return gA, gB, messages
 
     def relative(self, found, expected):
         found, expected = found.to_dense().to(expected.dtype), expected.to_dense()
@@ -673,12 +678,18 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         def dense(v):
             return self.reference(torch.zeros(35, 35).double().index_put((r, c), v), None, 3, False)
 
+        crow = A.to_sparse_csr().crow_indices()
         for make in (
             lambda v: torch.sparse_coo_tensor(A.indices(), v, A.shape),
-            lambda v: torch.sparse_csr_tensor(A.to_sparse_csr().crow_indices(), c, v, A.shape),
+            lambda v: torch.sparse_coo_tensor(A.indices().flip(1), v.flip(0), A.shape),
+            lambda v: torch.sparse_coo_tensor(torch.cat([A.indices()] * 2, 1), torch.cat([v, -3 * v]) / -2, A.shape),
+            lambda v: torch.sparse_coo_tensor(A.indices(), v, A.shape).to_sparse_csr(),
+            lambda v: torch.sparse_csr_tensor(crow, c, v, A.shape),
+            lambda v: torch.sparse_csc_tensor(crow, c, v, A.shape),
+            lambda v: torch.sparse_bsr_tensor(crow, c, v.reshape(-1, 1, 1), A.shape),
         ):
             found = second(lambda v: torch.lobpcg(make(v), **self.options))
-            self.assert_close(found, second(dense), 1e-6)
+            self.assert_close(found, second(dense), 1e-8)
 
     def test_hermitian_sparse(self):
         p = self.problems.ring(45, 1.0)
@@ -961,12 +972,13 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
 
     def invariant(self, E, X):
         """Outputs without gauge freedom: E and the moduli of X's entries, squared."""
-        return E, X.abs().square()
+        return E, (X * torch.conj_physical(X)).real  # .conj(): see pencil_of
 
     def pencil_of(self, S, R=None):
         """Hermitian A and positive definite B from unconstrained parameters."""
-        A = S + S.mH.resolve_conj()  # a lazy conjugate has no batched forward derivative
-        return A, None if R is None else R @ R.mH.resolve_conj() + torch.eye(R.size(-1), dtype=R.dtype)
+        # PyTorch's batched forward mode fails on a conjugate that is only marked as such, .mH: a resolved one here.
+        adjoint = lambda M: torch.conj_physical(M.mT)  # noqa: E731
+        return S + adjoint(S), None if R is None else R @ adjoint(R) + torch.eye(R.size(-1), dtype=R.dtype)
 
     def parameters(self, m, dtype, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -1185,9 +1197,11 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
             torch.func.hessian(of),
             torch.func.jacrev(torch.func.jacrev(of)),
             torch.func.jacrev(torch.func.jacfwd(of)),
-            torch.func.jacfwd(torch.func.jacfwd(of)),
         ):
             self.assert_close(transform(A), expected, 1e-6)
+        # PyTorch drops the outer of two forward-mode tangents of an autograd.Function: refused, not zero.
+        with self.assertRaisesRegex(NotImplementedError, r"lobpcg: .*jacfwd\(jacrev"):
+            torch.func.jacfwd(torch.func.jacfwd(of))(A)
 
     def test_vmap(self):
         """Over A, over B, over both, with the batch dimension anywhere, nested; equal to the loop."""

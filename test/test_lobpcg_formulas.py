@@ -1,5 +1,6 @@
 """The displayed formulas of the derivative modules, each against a dense oracle that shares no code with it."""
 
+import itertools
 import unittest
 import warnings
 
@@ -264,6 +265,49 @@ class ClusterTest(FormulaTest):
                     warnings.simplefilter("ignore", RuntimeWarning)  # the tangent splits the cluster
                     _, tangent = torch.func.jvp(loss, (A, B), (dA, dB))
                 self.assertRelative(tangent, difference, 1e-7)
+
+    def test_second_derivative(self):
+        """A triple eigenvalue and a simple one, at any gap, along one direction: differences of the loss itself."""
+        for dtype, gap, generalized in itertools.product(DTYPES, (0.0, 1e-13, 1e-7), (False, True)):
+            e, Q, _ = self.problem(16, [1.0, 1.0 + gap, 1.0 + 2 * gap, 2.5], dtype)
+            B = pencil(16, dtype)[1] if generalized else torch.eye(16, dtype=dtype)
+            L = torch.linalg.cholesky(B)
+            A = hermitian(L @ ((Q * e) @ Q.mH) @ L.mH)
+            W, dA, dB = (hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5))
+            dB = dB * (0.1 if generalized else 0.0)
+
+            def loss(E, X):
+                first, last = X[:, :3], X[:, 3]
+                mixed = E[:3].sum() * (last.conj() @ (W @ last)).real
+                return (first @ first.mH * W.mT).sum().real * (1 + E[3] ** 2) + mixed
+
+            def value(t):
+                E, X = spectral(A + t * dA, B + t * dB)
+                return loss(E[:4], X[:, :4])
+
+            h = 3e-3
+            f = [value(i * h) for i in range(-4, 5)]
+            weights = [-1 / 560, 8 / 315, -1 / 5, 8 / 5, -205 / 72, 8 / 5, -1 / 5, 8 / 315, -1 / 560]
+            expected = sum(w * v for w, v in zip(weights, f)) / h**2
+            t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            pair = differentiable_eigenpairs(
+                A + t * dA, B + t * dB if generalized else None, None, None, exact(6, False), 4, False, 1e-12
+            )
+            (g,) = torch.autograd.grad(loss(*pair), t, create_graph=True)
+            (second,) = torch.autograd.grad(g, t, create_graph=True)
+            with self.subTest(gap=gap, dtype=dtype, generalized=generalized):
+                self.assertRelative(second.detach(), expected, 1e-5)
+                if gap < 1e-10:
+                    with self.assertWarnsRegex(RuntimeWarning, "beyond the second are incomplete"):
+                        torch.autograd.grad(second, t)
+
+    def test_second_derivative_that_cannot_be_known(self):
+        """The curvature of a function of single eigenvalues is not determined by their derivatives."""
+        _, _, A = self.problem(16, [1.0, 1.0])
+        E, _ = differentiable_eigenpairs(A, None, None, None, exact(4, False), 2, False, 1e-12)
+        (g,) = torch.autograd.grad((E**2).sum(), A, create_graph=True)
+        with self.assertWarnsRegex(RuntimeWarning, "weighs them differently"):
+            torch.autograd.grad((g * hermitian(random(16, 16, dtype=A.dtype))).sum(), A)
 
     def test_loss_that_sees_the_gauge(self):
         _, _, A = self.problem(20, [1.0, 1.0])

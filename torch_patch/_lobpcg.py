@@ -139,7 +139,7 @@ tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Te
     columns: Optional[int] = None
     if X is not None:
         columns = X.size(-1)
-    settings = settle(m, A.dtype, k, n, columns, niter, tol, largest, method, False)
+    settings = settle(m, A.dtype, k, n, columns, niter, tol, largest, method, False, iK is not None)
     needs_grad = A.requires_grad
     if B is not None:
         needs_grad = needs_grad or B.requires_grad
@@ -170,7 +170,7 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     m = model.size(-2)
     batch = _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
     settings = settle(
-        m, model.dtype, k, n, X.size(-1) if X is not None else None, niter, tol, largest, method, tracker is not None
+        m, model.dtype, k, n, X.size(-1) if X is not None else None, niter, tol, largest, method, tracker is not None, iK is not None
     )
 
     def run(A, B, X, iK) -> EigenPairs:

@@ -97,6 +97,7 @@ def settle(
     largest: Optional[bool],
     method: Optional[str],
     tracked: bool,
+    preconditioned: bool,
 ) -> Settings:
     """Fill in the defaults; columns: those of X, if X was given. Raises ValueError on numbers that do not fit each other."""
     width = 1 if columns is None else columns
@@ -107,8 +108,10 @@ def settle(
     elif n is not None:
         block = n
     else:
-        # Guard columns: they separate the wanted pairs from the rest. Four of them halve the iterations at k = 4, and the time.
-        block = max(wanted, min(wanted + max(4, wanted // 2), m // 3))
+        # Guard columns separate the wanted pairs from the rest: four of them halve the iterations at k = 4, and the time. With a
+        # preconditioner the iterations are few anyway, and on long vectors each column costs an application of it.
+        guards = 1 if preconditioned and m > 4096 else max(4, wanted // 2)
+        block = max(wanted, min(wanted + guards, m // 3))
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
     name = "ortho" if method is None else method

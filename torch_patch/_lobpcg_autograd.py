@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from torch._lobpcg_constructor import keep_graph_of_values
 from torch._lobpcg_derivative import ComputedPairs, corrected, forward_mode, reverse_mode
 from torch._lobpcg_function import (
     accepts_legacy_vmap,
     batched_first,
+    broadcast,
     refuse_nested_forward_mode,
     save,
     saved,
     without_autocast,
 )
-from torch._lobpcg_pattern import is_sparse, is_symmetric_pattern
+from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
 
 
 class Problem:
@@ -49,9 +51,12 @@ def differentiable_eigenpairs(
         if is_sparse(M) and M.requires_grad and not is_symmetric_pattern(M.detach()):
             raise ValueError(
                 f"lobpcg: the gradient of sparse {name} is Hermitian and lives on its stored positions, but {name} "
-                "stores a position (r, c) without (c, r); store both, explicit zeros included, or pass a dense matrix"
+                "stores a position (r, c) without (c, r); make its pattern symmetric, with explicit zeros, or pass a dense matrix"
             )
-    A, B = hermitian_part(A), hermitian_part(B)
+        if is_sparse(M) and M.grad_fn is not None:
+            keep_graph_of_values(M)
+    A, B = (by_rows(M) if is_sparse(M) and M.requires_grad else hermitian_part(M) for M in (A, B))
+    X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
     if tol is None:
         dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))
         tol = math.sqrt(torch.finfo(dtype).eps)
@@ -137,7 +142,7 @@ class LOBPCGAutogradFunction(Function):
             A = A.expand((info.batch_size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
         if isinstance(A, Tensor):
             shapes = [M.shape[:-2] for M in [A] + mapped]
-            A = A.expand(torch.broadcast_shapes(*shapes) + A.shape[-2:])
+            A = A.expand(broadcast(*shapes) + list(A.shape[-2:]))
         return LOBPCGAutogradFunction.apply(A, B, X, iK, problem), (0,) * 6
 
 

@@ -4,20 +4,20 @@ On the complement of k extreme pairs s (A - E_j B) is positive definite, s = -1 
 smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not computed.  Three routes, chosen by cost:
 
 * factorised: one Cholesky factorisation of s (A - E_j B) + sigma (B X)(B X)^H per pair j, for small m;
-* conjugate gradients on all columns at once, projected, preconditioned, deflated by the extra columns that the
-  forward carried (Saad, Yeung, Erhel, Guyomarc'h 2000), for anything else; a dense A gets one Cholesky
-  factorisation as preconditioner as soon as plain iterations have cost as much as that factorisation;
+* conjugate gradients on all columns at once (_lobpcg_conjugate_gradient), for anything else; a dense A gets one
+  Cholesky factorisation as preconditioner as soon as plain iterations have cost as much as that factorisation;
 * spectral: all eigenpairs on the complement, for k a good part of m, and where the operator turns out indefinite or
   singular to rounding (an eigenvalue cluster cut at k, or pairs that are not the extreme ones).
 """
 
 import math
 import warnings
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from torch._lobpcg_conjugate_gradient import Deflation, State, conjugate_gradients, inner
 from torch._lobpcg_pattern import fast_operand, multiply
 
 # Measured on one core: while k m^3 is below this, k factorisations take less time than one with iterations on top.
@@ -32,7 +32,14 @@ _SPECTRAL_BELOW = 2049
 # Elements of the batch of factorised matrices held at one time: 64 MiB of float64.
 _FACTOR_ELEMENTS = 1 << 23
 _MOST_ITERATIONS = 20000
-_RESTARTS = 2
+# Up to this order one more dense solve costs a few per cent of the forward (measured: 5 to 35 ms at m = 200).
+_SMALL_BELOW = 257
+
+
+def is_small_and_dense(A: Any, B: Any, m: int) -> bool:
+    """Whether a further dense solve, or one in double precision, costs little compared with the forward."""
+    dense = all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (A, B))
+    return dense and m < _SMALL_BELOW
 
 
 def solve_on_complement(
@@ -53,6 +60,9 @@ def solve_on_complement(
     eigenvectors or None.  Relative residual at most `tol` in every column, or the smallest that rounding allows;
     a column that misses both is reported by a RuntimeWarning unless `quiet`.
     """
+    if E.dtype == torch.float32 and is_small_and_dense(A, B, X.shape[-2]):
+        z = _solve_in_double(A, B, X, b, largest, tol, quiet)
+        return z.to(b.dtype)
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
@@ -74,6 +84,16 @@ def solve_on_complement(
         z = _iterate(op, b, Y, iK, tol)
     z = op.project(z) * (size * op.sign / op.scale)
     return _further_dimensions_of_columns(z, more, len(batch))
+
+
+def _solve_in_double(A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: float, quiet: bool) -> Tensor:
+    """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
+
+    Eigenvalues are the Rayleigh quotients of X, whose error is the square of X's rounding.
+    """
+    A, B, X, b = (M if M is None else M.to(torch.promote_types(M.dtype, torch.float64)) for M in (A, B, X, b))
+    E = inner(X, multiply(A, X)) / inner(X, multiply(B, X))
+    return solve_on_complement(A, B, E.squeeze(-2), X, b, None, None, largest, tol, quiet)
 
 
 def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, Tensor]:
@@ -99,13 +119,6 @@ def _safe_norm(V: Tensor) -> Tensor:
     top = V.abs().amax(-2, keepdim=True)
     unit = torch.where(top > 0, top, torch.ones_like(top))
     return top * torch.linalg.vector_norm(V / unit, dim=-2, keepdim=True)
-
-
-def _dot(U: Tensor, V: Tensor) -> Tensor:
-    """Real parts of u_j^H v_j; (*, m, p) -> (*, 1, p)."""
-    if U.is_complex():
-        return (torch.view_as_real(U) * torch.view_as_real(V)).sum((-1, -3)).unsqueeze(-2)
-    return (U * V).sum(-2, keepdim=True)
 
 
 class Complement:
@@ -148,7 +161,7 @@ class Complement:
         """The same operators on the complement of u_j too; u: (*, m, q) in the complement of X."""
         part = self.restrict(slice(None))
         part.Bu = multiply(self.B, u)
-        size = torch.sqrt(_dot(u, part.Bu))
+        size = torch.sqrt(inner(u, part.Bu))
         part.u, part.Bu = u / size, part.Bu / size
         return part
 
@@ -269,39 +282,7 @@ def warn_cut_cluster(j: int, k: int, gap: float) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------ conjugate gradients
-
-
-class _Deflation:
-    """Coarse space of further approximate eigenvectors Y, exact for any Y: directions are kept K_j-orthogonal to Y."""
-
-    def __init__(self, op: Complement, Y: Tensor) -> None:
-        self.Y = Y = op.project(Y)
-        factor = op.sign / op.scale
-        self.AY = op.project_dual(multiply(op.A, Y)) * factor
-        self.BY = op.project_dual(multiply(op.B, Y)) * factor
-        self.shifts = op.shifts
-        gram = (Y.mH @ self.AY).unsqueeze(-3) - op.shifts[..., None, None] * (Y.mH @ self.BY).unsqueeze(-3)
-        L, info = torch.linalg.cholesky_ex((gram + gram.mH) / 2)  # (*, q, p, p)
-        smallest = torch.diagonal(L, dim1=-2, dim2=-1).real.amin()
-        # Below sqrt(eps) of the operator's size the coarse space holds a cluster cut at k: dividing by it is noise.
-        floor = torch.finfo(op.shifts.dtype).eps ** 0.5
-        self.usable = bool(~(info != 0).any() & (smallest * smallest > floor))
-        self.inverse = torch.cholesky_inverse(L) if self.usable else L
-
-    def restrict(self, columns: Tensor) -> "_Deflation":
-        part = object.__new__(_Deflation)
-        part.__dict__.update(self.__dict__)
-        part.shifts, part.inverse = self.shifts[..., columns], self.inverse[..., columns, :, :]
-        return part
-
-    def coarse(self, c: Tensor) -> Tensor:
-        """Y M_j^-1 c_j for c: (*, p, q)."""
-        return self.Y @ (self.inverse @ c.mT.unsqueeze(-1)).squeeze(-1).mT
-
-    def __call__(self, t: Tensor) -> Tensor:
-        c = self.AY.mH @ t - (self.BY.mH @ t) * self.shifts[..., None, :]
-        return t - self.coarse(c)
+# -------------------------------------------------------------------------------------------- iterations
 
 
 def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float) -> Tensor:
@@ -314,16 +295,16 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
     z = torch.zeros_like(b)
     deflation = None
     if Y is not None and Y.shape[-1] > 0:
-        deflation = _Deflation(op, Y)
+        deflation = Deflation(op, Y)
         deflation = deflation if deflation.usable else None
     # A dense A is factorised at once where that is cheap, and elsewhere when iterations have cost as much.
     budget = min(10 * m, _MOST_ITERATIONS)
     if dense:
         budget = m // _PRODUCTS_PER_FACTOR if precondition is None else max(50, m // _PRODUCTS_PER_FACTOR)
         budget = budget if budget >= 50 else 0
-    state = _State(math.inf, False, False, torch.zeros_like(op.scale))
+    state = State(math.inf, False, False, torch.zeros_like(op.scale))
     if budget:
-        z, state = _conjugate_gradients(op, b, z, deflation, precondition, rtol, budget)
+        z, state = conjugate_gradients(op, b, z, deflation, precondition, rtol, budget)
     if state.all_done:
         return _without_cut_cluster(op, b, z, state, precondition, rtol)
     if dense and not state.indefinite:
@@ -332,11 +313,11 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
         L, info = torch.linalg.cholesky_ex(_positive_matrix(op, A, B, first).squeeze(-3))
         if not bool((info != 0).any()):
             precondition = lambda r: torch.cholesky_solve(r, L)  # noqa: E731
-            z, state = _conjugate_gradients(op, b, z, deflation, precondition, rtol, 200)
+            z, state = conjugate_gradients(op, b, z, deflation, precondition, rtol, 200)
             if state.all_done:
                 return _without_cut_cluster(op, b, z, state, precondition, rtol)
     elif precondition is not None and state.indefinite:
-        z, state = _conjugate_gradients(op, b, torch.zeros_like(b), deflation, None, rtol, budget)
+        z, state = conjugate_gradients(op, b, torch.zeros_like(b), deflation, None, rtol, budget)
         if state.all_done:
             return z
     if m < _SPECTRAL_BELOW:
@@ -346,7 +327,7 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
     return z
 
 
-def _warn_residual(state: "_State", rtol: float) -> None:
+def _warn_residual(state: State, rtol: float) -> None:
     warnings.warn(
         f"lobpcg: a linear system of the derivative reached a relative residual of {state.residual:.1e} where "
         f"{rtol:.1e} was asked for"
@@ -359,7 +340,7 @@ def _warn_residual(state: "_State", rtol: float) -> None:
     )
 
 
-def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: "_State", precondition, rtol: float) -> Tensor:
+def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: State, precondition, rtol: float) -> Tensor:
     """z, or where the operator is singular to rounding the solution without the component along its null vector.
 
     A solution of size 1 / eps relative to 1 / |K| is that null vector: it is excluded from its column, and the
@@ -374,14 +355,14 @@ def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: "_State", 
     u = op.project(z)[..., large]
     size = _safe_norm(u)
     u = u / torch.where(size > 0, size, torch.ones_like(size))
-    gap = _dot(u, part(u)) / _dot(u, multiply(op.B, u))
+    gap = inner(u, part(u)) / inner(u, multiply(op.B, u))
     # Rounding in the eigenvalues themselves: the two of a cluster agree to a modest multiple of eps |K|.
     singular = (gap.abs() <= 64 * eps * state.norm).reshape(-1, large.numel()).any(0)
     if not bool(singular.any()):
         return z
     large, u = large[singular], u[..., singular]
     excluded = op.restrict(large).exclude(u)
-    again, state = _conjugate_gradients(
+    again, state = conjugate_gradients(
         excluded, excluded.project_dual(b[..., large]), torch.zeros_like(u), None, precondition, rtol, _MOST_ITERATIONS
     )
     k = op.X.shape[-1]
@@ -390,117 +371,3 @@ def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: "_State", 
     if not state.all_done and not op.quiet:
         _warn_residual(state, rtol)
     return z.index_copy(-1, large, excluded.project(again))
-
-
-class _State:
-    """How a run of conjugate gradients ended: worst relative residual, whether curvature was not positive, |K|."""
-
-    def __init__(self, residual: float, all_done: bool, indefinite: bool, norm: Tensor) -> None:
-        self.residual, self.all_done, self.indefinite, self.norm = residual, all_done, indefinite, norm
-
-
-def _conjugate_gradients(
-    op: Complement,
-    b: Tensor,
-    z: Tensor,
-    deflation: Optional[_Deflation],
-    precondition: Optional[Callable[[Tensor], Tensor]],
-    rtol: float,
-    budget: int,
-) -> Tuple[Tensor, _State]:
-    """Independent conjugate gradients on the unit columns b_j, restarted from the true residual where rounding asks.
-
-    Every column stops at rtol or at the accuracy attainable for it, c eps |K| |z_j|: its recursive residual would go
-    on shrinking while the true one does not.
-    """
-    eps = torch.finfo(op.shifts.dtype).eps
-    columns = torch.arange(b.shape[-1], device=b.device)
-    indefinite = False
-    for _ in range(1 + _RESTARTS):
-        part = op.restrict(columns)
-        r = b[..., columns] - part(z[..., columns])
-        dz, norm, used, indefinite = _sweep(
-            part, r, z[..., columns], deflation and deflation.restrict(columns), precondition, rtol, budget
-        )
-        budget -= used
-        z = z.index_add(-1, columns, dz)
-        r = b[..., columns] - part(z[..., columns])
-        size = torch.linalg.vector_norm(r, dim=-2)
-        # Two products and a subtraction, each with an error of a few eps |K| |z|.
-        attainable = 16 * eps * (1 + norm * torch.linalg.vector_norm(z[..., columns], dim=-2))
-        late = (size > torch.clamp(attainable, min=2 * rtol)).reshape(-1, columns.numel()).any(0)
-        worst = float(size.max()) if size.numel() else 0.0
-        if not bool(late.any()):
-            return z, _State(worst, True, False, norm)
-        columns = columns[late]
-        if budget <= 0 or indefinite:
-            break
-    return z, _State(worst, False, indefinite, norm)
-
-
-def _sweep(
-    op: Complement,
-    r: Tensor,
-    z0: Tensor,
-    deflation: Optional[_Deflation],
-    precondition: Optional[Callable[[Tensor], Tensor]],
-    rtol: float,
-    budget: int,
-) -> Tuple[Tensor, Tensor, int, bool]:
-    """One run from residual r: the increment of z, an estimate of |K|, iterations used, whether K was indefinite.
-
-    Columns that stop leave the block, so products are with active columns only.  One synchronisation per iteration.
-    """
-    eps = torch.finfo(op.shifts.dtype).eps
-    out = torch.zeros_like(r)
-    index = torch.arange(r.shape[-1], device=r.device)
-    tiny = torch.finfo(op.shifts.dtype).tiny
-    dz = torch.zeros_like(r) if deflation is None else deflation.coarse(deflation.Y.mH @ r)
-    if deflation is not None:
-        r = r - op(dz)
-    norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
-    size0 = torch.linalg.vector_norm(z0, dim=-2, keepdim=True)
-    p = Kp = rho = alpha = None
-    indefinite = False
-    step = 0
-    while True:
-        size = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
-        reach = 2 * eps * norm * (size0 + torch.linalg.vector_norm(dz, dim=-2, keepdim=True))
-        active = (size > torch.clamp(reach, min=rtol)).reshape(-1, index.numel()).any(0)
-        flags = active.tolist()  # the synchronisation
-        if not all(flags) or step >= budget:
-            out.index_copy_(-1, index, dz)
-            keep = [i for i, flag in enumerate(flags) if flag]
-            if not keep or step >= budget:
-                return out, norm, step, indefinite
-            keep = torch.tensor(keep, device=r.device)
-            op = op.restrict(keep)
-            deflation = deflation and deflation.restrict(keep)
-            index, r, dz, size0 = index[keep], r[..., keep], dz[..., keep], size0[..., keep]
-            size, reach = size[..., keep], reach[..., keep]
-            if p is not None:
-                p, Kp, rho, alpha = p[..., keep], Kp[..., keep], rho[..., keep], alpha[..., keep]
-        t = r
-        if precondition is not None or op.B is not None:
-            t = op.project(t if precondition is None else precondition(t))
-        if deflation is not None:
-            t = deflation(t)
-        new = _dot(r, t)
-        if p is None:
-            p = t
-        else:
-            # <t, r_old> = 0 for a fixed symmetric preconditioner; written out it may vary or be nonsymmetric.
-            beta = new / rho if precondition is None else -alpha * _dot(t, Kp) / rho
-            p = torch.addcmul(t, p, beta.to(p.dtype))
-        rho = torch.clamp(new, min=tiny)
-        Kp = op(p)
-        curvature = _dot(p, Kp)
-        norm = torch.maximum(norm, (torch.linalg.vector_norm(Kp, dim=-2) / torch.linalg.vector_norm(p, dim=-2)).amax())
-        good = (curvature > 0) & (new > 0)
-        alpha = torch.where(good, new / curvature, torch.zeros_like(new))
-        dz = torch.addcmul(dz, p, alpha.to(p.dtype))
-        r = torch.addcmul(r, Kp, -alpha.to(p.dtype))
-        step += 1
-        if step % 8 == 0 and bool((~good & (size > torch.clamp(reach, min=rtol))).any()):
-            out.index_copy_(-1, index, dz)
-            return out, norm, step, True

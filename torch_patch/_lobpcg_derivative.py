@@ -17,22 +17,25 @@ eigenvalues: F is antisymmetric, so Herm(G) o F cancels in gA and leaves 1/2 Her
 -1/2 X^H dB X off the diagonal.  Here no such part is divided by a gap, and the formulas hold inside a cluster as well:
 there the normalisation X^H B X = I still ties the vectors to each other, whatever basis of the cluster X is.
 
-All of it consists of differentiable operations, so every order of derivative follows from this one.
+All of it consists of differentiable operations, so every order of derivative follows from this one.  Only a cluster
+needs more: there diag(E) varies as a full matrix, L = diag(E) + N, N_ij = Herm(X^H (A X - B X diag(E)))_ij for i and j
+in one cluster.  N is 0, and its differential is Herm(S).  The equations with L in the place of diag(E),
+
+    C L - L C = Skew(G),    A Z - B Z L = (I - B X X^H) gX,    W = X (diag(gE) + C) - Z,    V = W L  in gB,
+
+are solved to first order in N, which makes the second derivative exact; diag(E) itself is a constant there.
 """
 
+import math
 from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from torch._lobpcg_complement import solve_on_complement
-from torch._lobpcg_gauge import CheckOptions, pair_factors
-from torch._lobpcg_pattern import hermitian_apply, hermitian_outer, multiply
+from torch._lobpcg_complement import is_small_and_dense, solve_on_complement
+from torch._lobpcg_gauge import CheckOptions, SecondOrderAtMost, pair_factors
+from torch._lobpcg_pattern import apply, hermitian_apply, hermitian_outer, multiply
 from torch._lobpcg_resolvent import SolveOptions, reduced_resolvent
-
-
-# Up to this order one more dense solve costs a few per cent of the forward (measured: 5 to 35 ms at m = 200).
-_CORRECT_BELOW = 257
 
 
 def corrected(
@@ -41,19 +44,25 @@ def corrected(
     """One Newton step on k converged pairs of a small dense pencil: E, X, residual, or the arguments as they were.
 
     Derivatives take the pairs as exact, so their error is |r| / gap.  The step x_j - R_j r_j, then Rayleigh-Ritz, makes
-    that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Pairs that have not converged
-    stay as they are, to be reported as such.
+    that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Single precision is corrected in
+    double, which leaves the rounding of the result: at m = 100, gap 1e-3, the gradient's error fell from 2e-4 to 1e-6.
+    Pairs that have not converged stay as they are, to be reported as such.
     """
-    dense = all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (A, B))
     m, k = X.shape[-2:]
     eps = torch.finfo(E.dtype).eps
-    if not dense or A is None or k == m or m >= _CORRECT_BELOW:
+    if A is None or k == m or not is_small_and_dense(A, B, m):
         return E, X, residual
-    if bool((residual > tol * scale).any()) or bool((residual <= 4 * eps * scale).all()):
+    if bool((residual > max(tol, 16 * math.sqrt(m) * eps) * scale).any()):
         return E, X, residual
-    r = multiply(A, X) - multiply(B, X) * E.unsqueeze(-2)
+    single = E.dtype == torch.float32
+    # A dense forward is at rounding level already: nothing to win.
+    if not single and bool((residual <= math.sqrt(m) * eps * scale).all()):
+        return E, X, residual
+    A, B, e, x = (M.to(torch.promote_types(M.dtype, torch.float64)) if M is not None else None for M in (A, B, E, X))
+    r = multiply(A, x) - multiply(B, x) * e.unsqueeze(-2)
+    before = torch.linalg.vector_norm(r, dim=-2)
     # A relative error of the step is as good as the square of what it corrects.
-    Z = X - solve_on_complement(A, B, E, X, r, None, None, largest, 1e-4, quiet=True)
+    Z = x - solve_on_complement(A, B, e, x, r, None, None, largest, 1e-4, quiet=True)
     L, info = torch.linalg.cholesky_ex(Z.mH @ multiply(B, Z))
     Z = torch.linalg.solve_triangular(L, Z.mH, upper=False).mH
     H = Z.mH @ multiply(A, Z)
@@ -62,11 +71,11 @@ def corrected(
         ritz, V = ritz.flip(-1), V.flip(-1)
     Z = Z @ V
     after = torch.linalg.vector_norm(multiply(A, Z) - multiply(B, Z) * ritz.unsqueeze(-2), dim=-2)
-    better = ((after.amax(-1) < residual.amax(-1)) & (info == 0)).unsqueeze(-1)
+    better = ((after.amax(-1) < before.amax(-1)) & (info == 0)).unsqueeze(-1)
     return (
-        torch.where(better, ritz, E),
-        torch.where(better.unsqueeze(-1), Z, X),
-        torch.where(better, after, residual),
+        torch.where(better, ritz, e).to(E.dtype),
+        torch.where(better.unsqueeze(-1), Z, x).to(X.dtype),
+        torch.where(better, after.to(E.dtype), residual),
     )
 
 
@@ -79,13 +88,17 @@ class ComputedPairs:
         self.residual, self.scale, self.iK = residual, scale, iK
         self.largest, self.tol = largest, tol
 
-    def resolvent(self, b: Tensor) -> Tensor:
+    def resolvent(self, b: Tensor, E: Optional[Tensor] = None) -> Tensor:
         options = SolveOptions(self.largest, self.tol)
-        return reduced_resolvent(self.A, self.B, self.E, self.X, b, self.Y, self.iK, options)
+        return reduced_resolvent(self.A, self.B, self.E if E is None else E, self.X, b, self.Y, self.iK, options)
 
-    def factors(self, G: Optional[Tensor], gE: Optional[Tensor], gX: Optional[Tensor], forward_mode: bool) -> Tensor:
+    def factors(
+        self, G: Optional[Tensor], gE: Optional[Tensor], gX: Optional[Tensor], forward_mode: bool
+    ) -> Tuple[Tensor, bool]:
+        """F, and whether some of the pairs are a cluster to it."""
         options = CheckOptions(self.X.shape[-2], self.E.shape[-1], self.tol, forward_mode)
-        return pair_factors(self.E, self.X, G, gE, gX, self.T, self.residual, self.scale, options)
+        F = pair_factors(self.E, self.X, G, gE, gX, self.T, self.residual, self.scale, options)
+        return F, options.clustered
 
 
 def reverse_mode(
@@ -97,22 +110,51 @@ def reverse_mode(
     """
     E, X = pairs.E, pairs.X
     G = None if gX is None else X.mH @ gX  # (*, k, k)
-    F = pairs.factors(G, gE, gX, forward_mode=False)
-    if gX is None:
-        W = X * gE.unsqueeze(-2)
-    else:
-        inside = (G - G.mH) / 2 * F
-        if gE is not None:
-            inside = inside + torch.diag_embed(gE).to(G.dtype)
-        W = X @ inside - pairs.resolvent(gX)
+    F, clustered = pairs.factors(G, gE, gX, forward_mode=False)
+    N = None
+    if clustered and _may_be_differentiated():
+        E, F, N = _in_cluster(pairs, F)
+    W = None if gE is None else X * gE.unsqueeze(-2)
+    if gX is not None:
+        K = (G - G.mH) / 2
+        C, Z = K * F, pairs.resolvent(gX, E)
+        if N is not None:
+            C, Z = (K + N @ C - C @ N) * F, Z + pairs.resolvent(apply(pairs.B, Z @ N), E)
+        W = X @ C - Z if W is None else W + X @ C - Z
+    if N is not None:
+        W = SecondOrderAtMost.apply(W, 0)
     gA = hermitian_outer(pairs.A, W, X) if need_A else None
     gB = None
     if need_B:
         V = W * E.unsqueeze(-2)
+        if N is not None:
+            V = V + W @ N
         if G is not None:
             V = V + X @ ((G + G.mH) / 4)
         gB = hermitian_outer(pairs.B, -V, X)
     return gA, gB
+
+
+def _may_be_differentiated() -> bool:
+    """Whether what is computed now can be differentiated later: create_graph=True, or any forward mode or torch.func."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _in_cluster(pairs: ComputedPairs, F: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """E and F constant in clustered pairs, and N = 0 that varies in their place; see the top of the module."""
+    E, X = pairs.E, pairs.X
+    apart = (F.detach() == 0).to(E.dtype)  # 1 between pairs of a cluster, and on the diagonal
+    clustered = (apart.sum(-1) > 1).to(E.dtype)  # (*, k)
+    S = X.mH @ (apply(pairs.A, X) - apply(pairs.B, X) * E.detach().unsqueeze(-2))
+    N = (S + S.mH) / 2 * (apart * clustered.unsqueeze(-1))
+    E = E.detach() * clustered + E * (1 - clustered)
+    difference = E.unsqueeze(-2) - E.unsqueeze(-1)
+    F = (1 - apart) / torch.where(apart > 0, torch.ones_like(difference), difference)
+    return E, F, N - N.detach()
 
 
 def forward_mode(pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
@@ -124,7 +166,7 @@ def forward_mode(pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor
         b = b - dBX * E.unsqueeze(-2)
     S = X.mH @ b  # (*, k, k)
     H = (S + S.mH) / 2
-    F = pairs.factors(H, None, None, forward_mode=True)
+    F, _ = pairs.factors(H, None, None, forward_mode=True)
     inside = H * F if dBX is None else H * F - X.mH @ dBX / 2
     dX = X @ inside - pairs.resolvent(b)
     return _real_diagonal(S), dX

@@ -1,11 +1,11 @@
 """What the autograd Functions of lobpcg have in common: saving by name, vmap, autocast."""
 
 import functools
-from typing import Any, Callable, Dict, List, Tuple
+import itertools
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
-
 
 
 def save(ctx, **values) -> None:
@@ -24,6 +24,14 @@ def saved(ctx) -> Dict[str, Any]:
 def without_autocast(like: Tensor):
     """Products inside run in the dtype of the input: an autocast half-precision product would lose the derivative."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+def broadcast(*shapes: Sequence[int]) -> List[int]:
+    """The shape that broadcastable shapes have together.  torch.broadcast_shapes imports a symbolic algebra package."""
+    out: List[int] = []
+    for sizes in itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        out.append(next((size for size in sizes if size != 1), 1))
+    return out[::-1]
 
 
 def batched_first(size: int, in_dims, values, trailing) -> Tuple[list, int]:

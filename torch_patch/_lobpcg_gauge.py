@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch._lobpcg_complement import warn_cut_cluster
-from torch._lobpcg_function import batched_first
+from torch._lobpcg_function import batched_first, broadcast
 
 
 class CheckOptions:
@@ -23,6 +23,7 @@ class CheckOptions:
 
     def __init__(self, m: int, k: int, tol: float, forward_mode: bool = False) -> None:
         self.m, self.k, self.tol, self.forward_mode = m, k, tol, forward_mode
+        self.clustered = False  # set by the check: whether some F_ij between different pairs is 0
 
 
 def pair_factors(
@@ -57,14 +58,50 @@ def pair_factors(
     return mask / torch.where(mask > 0, difference, torch.ones_like(difference))
 
 
+class SecondOrderAtMost(Function):
+    """W -> W; warns where a third derivative passes through."""
+
+    @staticmethod
+    def forward(W, order):
+        return W.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.order = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        return _warn_third(g, ctx.order), None
+
+    @staticmethod
+    def jvp(ctx, t, _):
+        return _warn_third(t, ctx.order)
+
+    @staticmethod
+    def vmap(info, in_dims, W, order):
+        return SecondOrderAtMost.apply(W, order), in_dims[0]
+
+
+def _warn_third(g: Tensor, order: int) -> Tensor:
+    if order < 1:
+        return SecondOrderAtMost.apply(g, order + 1)
+    warnings.warn(
+        "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some are here",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return g
+
+
 class _PairMask(Function):
     """(E, G, gE, ...) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
 
     @staticmethod
     def forward(E, G, gE, x, g, T, residual, scale, options):
         mask = _pair_mask(E, G, gE, x, g, T, residual, scale, options).to(E.dtype)
+        options.clustered = options.clustered or bool((mask.sum(-1) < options.k - 1).any())
         shapes = [mask.shape] + ([] if G is None else [G.shape]) + ([] if gE is None else [gE.shape + gE.shape[-1:]])
-        return mask.expand(torch.broadcast_shapes(*shapes)).contiguous()
+        return mask.expand(broadcast(*shapes)).contiguous()
 
     @staticmethod
     def setup_context(ctx, inputs, output):

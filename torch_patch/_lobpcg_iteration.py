@@ -26,7 +26,7 @@ from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_
 class EigenPairs(NamedTuple):
     """Eigenpairs in the order wanted (ascending for the smallest, descending for the largest) and how good they are.
 
-    E: (*, n) real; X: (*, m, n), X^H B X = I; residual: (*, n), 2-norms of A x_j - E_j B x_j;
+    E: (*, n) real; X: (*, m, n), X^H B X = I; residual: (*, n), 2-norms of A x_j - E_j B x_j (a dense solve: of fewer, k or more);
     scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has converged iff residual_j <= tol scale_j.
     """
 

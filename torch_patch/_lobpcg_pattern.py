@@ -34,6 +34,26 @@ def fast_operand(M: Any) -> Any:
     return M.to_sparse_csr()
 
 
+def by_rows(M: Tensor) -> Tensor:
+    """M as CSR if it is CSC, BSR or BSC, differentiable to any order; every other M as it is.
+
+    PyTorch can neither add two tensors of those layouts, which a second derivative does, nor multiply them fast.
+    """
+    if M.dim() > 2 or M.layout in (torch.strided, torch.sparse_coo, torch.sparse_csr):
+        return M
+    pattern = Pattern(M.detach())
+    rows, cols = pattern.positions(0, pattern.count)
+    height, width = pattern.block
+    rows = (rows * height)[:, None, None] + torch.arange(height, device=rows.device)[:, None]
+    cols = (cols * width)[:, None, None] + torch.arange(width, device=cols.device)
+    flat, order = (rows * M.shape[-1] + cols).reshape(-1).sort()
+    counts = torch.bincount(flat // M.shape[-1], minlength=M.shape[-2])
+    crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values = _Values.apply(M).reshape(-1)[order]
+    held = torch.sparse_csr_tensor(crow, flat % M.shape[-1], values.detach(), M.shape, check_invariants=False)
+    return _SparseFromValues.apply(values, Pattern(held))
+
+
 def multiply(M: Any, V: Tensor) -> Tensor:
     """M V, not differentiated through a sparse M: batch dimensions of M and V broadcast."""
     if M is None:
@@ -304,6 +324,23 @@ class _SparseFromValues(Function):
         blocks = g.reshape(-1, size, height, size, width).transpose(-2, -3)
         values = blocks[rows // size, rows % size, cols % size]
         return values.reshape(pattern.values.shape), None
+
+
+class _Values(Function):
+    """values of a compressed sparse tensor; backward: the tensor of the same pattern that holds the cotangent."""
+
+    @staticmethod
+    def forward(G: Tensor) -> Tensor:
+        return G.values().clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.pattern = Pattern(inputs[0].detach())
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, h: Optional[Tensor]):
+        return None if h is None else _SparseFromValues.apply(h, ctx.pattern)
 
 
 class _SparseProduct(Function):

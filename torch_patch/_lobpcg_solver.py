@@ -50,7 +50,10 @@ def iterate(A: Tensor, B: Optional[Tensor], X: Tensor, iK: Optional[Tensor], set
 
 
 def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[int]) -> EigenPairs:
-    """All m pairs by Cholesky of B and eigh: (*, m), (*, m, m). Cost: about 9 m^3 a matrix; m^2 numbers are kept."""
+    """All m pairs by Cholesky of B and eigh, E (*, m), X (*, m, m), residuals of the first n. Cost: about 9 m^3 a matrix.
+
+    The pairs beyond k cost nothing here, and with them the backward solve is a sum.
+    """
     m = A.size(-1)
     A = A.to_dense() if is_sparse_layout(A) else A
     sA = safe_scale(largest_entry(A), A.dtype)
@@ -73,20 +76,24 @@ def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[
         X = torch.linalg.solve_triangular(L.mH, V, upper=True)
         BX = T @ X
         norm_B = torch.linalg.matrix_norm(T).unsqueeze(-1) / m**0.5
-    residual = torch.linalg.vector_norm(S @ X - BX * E.unsqueeze(-2), dim=-2)
+    if settings.largest:
+        E, X, BX = E.flip([-1]), X.flip([-1]), BX.flip([-1])
+    # The residual costs a product with A a column: of the pairs that are asked for, not of all m.
+    n = min(settings.n, m)
+    first = X[..., :n]
+    residual = torch.linalg.vector_norm(S @ first - BX[..., :n] * E[..., None, :n], dim=-2)
     norm_A = torch.linalg.matrix_norm(S).unsqueeze(-1) / m**0.5
     if B is None:
         norm_A = norm_A.maximum(E.abs().amax(-1, keepdim=True))
-    scale = (norm_A + E.abs() * norm_B) * torch.linalg.vector_norm(X, dim=-2)
-    if settings.largest:
-        E, X, residual, scale = E.flip([-1]), X.flip([-1]), residual.flip([-1]), scale.flip([-1])
+    scale = (norm_A + E[..., :n].abs() * norm_B) * torch.linalg.vector_norm(first, dim=-2)
     up = (1.0 / sA).to(E.dtype).unsqueeze(-1)
     root = sB.sqrt().to(E.dtype).unsqueeze(-1)
     E = E * up * root.square()
     X = X * root.unsqueeze(-1)
-    full = batch + [m]
     residual, scale = residual * up * root, scale * up * root
-    return EigenPairs(E.expand(full), X.expand(batch + [m, m]), residual.expand(full), scale.expand(full))
+    return EigenPairs(
+        E.expand(batch + [m]), X.expand(batch + [m, m]), residual.expand(batch + [n]), scale.expand(batch + [n])
+    )
 
 
 def _no_pairs(batch: list[int], m: int, n: int, like: Tensor) -> EigenPairs:

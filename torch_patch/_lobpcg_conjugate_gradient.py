@@ -1,0 +1,167 @@
+"""Conjugate gradients on many columns with one shift each: projected, preconditioned, deflated, restarted.
+
+The operator K_j = s (A - E_j B) / scale is a torch._lobpcg_complement.Complement, positive definite on the complement of the
+eigenvectors.  Extra columns that the forward carried are deflated (Saad, Yeung, Erhel, Guyomarc'h 2000).
+"""
+
+from typing import Any, Callable, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from torch._lobpcg_pattern import multiply
+
+_RESTARTS = 2
+
+
+def inner(U: Tensor, V: Tensor) -> Tensor:
+    """Real parts of u_j^H v_j; (*, m, p) -> (*, 1, p)."""
+    if U.is_complex():
+        return (torch.view_as_real(U) * torch.view_as_real(V)).sum((-1, -3)).unsqueeze(-2)
+    return (U * V).sum(-2, keepdim=True)
+
+
+class Deflation:
+    """Coarse space of further approximate eigenvectors Y, exact for any Y: directions are kept K_j-orthogonal to Y."""
+
+    def __init__(self, op: Any, Y: Tensor) -> None:
+        self.Y = Y = op.project(Y)
+        factor = op.sign / op.scale
+        self.AY = op.project_dual(multiply(op.A, Y)) * factor
+        self.BY = op.project_dual(multiply(op.B, Y)) * factor
+        self.shifts = op.shifts
+        gram = (Y.mH @ self.AY).unsqueeze(-3) - op.shifts[..., None, None] * (Y.mH @ self.BY).unsqueeze(-3)
+        L, info = torch.linalg.cholesky_ex((gram + gram.mH) / 2)  # (*, q, p, p)
+        smallest = torch.diagonal(L, dim1=-2, dim2=-1).real.amin()
+        # Below sqrt(eps) of the operator's size the coarse space holds a cluster cut at k: dividing by it is noise.
+        floor = torch.finfo(op.shifts.dtype).eps ** 0.5
+        self.usable = bool(~(info != 0).any() & (smallest * smallest > floor))
+        self.inverse = torch.cholesky_inverse(L) if self.usable else L
+
+    def restrict(self, columns: Tensor) -> "Deflation":
+        part = object.__new__(Deflation)
+        part.__dict__.update(self.__dict__)
+        part.shifts, part.inverse = self.shifts[..., columns], self.inverse[..., columns, :, :]
+        return part
+
+    def coarse(self, c: Tensor) -> Tensor:
+        """Y M_j^-1 c_j for c: (*, p, q)."""
+        return self.Y @ (self.inverse @ c.mT.unsqueeze(-1)).squeeze(-1).mT
+
+    def __call__(self, t: Tensor) -> Tensor:
+        c = self.AY.mH @ t - (self.BY.mH @ t) * self.shifts[..., None, :]
+        return t - self.coarse(c)
+
+
+class State:
+    """How a run of conjugate gradients ended: worst relative residual, whether curvature was not positive, |K|."""
+
+    def __init__(self, residual: float, all_done: bool, indefinite: bool, norm: Tensor) -> None:
+        self.residual, self.all_done, self.indefinite, self.norm = residual, all_done, indefinite, norm
+
+
+def conjugate_gradients(
+    op: Any,
+    b: Tensor,
+    z: Tensor,
+    deflation: Optional[Deflation],
+    precondition: Optional[Callable[[Tensor], Tensor]],
+    rtol: float,
+    budget: int,
+) -> Tuple[Tensor, State]:
+    """Independent conjugate gradients on the unit columns b_j, restarted from the true residual where rounding asks.
+
+    Every column stops at rtol or at the accuracy attainable for it, c eps |K| |z_j|: its recursive residual would go
+    on shrinking while the true one does not.
+    """
+    eps = torch.finfo(op.shifts.dtype).eps
+    columns = torch.arange(b.shape[-1], device=b.device)
+    indefinite = False
+    for _ in range(1 + _RESTARTS):
+        part = op.restrict(columns)
+        r = b[..., columns] - part(z[..., columns])
+        dz, norm, used, indefinite = _sweep(
+            part, r, z[..., columns], deflation and deflation.restrict(columns), precondition, rtol, budget
+        )
+        budget -= used
+        z = z.index_add(-1, columns, dz)
+        r = b[..., columns] - part(z[..., columns])
+        size = torch.linalg.vector_norm(r, dim=-2)
+        # Two products and a subtraction, each with an error of a few eps |K| |z|.
+        attainable = 16 * eps * (1 + norm * torch.linalg.vector_norm(z[..., columns], dim=-2))
+        late = (size > torch.clamp(attainable, min=2 * rtol)).reshape(-1, columns.numel()).any(0)
+        worst = float(size.max()) if size.numel() else 0.0
+        if not bool(late.any()):
+            return z, State(worst, True, False, norm)
+        columns = columns[late]
+        if budget <= 0 or indefinite:
+            break
+    return z, State(worst, False, indefinite, norm)
+
+
+def _sweep(
+    op: Any,
+    r: Tensor,
+    z0: Tensor,
+    deflation: Optional[Deflation],
+    precondition: Optional[Callable[[Tensor], Tensor]],
+    rtol: float,
+    budget: int,
+) -> Tuple[Tensor, Tensor, int, bool]:
+    """One run from residual r: the increment of z, an estimate of |K|, iterations used, whether K was indefinite.
+
+    Columns that stop leave the block, so products are with active columns only.  One synchronisation per iteration.
+    """
+    eps = torch.finfo(op.shifts.dtype).eps
+    out = torch.zeros_like(r)
+    index = torch.arange(r.shape[-1], device=r.device)
+    tiny = torch.finfo(op.shifts.dtype).tiny
+    dz = torch.zeros_like(r) if deflation is None else deflation.coarse(deflation.Y.mH @ r)
+    if deflation is not None:
+        r = r - op(dz)
+    norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
+    size0 = torch.linalg.vector_norm(z0, dim=-2, keepdim=True)
+    p = Kp = rho = alpha = None
+    indefinite = False
+    step = 0
+    while True:
+        size = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
+        reach = 2 * eps * norm * (size0 + torch.linalg.vector_norm(dz, dim=-2, keepdim=True))
+        active = (size > torch.clamp(reach, min=rtol)).reshape(-1, index.numel()).any(0)
+        flags = active.tolist()  # the synchronisation
+        if not all(flags) or step >= budget:
+            out.index_copy_(-1, index, dz)
+            keep = [i for i, flag in enumerate(flags) if flag]
+            if not keep or step >= budget:
+                return out, norm, step, indefinite
+            keep = torch.tensor(keep, device=r.device)
+            op = op.restrict(keep)
+            deflation = deflation and deflation.restrict(keep)
+            index, r, dz, size0 = index[keep], r[..., keep], dz[..., keep], size0[..., keep]
+            size, reach = size[..., keep], reach[..., keep]
+            if p is not None:
+                p, Kp, rho, alpha = p[..., keep], Kp[..., keep], rho[..., keep], alpha[..., keep]
+        t = r
+        if precondition is not None or op.B is not None:
+            t = op.project(t if precondition is None else precondition(t))
+        if deflation is not None:
+            t = deflation(t)
+        new = inner(r, t)
+        if p is None:
+            p = t
+        else:
+            # <t, r_old> = 0 for a fixed symmetric preconditioner; written out it may vary or be nonsymmetric.
+            beta = new / rho if precondition is None else -alpha * inner(t, Kp) / rho
+            p = torch.addcmul(t, p, beta.to(p.dtype))
+        rho = torch.clamp(new, min=tiny)
+        Kp = op(p)
+        curvature = inner(p, Kp)
+        norm = torch.maximum(norm, (torch.linalg.vector_norm(Kp, dim=-2) / torch.linalg.vector_norm(p, dim=-2)).amax())
+        good = (curvature > 0) & (new > 0)
+        alpha = torch.where(good, new / curvature, torch.zeros_like(new))
+        dz = torch.addcmul(dz, p, alpha.to(p.dtype))
+        r = torch.addcmul(r, Kp, -alpha.to(p.dtype))
+        step += 1
+        if step % 8 == 0 and bool((~good & (size > torch.clamp(reach, min=rtol))).any()):
+            out.index_copy_(-1, index, dz)
+            return out, norm, step, True

@@ -1,0 +1,103 @@
+"""Higher derivatives through torch.sparse_coo_tensor(indices, values), torch.sparse_csr_tensor and their siblings.
+
+PyTorch differentiates these constructors once.  For COO the gradient of `values` has no graph, so a second derivative
+that passes through it would be lost without a word; for the compressed layouts the second derivative raises.  A hook
+on the constructor's node replaces that gradient by an equal one that is differentiable.  It acts where a graph is asked
+for (create_graph=True) and does nothing otherwise.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torch._lobpcg_pattern import Pattern, _SparseFromValues, _Values
+
+_COO, _COMPRESSED = "SparseCooTensorWithDimsAndTensorsBackward0", "SparseCompressedTensorBackward0"
+# Nodes between a sparse tensor and its constructors: conversions and sums, a handful.
+_MOST_NODES = 64
+
+
+def keep_graph_of_values(M: Tensor) -> None:
+    """Hook every sparse constructor that M came from, once each."""
+    pending, seen = [M.grad_fn], 0
+    while pending and seen < _MOST_NODES:
+        node = pending.pop()
+        seen += 1
+        if node is None:
+            continue
+        if node.name() not in (_COO, _COMPRESSED):
+            pending.extend(parent for parent, _ in node.next_functions)
+        elif not node.metadata.get(_COO):
+            node.metadata[_COO] = True
+            node.register_hook(_Replacement(node._saved_result.detach()))
+
+
+class _Replacement:
+    """The hook: made of what the constructor returned, which holds the indices in the caller's order."""
+
+    def __init__(self, made: Tensor) -> None:
+        self.made = made
+
+    def __call__(self, grad_inputs, grad_outputs) -> Any:
+        g, made = grad_outputs[0], self.made
+        which = [i for i, h in enumerate(grad_inputs) if h is not None]
+        if g is None or not g.requires_grad or not torch.is_grad_enabled() or len(which) != 1:
+            return None
+        if made.layout == torch.sparse_coo:
+            if g.layout == torch.strided:
+                values = g[tuple(made._indices())]
+            else:
+                values = _ValuesAt.apply(g.to_sparse_coo(), made._indices())
+        elif _same_positions(g, made):
+            values = _Values.apply(g)
+        else:
+            return None
+        return tuple(values if i == which[0] else h for i, h in enumerate(grad_inputs))
+
+
+def _same_positions(g: Tensor, made: Tensor) -> bool:
+    if g.layout != made.layout:
+        return False
+    a, b = Pattern(g.detach()), Pattern(made)
+    return torch.equal(a.compressed, b.compressed) and torch.equal(a.plain, b.plain)
+
+
+class _ValuesAt(Function):
+    """(sparse G, indices) -> the elements of G there, 0 where G stores none.  Backward: a sparse tensor like G."""
+
+    @staticmethod
+    def forward(G: Tensor, indices: Tensor) -> Tensor:
+        pattern = Pattern(G)
+        where, stored = _find(pattern, indices)
+        return torch.where(stored, pattern.values[where], torch.zeros_like(pattern.values[:1]))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        G, indices = inputs
+        ctx.pattern = Pattern(G.detach())
+        ctx.where, ctx.stored = _find(ctx.pattern, indices)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, h: Optional[Tensor]):
+        if h is None:
+            return None, None
+        h = torch.where(ctx.stored, h, torch.zeros_like(h))
+        values = torch.zeros_like(ctx.pattern.values).index_add(0, ctx.where, h)
+        return _SparseFromValues.apply(values, ctx.pattern), None
+
+
+def _find(pattern: Pattern, indices: Tensor):
+    """Position of each index among the stored elements (coalesced, so sorted), and whether it is one of them."""
+    ours, theirs = (_flat(i, pattern.shape) for i in (pattern.indices, indices))
+    where = torch.searchsorted(ours, theirs).clamp(max=max(0, ours.numel() - 1))
+    return where, ours[where] == theirs
+
+
+def _flat(indices: Tensor, shape: torch.Size) -> Tensor:
+    flat = torch.zeros_like(indices[0])
+    for size, coordinate in zip(shape, indices):
+        flat = flat * size + coordinate
+    return flat
