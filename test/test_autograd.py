@@ -11,12 +11,12 @@ import weakref
 import torch
 from torch.autograd import Function
 from torch.testing._internal.common_utils import (
-    TestCase,
     gradcheck,
     gradgradcheck,
     instantiate_parametrized_tests,
     parametrize,
     run_tests,
+    TestCase,
 )
 
 
@@ -892,7 +892,7 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
     def test_wrong_and_silent_never_happens(self):
         """Random problems: within the bound of the oracle, or an error, or a warning."""
         try:
-            from hypothesis import HealthCheck, given, settings, strategies as st
+            from hypothesis import given, HealthCheck, settings, strategies as st
         except ImportError:
             self.skipTest("hypothesis is not installed")
         examples = int(os.environ.get("LOBPCG_TEST_EXAMPLES", "2000" if self.full else "60"))

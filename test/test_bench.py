@@ -9,18 +9,21 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench  # noqa: E402
 from benchmark import cases, report, upstream  # noqa: E402
-from benchmark.cases import CASES, PEERS, Bar, Case, Study, select  # noqa: E402
+from benchmark.cases import Bar, Case, CASES, PEERS, select, Study  # noqa: E402
 from benchmark.process import Options, Row  # noqa: E402
+
 
 try:
     import scipy  # noqa: F401
-    import torch
     from benchmark import problems
+
+    import torch
 
     problems.catalogue()
     HAS_PROBLEMS = True

@@ -96,6 +96,10 @@ def test_symmetric_gradcheck(demo, options):
     assert broken_bounds(demo.symmetric_gradcheck(**options)) == []
 
 
+def test_four_cases(demo):
+    assert broken_bounds(demo.four_cases(size=60, orders=(1, 5))) == []
+
+
 def test_demo_notices_a_wrong_gradient(demo, monkeypatch):
     """With every gradient in A and B one per cent too large, every bound that is on a gradient is broken."""
     right = torch.lobpcg
@@ -111,6 +115,11 @@ def test_demo_notices_a_wrong_gradient(demo, monkeypatch):
         return right(enlarge(A), k, enlarge(B), **options)
 
     monkeypatch.setattr(torch, "lobpcg", wrong)
-    figures = [*demo.issue_38948(), *demo.karate_club(report=silent), *demo.symmetric_gradcheck(fast_mode=True)]
+    figures = [
+        *demo.issue_38948(),
+        *demo.karate_club(report=silent),
+        *demo.symmetric_gradcheck(fast_mode=True),
+        *demo.four_cases(size=20, orders=(1,)),
+    ]
     kept = [figure.name for figure in figures if figure.kept]
     assert kept == ["karate club, eigenvalues: largest error"]

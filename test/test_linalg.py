@@ -12,7 +12,7 @@ from torch.testing._internal.common_device_type import (
     onlyCPU,
     onlyNativeDeviceTypes,
 )
-from torch.testing._internal.common_utils import TestCase, run_tests
+from torch.testing._internal.common_utils import run_tests, TestCase
 
 
 class LobpcgTestCase(TestCase):
@@ -573,7 +573,13 @@ class TestLobpcgProducts(LobpcgTestCase):
             with self.subTest(iK=name, method=method):
                 steps = []
                 E, X, messages = self.solve(
-                    A, k=3, iK=iK, largest=False, method=method, tol=1e-8, tracker=lambda worker: steps.append(worker.ivars["istep"])
+                    A,
+                    k=3,
+                    iK=iK,
+                    largest=False,
+                    method=method,
+                    tol=1e-8,
+                    tracker=lambda worker: steps.append(worker.ivars["istep"]),
                 )
                 self.assertEqual(messages, [])
                 self.assertLessEqual(steps[-1], 15)
@@ -1036,7 +1042,7 @@ class TestLobpcgRandomized(LobpcgTestCase):
 
     def test_random_pencils(self):
         try:
-            from hypothesis import HealthCheck, given, settings, strategies as st
+            from hypothesis import given, HealthCheck, settings, strategies as st
         except ImportError:
             self.skipTest("hypothesis is not installed")
         import os

@@ -23,6 +23,7 @@ from benchmark import report as reports
 from benchmark.cases import CASES, select
 from benchmark.process import Options, Row
 
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -125,7 +126,7 @@ def draw(folder: Path, python: str) -> None:
         str(folder / "bench.json"),
         str(folder / "bench.png"),
     ]
-    drawn = subprocess.run(command, capture_output=True, text=True)
+    drawn = subprocess.run(command, check=False, capture_output=True, text=True)
     if drawn.returncode:
         reason = drawn.stderr.strip().splitlines()[-1] if drawn.stderr.strip() else "unknown reason"
         print(f"bench.py: no plot: {reason}", file=sys.stderr)

@@ -47,6 +47,7 @@ PACKAGES = {
     "expecttest": "expecttest>=0.2",
     "hypothesis": "hypothesis>=6",
     "pytest": "pytest>=8",
+    "xdist": "pytest-xdist>=3.2",
 }
 # variables through which the caller's shell would put other packages in front of those of .venv
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "VIRTUAL_ENV")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+
 PEERS = {
     "patched": "torch.lobpcg of the interpreter's PyTorch",
     "upstream": "torch.lobpcg of the unpatched torch/_lobpcg.py, loaded beside it",
@@ -260,20 +261,20 @@ def _backward_cases() -> list[Case]:
             bars=(Bar("seconds", 1.0, "eigh"),),
         ),
     ]
-    for layout in ("csr", "coo"):
-        for iK in ("", "amg"):
-            cases.append(
-                case(
-                    f"100x100-{layout}" + ("-amg" if iK else ""),
-                    f"2-D Laplacian 100 x 100, {layout.upper()}" + (", pyamg as iK" if iK else ""),
-                    _laplacian(100, 100),
-                    4,
-                    layout=f"sparse_{layout}",
-                    iK=iK,
-                    niter=0 if iK else _UNTIL,
-                    bars=(Bar("seconds", 1.6, "patched", "forward"), small_error),
-                )
-            )
+    cases += [
+        case(
+            f"100x100-{layout}" + ("-amg" if iK else ""),
+            f"2-D Laplacian 100 x 100, {layout.upper()}" + (", pyamg as iK" if iK else ""),
+            _laplacian(100, 100),
+            4,
+            layout=f"sparse_{layout}",
+            iK=iK,
+            niter=0 if iK else _UNTIL,
+            bars=(Bar("seconds", 1.6, "patched", "forward"), small_error),
+        )
+        for layout in ("csr", "coo")
+        for iK in ("", "amg")
+    ]
     three = (Bar("peak_mb", 3000), Bar("gradient_error", 1e-5))
     cases += [
         case(

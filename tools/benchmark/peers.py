@@ -10,8 +10,8 @@ import contextlib
 
 import numpy as np
 import scipy.sparse.linalg
-import torch
 
+import torch
 from benchmark import upstream
 
 

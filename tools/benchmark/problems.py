@@ -15,6 +15,7 @@ import numpy as np
 import scipy.fft
 import scipy.sparse
 import scipy.sparse.linalg
+
 import torch
 
 
@@ -72,7 +73,7 @@ class Instance:
         elif self.case.iK == "amg":
             import pyamg
 
-            np.random.seed(0)  # pyamg estimates spectral radii from the global generator
+            np.random.seed(0)  # noqa: NPY002 - pyamg estimates spectral radii from the global generator
             nullspace = None if self.mass is None else 1 / self.mass[:, None]
             solver = pyamg.smoothed_aggregation_solver(self.matrices[0].tocsr(), B=nullspace)
             iK = solver.aspreconditioner()

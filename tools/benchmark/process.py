@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmark.cases import Case
 
+
 BENCH = Path(__file__).resolve().parents[1] / "bench.py"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from statistics import median
 
-from benchmark.cases import CASES, METRICS, PEERS, STUDIES, Bar, Study
+from benchmark.cases import Bar, CASES, METRICS, PEERS, STUDIES, Study
+
 
 # residuals of peers that stopped by the same request differ by less than the last iteration gains
 LARGER = 1.05
@@ -123,7 +124,7 @@ def number(value: float | None) -> str:
     """Three digits; small and large ones in scientific notation; a dash for nothing."""
     if value is None:
         return "-"
-    if not math.isfinite(value) or value == int(value) and abs(value) < 1e6:
+    if not math.isfinite(value) or (value == int(value) and abs(value) < 1e6):
         return f"{value:g}"
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
 
@@ -184,9 +185,11 @@ def markdown(report: dict) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     parts = [
         "# torch.lobpcg and its peers",
-        f"{report['threads']} thread(s); {report['machine']}; {versions}; {report['clock']} time. Each row is a "
-        f"process of its own; the peers of a case take turns, medians of up to {report['repeats']} turns after a "
-        "warm-up. Compare ratios, not seconds; residuals and errors are the worst over the turns.",
+        (
+            f"{report['threads']} thread(s); {report['machine']}; {versions}; {report['clock']} time. Each row is a "
+            f"process of its own; the peers of a case take turns, medians of up to {report['repeats']} turns after a "
+            "warm-up. Compare ratios, not seconds; residuals and errors are the worst over the turns."
+        ),
     ]
     judged = report["bars"]
     if judged:

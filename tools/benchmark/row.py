@@ -34,7 +34,7 @@ def serve(request: dict) -> None:
             if command["do"] == "end":
                 break
             answer(row.run(command["seed"]) if command["do"] == "run" else row.count(command["seed"]))
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
+    except Exception as error:  # whatever a peer raises is its result
         text = " ".join(str(error).split())
         answer({"error": f"{type(error).__name__}: {text[:300]}"})
 
@@ -44,7 +44,6 @@ class Row:
 
     def __init__(self, request: dict):
         import torch
-
         from benchmark import cases, peers, problems
 
         torch.set_num_threads(request["threads"])
@@ -80,6 +79,7 @@ class Row:
     def about(self) -> dict:
         import numpy
         import scipy
+
         import torch
 
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}

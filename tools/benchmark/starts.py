@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
+
 DTYPES = ("float32", "float64", "complex128")
 
 
@@ -71,7 +72,7 @@ class Findings:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 E, _ = peer.solve(instance.A, instance.B, seed, tol, X=peer.start(seed))
-        except Exception as error:  # noqa: BLE001 - a crash is a result here
+        except Exception as error:  # a crash is a result here
             self._fail(f"{name}, start {seed}: {type(error).__name__}: {str(error)[:100]}")
             return
         error = float((E.double() - instance.exact).abs().max())

@@ -10,6 +10,7 @@ import types
 import zipfile
 from pathlib import Path
 
+
 MEMBER = "torch/_lobpcg.py"
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from . import disk
 from .errors import PatchError, raise_all
 from .lock import locked
-from .plan import Plan, make_plan, originals
+from .plan import make_plan, originals, Plan
 from .record import Record
-from .series import Series, load_series
-from .store import Step, Store, Transaction, inverse
-from .target import Target, changed_in_git, find_target
+from .series import load_series, Series
+from .store import inverse, Step, Store, Transaction
+from .target import changed_in_git, find_target, Target
 from .text import comma_list
 
 

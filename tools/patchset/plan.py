@@ -10,7 +10,7 @@ from .classes import insert_classes
 from .disk import FileState
 from .errors import PatchError, raise_all
 from .record import Record
-from .series import Patch, Series, check_classes
+from .series import check_classes, Patch, Series
 from .store import Step, Store, Transaction
 from .target import Target, version_numbers
 from .text import sha256

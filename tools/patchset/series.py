@@ -7,7 +7,7 @@ from . import disk, toml
 from .classes import class_names
 from .errors import PatchError, raise_all
 from .text import comma_list
-from .weave import Edit, check_edit
+from .weave import check_edit, Edit
 
 
 _LISTS = ("resolves", "tests", "new", "replace", "weave", "classes", "docs")

@@ -8,7 +8,7 @@ second question, which `check_symmetric_grad` asks of func alone.
 """
 
 import torch
-from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
+from torch.autograd.gradcheck import gradcheck, GradcheckError, gradgradcheck
 from torch.overrides import is_tensor_like
 
 
