@@ -5,9 +5,17 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch._lobpcg_arguments import check_alike, check_block, check_broadcast, check_dtype, check_matrix, settle
-from torch._lobpcg_autograd import differentiable_eigenpairs, LOBPCGAutogradFunction
-from torch._lobpcg_iteration import EigenPairs, LOBPCG
+from torch._lobpcg_arguments import (
+    check_alike,
+    check_block,
+    check_broadcast,
+    check_dtype,
+    check_matrix,
+    ortho_parameters,
+    settle,
+)
+from torch._lobpcg_autograd import differentiable_eigenpairs
+from torch._lobpcg_iteration import EigenPairs
 from torch._lobpcg_solver import solve
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -41,54 +49,56 @@ tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Te
 
     where :math:`A` is Hermitian (real: symmetric), not necessarily definite, and :math:`B` Hermitian positive definite.
     Only products with blocks of vectors are needed, so :attr:`A` may be large and sparse. Differentiable in
-    :attr:`A` and :attr:`B`, for dense and sparse input, to any order.
+    :attr:`A` and :attr:`B`, dense and sparse.
 
-    Where the matrices are dense and small (m up to 512), or too small for the method (m < 3 n), one dense factorisation
-    replaces the iterations, unless :attr:`method`, :attr:`niter` or :attr:`tracker` asks for them. For all
-    eigenvalues, or more than a third of them, use :func:`torch.linalg.eigh`.
+    Where the matrices are dense and small (m up to 512; 128 if :attr:`iK` is given), or too small for the method
+    (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
+    :attr:`tracker` asks for them. For more than a third of the eigenvalues use :func:`torch.linalg.eigh`.
 
-    .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`(A + A^H) / 2`, so gradients are Hermitian.
-        A sparse one must be Hermitian.
+    .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`(A + A^H) / 2`, so gradients are
+        Hermitian. A sparse one must be Hermitian.
 
-    .. warning:: Eigenvectors are determined up to a factor of modulus one, inside a repeated eigenvalue up to a unitary matrix,
-        and a gradient exists only for a loss that does not see that freedom. One that does is an error or a warning
-        that names the eigenvalues. A gradient amplifies the residual of the pairs by the inverse of the gap
-        between eigenvalues: pairs that have not converged are warned of, once in forward and once in backward.
+    .. warning:: Eigenvectors are determined up to a factor of modulus one, inside a repeated eigenvalue up to a
+        unitary matrix, and a gradient exists only for a loss that does not see that freedom. One that does is an
+        error or a warning that names the eigenvalues. A gradient amplifies the residual of the pairs by the
+        inverse of the gap between eigenvalues: pairs that have not converged are warned of, once in forward and
+        once in backward.
 
     Args:
         A (Tensor): :math:`(*, m, m)`, float32, float64, complex64 or complex128; strided, COO, CSR, CSC, BSR or BSC
-            (batches: strided, COO or CSR). Outside TorchScript also a callable that maps blocks :math:`(*, m, p)` to their products,
-            a constant to autograd; then :attr:`X` gives size, dtype and device.
+            (batches: strided, COO or CSR). Outside TorchScript also a callable that maps blocks :math:`(*, m, p)` to
+            their products, a constant to autograd; then :attr:`X` gives size, dtype and device.
         k (int, optional): number of pairs. Default: the columns of :attr:`X`, or 1.
         B (Tensor, optional): :math:`(*, m, m)`, as :attr:`A`. Default: the identity.
-        X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` columns; not changed, not differentiated.
-            Default: fixed pseudo-random numbers, the same in every call.
+        X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
+            not differentiated. Default: fixed pseudo-random numbers, the same in every call.
         n (int, optional): columns of the default start block, at least :attr:`k`. The pairs beyond :attr:`k` are not
             returned; they speed up the iteration and the gradient. Default: a few more than :attr:`k`.
         iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
-            :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or, outside
-            TorchScript, a callable on blocks. Used in backward as well; not differentiated.
-        niter (int, optional): most iterations. 0: Rayleigh-Ritz on the start block alone; -1: until the residual cannot
-            improve any more. Default: 1000.
-        tol (float, optional): a pair has converged when :math:`\|A x - \lambda B x\|_2 \le tol (\|A\| + |\lambda| \|B\|) \|x\|_2`,
-            norms being the root mean square of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1.
+            :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
+            outside TorchScript, a callable on blocks. Used in backward as well; not differentiated.
+        niter (int, optional): most iterations. 0: Rayleigh-Ritz on the start block alone; -1: until the residual
+            cannot improve any more. Default: 1000.
+        tol (float, optional): a pair has converged when
+            :math:`\|A x - \lambda B x\|_2 \le tol (\|A\| + |\lambda| \|B\|) \|x\|_2`, norms being the root mean square
+            of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1.
         largest (bool, optional): the largest (in descending order) or the smallest (ascending). Default: True.
-        method (str, optional): "ortho" orthogonalises the new directions explicitly where digits would be lost otherwise,
-            "basic" never. Default: "ortho".
-        tracker (callable, optional): called with the worker before the first and after every iteration; batches are then
-            solved one matrix at a time. The worker has the attributes A, B, iK, X, E, R (residuals), S (the basis),
-            iparams, fparams, bparams, ivars, fvars, bvars, tvars; ``worker.bvars["force_stop"] = True`` stops it.
-            Not in TorchScript.
-        ortho_iparams, ortho_fparams, ortho_bparams (dict, optional): parameters of "ortho", see the worker's
-            iparams, fparams and bparams: ``i_max`` (2), passes of the explicit projection; ``tol_drop``
-            (square root of eps), squared sine of the angle to the other directions under which one is dropped.
+        method (str, optional): "ortho" orthogonalises the new directions explicitly where digits would be lost
+            otherwise, "basic" never. Default: "ortho".
+        tracker (callable, optional): called with the worker before the first and after every iteration; batches are
+            then solved one matrix at a time. The worker has the attributes A, B, iK, X, E, R (residuals), S (the
+            basis), iparams, fparams, bparams, ivars, fvars, bvars, tvars; ``worker.bvars["force_stop"] = True`` stops
+            it. Not in TorchScript.
+        ortho_iparams, ortho_fparams, ortho_bparams (dict, optional): entries join the worker's iparams, fparams and
+            bparams under names that begin with ``ortho_``. ``ortho_iparams={"i_max": 2}`` sets how often "ortho"
+            projects; the other entries have no effect.
 
     Returns:
         E, real, :math:`(*, k)`, and X, :math:`(*, m, k)`.
 
     Raises:
-        ValueError: a shape, number or value that does not fit; NaN or infinity; a sparse matrix that is not Hermitian; B or iK that shows
-            itself not to be positive definite; m < 3 n where iterations are asked for.
+        ValueError: a shape, number or value that does not fit; NaN or infinity; a sparse matrix that is not Hermitian;
+            B or iK that shows itself not to be positive definite; m < 3 n where iterations are asked for.
         TypeError: a dtype that is not supported or differs between arguments.
 
     Warns:
@@ -96,7 +106,7 @@ tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Te
 
     Example::
 
-        >>> # the five smallest eigenvalues of a path graph's Laplacian, and their gradient with respect to the edge weights
+        >>> # five smallest eigenvalues of a path graph's Laplacian, and their gradient with respect to edge weights
         >>> w = torch.ones(99, dtype=torch.float64, requires_grad=True)
         >>> i = torch.arange(99)
         >>> rows, columns = torch.cat([i, i + 1, i, i + 1]), torch.cat([i, i + 1, i + 1, i])
@@ -106,9 +116,9 @@ tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Te
         >>> bool((w.grad - (X[1:] - X[:-1]).square().sum(-1)).abs().max() < 1e-6)
         True
 
-    References: Knyazev (2001), SIAM J. Sci. Comput. 23(2), 517-541. Hetmaniuk and Lehoucq (2006), J. Comput. Phys. 218,
-    324-332. Duersch, Shao, Yang and Gu (2018), SIAM J. Sci. Comput. 40(5), C655-C676. Stathopoulos and Wu (2002), SIAM J. Sci.
-    Comput. 23(6), 2165-2182. Gradient: Magnus (1985), Econometric Theory 1, 179-191.
+    References: Knyazev (2001), SIAM J. Sci. Comput. 23(2), 517-541. Hetmaniuk and Lehoucq (2006), J. Comput. Phys.
+    218, 324-332. Duersch, Shao, Yang and Gu (2018), SIAM J. Sci. Comput. 40(5), C655-C676. Stathopoulos and Wu (2002),
+    SIAM J. Sci. Comput. 23(6), 2165-2182. Gradient: Magnus (1985), Econometric Theory 1, 179-191.
     """
     if not torch.jit.is_scripting():
         tensors = (A, B, X, iK)
@@ -144,8 +154,12 @@ tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Te
     if B is not None:
         needs_grad = needs_grad or B.requires_grad
     if needs_grad:
-        raise RuntimeError("lobpcg: a scripted call cannot differentiate; call torch.lobpcg without torch.jit.script where A or B requires grad")
-    pairs = solve(A, B, X, iK, batch, m, settings, None)
+        raise RuntimeError(
+            "lobpcg: a scripted call cannot differentiate; call torch.lobpcg without torch.jit.script where A or B "
+            "requires grad"
+        )
+    parameters = ortho_parameters(ortho_iparams, ortho_fparams, ortho_bparams)
+    pairs = solve(A, B, X, iK, batch, m, settings, None, parameters)
     _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
     return pairs.E[..., : settings.k], pairs.X[..., : settings.k]
 
@@ -155,7 +169,9 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     """lobpcg outside TorchScript: callables allowed, autograd and transforms recorded."""
     for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
         if T is not None and not isinstance(T, Tensor) and not callable(T):
-            raise TypeError(f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)")
+            raise TypeError(
+                f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)"
+            )
     for number, name in ((k, "k"), (n, "n"), (niter, "niter")):
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, torch.SymInt))):
             raise TypeError(f"lobpcg: {name} is {type(number).__name__} ({number}); it must be an int")
@@ -168,10 +184,22 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     if model.dim() < 2:
         raise ValueError(f"lobpcg: X has shape {list(model.shape)}; it must be (*, m, n)")
     m = model.size(-2)
-    batch = _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
+    _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
     settings = settle(
-        m, model.dtype, k, n, X.size(-1) if X is not None else None, niter, tol, largest, method, tracker is not None, iK is not None
+        m,
+        model.dtype,
+        k,
+        n,
+        X.size(-1) if X is not None else None,
+        niter,
+        tol,
+        largest,
+        method,
+        tracker is not None,
+        iK is not None,
     )
+
+    parameters = ortho_parameters(*ortho)
 
     def run(A, B, X, iK) -> EigenPairs:
         # Not torch.broadcast_shapes: its first call imports a symbolic algebra package, 0.8 s.
@@ -179,7 +207,7 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
         for T, name in ((A, "A"), (B, "B"), (X, "X"), (iK, "iK")):
             if isinstance(T, Tensor):
                 shape = check_broadcast(shape, T, name)
-        pairs = solve(A, B, X, iK, shape, m, settings, tracker)
+        pairs = solve(A, B, X, iK, shape, m, settings, tracker, parameters)
         _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
         return pairs
 
@@ -215,6 +243,8 @@ def _warn_unconverged(pairs: EigenPairs, k: int, tol: float, niter: int) -> None
     if bool(missed.any()):
         rerr = (residual / torch.where(scale > 0, scale, torch.ones_like(scale))).max()
         warnings.warn(
-            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged: relative residual {float(rerr)}, "
-            f"tolerance {tol}, niter={niter}; raise niter or tol, pass a larger n or a preconditioner iK"
+            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged: relative residual "
+            f"{float(rerr)}, tolerance {tol}, niter={niter}; raise niter or tol, pass a larger n or a preconditioner "
+            f"iK",
+            stacklevel=2,
         )

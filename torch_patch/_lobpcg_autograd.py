@@ -5,8 +5,6 @@ from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-
 from torch._lobpcg_constructor import keep_graph_of_values
 from torch._lobpcg_derivative import ComputedPairs, corrected, forward_mode, reverse_mode
 from torch._lobpcg_function import (
@@ -19,6 +17,7 @@ from torch._lobpcg_function import (
     without_autocast,
 )
 from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
+from torch.autograd import Function
 
 
 class Problem:
@@ -51,7 +50,8 @@ def differentiable_eigenpairs(
         if is_sparse(M) and M.requires_grad and not is_symmetric_pattern(M.detach()):
             raise ValueError(
                 f"lobpcg: the gradient of sparse {name} is Hermitian and lives on its stored positions, but {name} "
-                "stores a position (r, c) without (c, r); make its pattern symmetric, with explicit zeros, or pass a dense matrix"
+                "stores a position (r, c) without (c, r); make its pattern symmetric, with explicit zeros, or pass a "
+                "dense matrix"
             )
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)

@@ -16,9 +16,9 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-
-from torch._lobpcg_conjugate_gradient import Deflation, State, conjugate_gradients, inner
+from torch._lobpcg_conjugate_gradient import conjugate_gradients, Deflation, inner, State
 from torch._lobpcg_pattern import fast_operand, multiply
+
 
 # Measured on one core: while k m^3 is below this, k factorisations take less time than one with iterations on top.
 _FACTORISE_FLOPS = 5e7
@@ -58,8 +58,8 @@ def solve_on_complement(
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, Y: (*, m, p) further approximate
-    eigenvectors or None, T: (*, p) their eigenvalues.  Relative residual at most `tol` in every column, or the smallest that rounding allows;
-    a column that misses both is reported by a RuntimeWarning unless `quiet`.
+    eigenvectors or None, T: (*, p) their eigenvalues.  Relative residual at most `tol` in every column, or the smallest
+    that rounding allows; a column that misses both is reported by a RuntimeWarning unless `quiet`.
     """
     if E.dtype == torch.float32 and is_small_and_dense(A, B, X.shape[-2]):
         z = _solve_in_double(A, B, X, b, largest, tol, quiet)

@@ -1,15 +1,15 @@
 """Conjugate gradients on many columns with one shift each: projected, preconditioned, deflated, restarted.
 
-The operator K_j = s (A - E_j B) / scale is a torch._lobpcg_complement.Complement, positive definite on the complement of the
-eigenvectors.  Extra columns that the forward carried are deflated (Saad, Yeung, Erhel, Guyomarc'h 2000).
+The operator K_j = s (A - E_j B) / scale is a torch._lobpcg_complement.Complement, positive definite on the complement
+of the eigenvectors.  Extra columns that the forward carried are deflated (Saad, Yeung, Erhel, Guyomarc'h 2000).
 """
 
 from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
-
 from torch._lobpcg_pattern import multiply
+
 
 _RESTARTS = 2
 

@@ -10,9 +10,9 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._lobpcg_pattern import _SparseFromValues, _Values, Pattern
 from torch.autograd import Function
 
-from torch._lobpcg_pattern import Pattern, _SparseFromValues, _Values
 
 _COO, _COMPRESSED = "SparseCooTensorWithDimsAndTensorsBackward0", "SparseCompressedTensorBackward0"
 # Nodes between a sparse tensor and its constructors: conversions and sums, a handful.

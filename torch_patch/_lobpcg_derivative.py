@@ -31,11 +31,10 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
-
 from torch._lobpcg_complement import is_small_and_dense, solve_on_complement
-from torch._lobpcg_gauge import CheckOptions, SecondOrderAtMost, pair_factors
+from torch._lobpcg_gauge import CheckOptions, pair_factors, SecondOrderAtMost
 from torch._lobpcg_pattern import apply, hermitian_apply, hermitian_outer, multiply
-from torch._lobpcg_resolvent import SolveOptions, reduced_resolvent
+from torch._lobpcg_resolvent import reduced_resolvent, SolveOptions
 
 
 def corrected(
@@ -136,7 +135,8 @@ def reverse_mode(
 
 
 def _may_be_differentiated() -> bool:
-    """Whether what is computed now can be differentiated later: create_graph=True, or any forward mode or torch.func."""
+    """Whether what is computed now can be differentiated later: create_graph=True, or any forward mode or
+    torch.func."""
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()

@@ -12,10 +12,9 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-
 from torch._lobpcg_complement import warn_cut_cluster
 from torch._lobpcg_function import batched_first, broadcast
+from torch.autograd import Function
 
 
 class CheckOptions:
@@ -86,7 +85,8 @@ def _warn_third(g: Tensor, order: int) -> Tensor:
     if order < 1:
         return SecondOrderAtMost.apply(g, order + 1)
     warnings.warn(
-        "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some are here",
+        "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some are "
+        "here",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,18 +1,19 @@
-"""The LOBPCG iteration: k extreme eigenpairs of A x = lambda B x by products with blocks (TorchScript dialect, no autograd).
+"""The LOBPCG iteration: k extreme eigenpairs of A x = lambda B x by products with blocks (TorchScript dialect).
 
-Follows Knyazev (2001) for the method, Hetmaniuk and Lehoucq (2006) for the choice of the basis, Duersch, Shao, Yang and Gu
-(2018) for the small-matrix algebra of P, Stathopoulos and Wu (2002) for orthonormalisation by eigenvalues of the Gram matrix.
-Departures from them:
+Follows Knyazev (2001) for the method, Hetmaniuk and Lehoucq (2006) for the choice of the basis, Duersch, Shao, Yang and
+Gu (2018) for the small-matrix algebra of P, Stathopoulos and Wu (2002) for orthonormalisation by eigenvalues of the
+Gram matrix. Departures from them:
 
-- X and P are kept B-orthonormal and mutually B-orthogonal, so of the Gram matrices only the products with the new directions
-  W are computed: p (2n + p) inner products an iteration instead of (3n)^2.
-- W is made orthonormal to X and P, and in itself, by a change of coordinates on small matrices; only where the conditioning
-  says that this loses digits are the tall blocks themselves projected (the orthogonal route), from the next iteration on.
+- X and P are kept B-orthonormal and mutually B-orthogonal, so of the Gram matrices only the products with the new
+  directions W are computed: p (2n + p) inner products an iteration instead of (3n)^2.
+- W is made orthonormal to X and P, and in itself, by a change of coordinates on small matrices; only where the
+  conditioning says that this loses digits are the tall blocks themselves projected (the orthogonal route), from the
+  next iteration on.
 - Dependent directions are left out by their eigenvalue in the Gram matrix, never by a failed factorisation.
 - All matrices of a batch advance together; masks stand for what differs between them.
 
 Invariants at the top of `update`, up to `drift`: X^H B X = I, X^H B P = 0, P^H B P = I (or a zero row where P has lost
-rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S exactly as the next Ritz problem uses it.
+rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S as the next Ritz problem uses it.
 """
 
 from typing import NamedTuple, Optional
@@ -26,8 +27,9 @@ from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_
 class EigenPairs(NamedTuple):
     """Eigenpairs in the order wanted (ascending for the smallest, descending for the largest) and how good they are.
 
-    E: (*, n) real; X: (*, m, n), X^H B X = I; residual: (*, n), 2-norms of A x_j - E_j B x_j (a dense solve: of fewer, k or more);
-    scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has converged iff residual_j <= tol scale_j.
+    E: (*, n) real; X: (*, m, n), X^H B X = I; residual: (*, n), 2-norms of A x_j - E_j B x_j (a dense solve: of fewer,
+    k or more); scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has
+    converged iff residual_j <= tol scale_j.
     """
 
     E: Tensor
@@ -46,10 +48,12 @@ def _take_rows(V: Tensor, index: Tensor) -> Tensor:
 class LOBPCG:
     """Worker of one lobpcg call; what a tracker is called with.
 
-    A, B, iK, X as given to lobpcg, X the start block (*, m, n); iparams: m, n, k, niter, ...; fparams: tol, ...; bparams: largest, ...
-    While running: X (*, m, n), E (*, n), R residual block, S = [X P W]; ivars: istep, converged_count (leading pairs that have
-    converged, the fewest over a batch), iterations_left; tvars["rerr"] (*, n): residual / ((||A|| + |E| ||B||) ||x||);
-    bvars["force_stop"]: set it to stop. Subclasses may override update_converged_count, stop_iteration and run.
+    A, B, iK, X as given to lobpcg, X the start block (*, m, n); iparams: m, n, k, niter, ...; fparams: tol, ...;
+    bparams: largest, ...
+    While running: X (*, m, n), E (*, n), R residual block, S = [X P W]; ivars: istep, converged_count (leading pairs
+    that have converged, the fewest over a batch), iterations_left; tvars["rerr"] (*, n): residual / ((||A|| + |E|
+    ||B||) ||x||); bvars["force_stop"]: set it to stop. Subclasses may override update_converged_count, stop_iteration
+    and run.
     """
 
     def __init__(
@@ -106,7 +110,8 @@ class LOBPCG:
         one = torch.ones([], dtype=real.dtype, device=X.device)
         self.norm_A = torch.zeros(self.batch + [1], dtype=real.dtype, device=X.device)
         self.norm_B = torch.ones_like(self.norm_A)
-        # Rows X, then P, then W: (*, q, m), q <= 3 n; two buffers each, the next X and P are written beside the present ones.
+        # Rows X, then P, then W: (*, q, m), q <= 3 n; two buffers each, the next X and P are written beside the present
+        # ones.
         self.q = self.n
         self.S_rows, self.S_next = rows, rows
         self.AS, self.AS_next = rows, rows
@@ -175,7 +180,8 @@ class LOBPCG:
         return self.active == 0 or self.stagnated()
 
     def stagnated(self) -> bool:
-        """Near rounding level: no new best residual in 20 iterations; elsewhere: in 1000 (convergence may pause, not that long)."""
+        """Near rounding level: no new best residual in 20 iterations; elsewhere: in 1000 (convergence may pause, not
+        that long)."""
         istep = self.ivars["istep"]
         patience = 20 if self.best < 1000.0 * self.eps else 1000
         return istep - self.best_step >= patience
@@ -209,12 +215,14 @@ class LOBPCG:
     # -- start --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X alone."""
+        """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
+        alone."""
         self.estimate_norms()
         self.complete_start(self.S_rows, 0)
 
     def estimate_norms(self) -> None:
-        """Root mean square eigenvalue of A and B: independent of X0. Of a callable, from a product with two fixed random vectors.
+        """Root mean square eigenvalue of A and B: independent of X0. Of a callable, from a product with two fixed
+        random vectors.
 
         Operators of extreme size are brought near one first, by powers of two that result() takes back.
         """
@@ -240,7 +248,8 @@ class LOBPCG:
         return op.mean_square(self.m, self.batch).to(real).sqrt().unsqueeze(-1).expand(self.batch + [1])
 
     def complete_start(self, X: Tensor, first: int) -> None:
-        """Set X, AX, BX, E from start rows X (*, n, m); directions that X lacks come from the fixed table, from row `first` on.
+        """Set X, AX, BX, E from start rows X (*, n, m); directions that X lacks come from the fixed table, from row
+        `first` on.
 
         Guarantee: X^H B X = I to rounding, S^H A S = diag(E), P empty.
         """
@@ -288,7 +297,8 @@ class LOBPCG:
         """Error if the caller's X holds fewer independent columns than pairs are wanted."""
         if rank < self.iparams["k"]:
             raise ValueError(
-                f"lobpcg: X has numerical rank {rank}, fewer than k={self.iparams['k']}; X needs at least k linearly independent "
+                f"lobpcg: X has numerical rank {rank}, fewer than k={self.iparams['k']}; X needs at least k linearly "
+                f"independent "
                 "columns: pass such an X, or leave X out"
             )
 
@@ -303,8 +313,9 @@ class LOBPCG:
     def guard_against_invariant_start(self) -> None:
         """Where X0 spans an almost invariant subspace already, join fresh directions that would reveal a missed pair.
 
-        An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart by their
-        residuals. The joined columns search the complement; the run ends when they have settled (see settled()).
+        An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart
+        by their residuals. The joined columns search the complement; the run ends when they have settled (see
+        settled()).
         """
         k = self.iparams["k"]
         rerr = self.tvars["rerr"][..., :k]
@@ -329,7 +340,8 @@ class LOBPCG:
     # -- one iteration ------------------------------------------------------------------------------------------------
 
     def new_directions(self) -> None:
-        """Append W to S: the active residuals, preconditioned, where asked for projected, of length one; and their images."""
+        """Append W to S: the active residuals, preconditioned, where asked for projected, of length one; and their
+        images."""
         first, last = self.q, self.q + self.active
         W, length = self.W, self.residual
         if self.active < self.n:
@@ -338,7 +350,8 @@ class LOBPCG:
             R, W = W, self.op_K.rows(W)
             product = length
             length = torch.linalg.vector_norm(W, dim=-1)
-            # r^H K r < 0 proves that K is not positive definite, beyond the dot product's rounding error, m eps ||r|| ||K r||.
+            # r^H K r < 0 proves that K is not positive definite, beyond the dot product's rounding error, m eps ||r||
+            # ||K r||.
             inner = (R.conj() * W).sum(-1)
             inner = torch.real(inner) if inner.is_complex() else inner
             self.least_K = (inner + self.eps * self.m * product * length).min()
@@ -356,10 +369,11 @@ class LOBPCG:
         self.q = last
 
     def project(self, W: Tensor, length: Tensor) -> Tensor:
-        """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik 2005)."""
+        """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik
+        2005)."""
         S = self.S_rows[..., : self.q, :]
         BSH = self.BS[..., : self.q, :].mH
-        for _ in range(2):
+        for _ in range(self.iparams.get("ortho_i_max", 2)):
             W = W / length.clamp_min(self.tiny).unsqueeze(-1)
             W = W - (W @ BSH) @ S
             length = torch.linalg.vector_norm(W, dim=-1)
@@ -382,7 +396,8 @@ class LOBPCG:
         self.advance(step, S, AS, BS)
 
     def advance(self, step: Ritz, S: Tensor, AS: Tensor, BS: Tensor) -> None:
-        """Take a Ritz step: the new X, P and their images into the other buffers, which then become the present ones."""
+        """Take a Ritz step: the new X, P and their images into the other buffers, which then become the present
+        ones."""
         C = step.C
         self.E, self.G, self.lost = step.e, step.G, step.lost
         self.q = C.size(-2)
@@ -420,7 +435,9 @@ class LOBPCG:
         torch.sub(AX, self.W, out=self.W)
         self.residual = torch.linalg.vector_norm(self.W, dim=-1)
         size = self.E.abs()
-        norm_A = self.norm_A if self.general else torch.maximum(self.norm_A, size.amax(-1, keepdim=True))  # ||A|| >= |E_j|
+        norm_A = (
+            self.norm_A if self.general else torch.maximum(self.norm_A, size.amax(-1, keepdim=True))
+        )  # ||A|| >= |E_j|
         self.scale = norm_A + size * self.norm_B
         if self.general:
             self.scale = self.scale * torch.linalg.vector_norm(self.S_rows[..., :n, :], dim=-1)
@@ -429,7 +446,8 @@ class LOBPCG:
     def update_converged_count(self) -> int:
         """Active set and converged_count from rerr; the iteration's one transfer to the host is here.
 
-        One matrix: everything is decided on the host from the numbers transferred, which spares some twenty small kernels.
+        One matrix: everything is decided on the host from the numbers transferred, which spares some twenty small
+        kernels.
         """
         if self.host:
             self.count_one()
@@ -441,7 +459,8 @@ class LOBPCG:
         return self.ivars["converged_count"]
 
     def lock_tolerance(self) -> float:
-        """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep them at first."""
+        """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep
+        them at first."""
         return 8.0 * self.eps if self.suspicious and self.ivars["istep"] < 5 else self.fparams["tol"]
 
     def count_one(self) -> None:
@@ -476,11 +495,13 @@ class LOBPCG:
         self.watch(least, len(values) > n + 3 and min(values[n + 3 :]) < self.loss())
 
     def settled(self, rerr: Tensor) -> Tensor:
-        """Whether a column that no caller chose has found an eigenvalue of its own, so that none before it was missed: (*).
+        """Whether a column that no caller chose has found an eigenvalue of its own, so that none before it was missed:
+        (*).
 
-        Of the columns behind the wanted ones, up to one more than the caller chose, at least one is no caller's. Each must have a
-        residual, an error bound for its eigenvalue, of a tenth of its distance from the wanted ones, after five iterations,
-        which carry even a weight of 1 / m on a missed eigenvector into view; or a residual that is small in itself.
+        Of the columns behind the wanted ones, up to one more than the caller chose, at least one is no caller's. Each
+        must have a residual, an error bound for its eigenvalue, of a tenth of its distance from the wanted ones, after
+        five iterations, which carry even a weight of 1 / m on a missed eigenvector into view; or a residual that is
+        small in itself.
         """
         k = self.iparams["k"]
         last = min(max(self.probe, k), self.n - 1)
@@ -492,7 +513,7 @@ class LOBPCG:
 
     def count_batch(self) -> None:
         """The same decisions as masks over the batch; active is the largest count in it, and the rest of W is zero."""
-        n, k, tol = self.n, self.iparams["k"], self.fparams["tol"]
+        k, tol = self.iparams["k"], self.fparams["tol"]
         rerr = self.tvars["rerr"]
         real = rerr.dtype
         done = rerr[..., :k] <= tol
@@ -534,11 +555,13 @@ class LOBPCG:
             self.raise_not_positive("iK")
 
     def loss(self) -> float:
-        """Gram eigenvalues under this bound cost three digits (single precision: two), which the orthogonal route would keep."""
+        """Gram eigenvalues under this bound cost three digits (single precision: two), which the orthogonal route would
+        keep."""
         return max(1e-3, self.eps**0.25)
 
     def watch(self, least: float, losses: bool) -> None:
-        """Account for the digits that the last Ritz step lost; from a loss on, ten iterations of the orthogonal route."""
+        """Account for the digits that the last Ritz step lost; from a loss on, ten iterations of the orthogonal
+        route."""
         self.drift += 4.0 * self.eps + self.eps / least
         if self.orthogonal_left > 0:
             self.orthogonal_left -= 1
@@ -547,7 +570,8 @@ class LOBPCG:
 
     def raise_not_positive(self, name: str) -> None:
         raise ValueError(
-            f"lobpcg: {name} is not positive definite: x^H {name} x <= 0 for a vector x met in iteration {self.ivars['istep']}; "
+            f"lobpcg: {name} is not positive definite: x^H {name} x <= 0 for a vector x met in iteration "
+            f"{self.ivars['istep']}; "
             f"{name} must be Hermitian positive definite"
         )
 

@@ -1,9 +1,9 @@
-"""Products of A, B and the preconditioner with a block of vectors, in whatever form they are given (TorchScript dialect).
+"""Products of A, B and the preconditioner with a block, in whatever form they are given (TorchScript dialect).
 
 A block of p vectors of length m is stored as rows, shape (*, p, m): a slice of vectors is then contiguous, and the
 updates of LOBPCG run 2 to 3 times faster than on columns. `Operator` hides the layout: dense, batched dense, sparse
-(converted once to the compressed rows that multiply fastest), batches of sparse matrices (laid out as one block-diagonal
-matrix), and, outside TorchScript, any callable on blocks (*, m, p).
+(converted once to the compressed rows that multiply fastest), batches of sparse matrices (laid out as one
+block-diagonal matrix), and, outside TorchScript, any callable on blocks (*, m, p).
 """
 
 import torch
@@ -24,9 +24,9 @@ def is_sparse_layout(A: Tensor) -> bool:
 def start_rows(count: int, m: int, first: int, like: Tensor) -> Tensor:
     """Rows `first` to `first + count - 1` of a fixed table of pseudo-random numbers in (-1, 1): (count, m).
 
-    The table is a hash of the position (two rounds of multiply and shift on 31-bit integers), so it is the same on every
-    device and in every process, and no generator's state is read or changed. Real also for complex problems: a real
-    vector has a component along every eigenvector with probability one just as a complex one has.
+    The table is a hash of the position (two rounds of multiply and shift on 31-bit integers), so it is the same on
+    every device and in every process, and no generator's state is read or changed. Real also for complex problems: a
+    real vector has a component along every eigenvector with probability one just as a complex one has.
     """
     rows = torch.empty([count, m], dtype=like.dtype, device=like.device)
     column = torch.arange(m, dtype=torch.int64, device=like.device)
@@ -55,7 +55,9 @@ def _compressed_rows(A: Tensor) -> Tensor:
         crow, col = A.ccol_indices(), A.row_indices()
     else:
         if A.layout != torch.sparse_csr:
-            coo = A if A.layout == torch.sparse_coo else A.to_sparse()  # blocks convert to compressed rows by way of COO alone
+            coo = (
+                A if A.layout == torch.sparse_coo else A.to_sparse()
+            )  # blocks convert to compressed rows by way of COO alone
             A = coo.coalesce().to_sparse_csr()
         values, crow, col = A.values(), A.crow_indices(), A.col_indices()
     if A.device.type == "cpu" and values.numel() < 2147483647:
@@ -69,7 +71,8 @@ def _block_diagonal(A: Tensor) -> Tensor:
     if A.layout != torch.sparse_coo:
         if A.layout != torch.sparse_csr:
             raise ValueError(
-                f"lobpcg: a batch of sparse matrices in layout {A.layout}; batches must be COO or CSR: convert with to_sparse_csr()"
+                f"lobpcg: a batch of sparse matrices in layout {A.layout}; batches must be COO or CSR: convert with "
+                f"to_sparse_csr()"
             )
         batch = A.shape[:-2]
         parts: list[Tensor] = []
@@ -107,8 +110,8 @@ def _block_diagonal(A: Tensor) -> Tensor:
 class Operator:
     """One of A, B, iK as a linear map on rows, times a power of two (see safe_scale).
 
-    Guarantee: `rows(V)` for V (*, p, m) returns the rows of (scale * matrix) applied to each vector, the same shape and dtype;
-    nothing is written to V. `columns` counts the vectors multiplied so far.
+    Guarantee: `rows(V)` for V (*, p, m) returns the rows of (scale * matrix) applied to each vector, the same shape and
+    dtype; nothing is written to V. `columns` counts the vectors multiplied so far.
     """
 
     def __init__(self, matrix: Tensor, name: str):
@@ -176,7 +179,8 @@ class Operator:
 
 
 def _dense_rows(A: Tensor, V: Tensor) -> Tensor:
-    """Rows of A v. Wide blocks by 256 rows of A at a time, which stay in the cache: at m = 2000 with 15 vectors in half the time."""
+    """Rows of A v. Wide blocks by 256 rows of A at a time, which stay in the cache: at m = 2000 with 15 vectors in half
+    the time."""
     p, m = V.size(-2), V.size(-1)
     if p <= 10 or m <= 512 or A.dim() > 2 or V.dim() > 2 or V.device.type != "cpu":
         return (A @ V.mT).mT
@@ -192,21 +196,26 @@ def _called(call, name: str, V: Tensor) -> Tensor:
     U = call(block)
     if not isinstance(U, Tensor):
         raise TypeError(
-            f"lobpcg: {name} returned {type(U).__name__}; a callable {name} must map a block (*, m, p) to a tensor of the same shape"
+            f"lobpcg: {name} returned {type(U).__name__}; a callable {name} must map a block (*, m, p) to a tensor of "
+            f"the same shape"
         )
     if U.shape != block.shape or U.dtype != block.dtype or U.device != block.device:
         raise ValueError(
-            f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.device} for a block of shape {tuple(block.shape)}, "
+            f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.device} for a block of shape "
+            f"{tuple(block.shape)}, "
             f"{block.dtype}, {block.device}; a callable must keep shape, dtype and device"
         )
     # Seen here a NaN has a name; later it would be a factorisation that fails.
     if not bool(torch.isfinite(torch.linalg.vector_norm(U, float("inf")))):
-        raise ValueError(f"lobpcg: {name} returned NaN or infinite values for a finite block; check the callable {name}")
+        raise ValueError(
+            f"lobpcg: {name} returned NaN or infinite values for a finite block; check the callable {name}"
+        )
     return U.mT
 
 
 def largest_entry(A: Tensor) -> Tensor:
-    """max |a_ij| of each matrix, NaN or infinite if any entry is: (*) for dense, () for sparse (all its matrices together)."""
+    """max |a_ij| of each matrix, NaN or infinite if any entry is: (*) for dense, () for sparse (all its matrices
+    together)."""
     values = A
     if is_sparse_layout(A):
         values = A.coalesce().values() if A.layout == torch.sparse_coo else A.values()
@@ -221,8 +230,9 @@ def largest_entry(A: Tensor) -> Tensor:
 def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Powers of 4 that bring entries of size `largest` near 1; 1 where squares neither overflow nor underflow anyway.
 
-    Squares of residuals down to eps * largest must stay normal numbers: (eps * largest)^2 > 1e-38 in single precision asks
-    for largest > 1e-12; 1e-6 leaves room for preconditioned residuals. The double-precision bounds are the same argument.
+    Squares of residuals down to eps * largest must stay normal numbers: (eps * largest)^2 > 1e-38 in single precision
+    asks for largest > 1e-12; 1e-6 leaves room for preconditioned residuals. The double-precision bounds are the same
+    argument.
     A power of 4 has an exact square root, which undoes the scaling of B in X.
     """
     low, high = 1e-100, 1e100
@@ -234,9 +244,14 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sparse_diagonal_is_positive(B: Tensor) -> bool:
-    """Whether every diagonal entry of sparse B (*, m, m) is stored and positive. Cost: a few passes over the stored values."""
+    """Whether every diagonal entry of sparse B (*, m, m) is stored and positive. Cost: a few passes over the stored
+    values."""
     M = _block_diagonal(B) if B.dim() > 2 else _compressed_rows(B)
     crow, col, values = M.crow_indices(), M.col_indices(), M.values()
-    values = torch.real(values.clone()) if values.is_complex() else values  # a view of stored values cannot be viewed again
-    row = torch.repeat_interleave(torch.arange(M.size(0), device=col.device, dtype=col.dtype), (crow[1:] - crow[:-1]).to(torch.int64))
+    values = (
+        torch.real(values.clone()) if values.is_complex() else values
+    )  # a view of stored values cannot be viewed again
+    row = torch.repeat_interleave(
+        torch.arange(M.size(0), device=col.device, dtype=col.dtype), (crow[1:] - crow[:-1]).to(torch.int64)
+    )
     return int(((row == col) & (values > 0)).sum()) == M.size(0)

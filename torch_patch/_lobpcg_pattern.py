@@ -13,9 +13,9 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_function import accepts_legacy_vmap
 from torch.autograd import Function
 
-from torch._lobpcg_function import accepts_legacy_vmap
 
 # Elements of gathered rows held at one time by a product on a pattern: 32 MiB of float64.
 _CHUNK_ELEMENTS = 1 << 22

@@ -20,8 +20,6 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-
 from torch._lobpcg_complement import solve_on_complement
 from torch._lobpcg_function import (
     accepts_legacy_vmap,
@@ -32,6 +30,7 @@ from torch._lobpcg_function import (
     without_autocast,
 )
 from torch._lobpcg_pattern import _sum_to, apply, hermitian_apply, hermitian_outer
+from torch.autograd import Function
 
 
 class SolveOptions:

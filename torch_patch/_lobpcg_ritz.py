@@ -1,7 +1,8 @@
 """Rayleigh-Ritz on the basis [X P W] as algebra on small matrices (TorchScript dialect).
 
-Small matrices only, (*, q, q) with q <= 3 n: no function here sees a tall block. Vectors that are zero (a masked direction, a
-lost rank of P) are coordinates that are not valid; they are sent beyond the end of the spectrum and never enter a result.
+Small matrices only, (*, q, q) with q <= 3 n: no function here sees a tall block. Vectors that are zero (a masked
+direction, a lost rank of P) are coordinates that are not valid; they are sent beyond the end of the spectrum and never
+enter a result.
 """
 
 from typing import NamedTuple, Optional
@@ -11,8 +12,10 @@ from torch import Tensor
 
 
 class Ritz(NamedTuple):
-    """e: (*, n) eigenvalues, wanted ones first; C: (*, n + p, q) rows are the coordinates of the new X, then P, in [X P W];
-    G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is; d: (*, p) spectrum of W's Gram matrix."""
+    """e: (*, n) eigenvalues, wanted ones first; C: (*, n + p, q) rows are the coordinates of the new X, then P, in [X P
+    W];
+    G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is; d: (*, p)
+    spectrum of W's Gram matrix."""
 
     e: Tensor
     C: Tensor
@@ -31,9 +34,11 @@ def real_diagonal(M: Tensor) -> Tensor:
 
 
 def whiten(M: Tensor, drop: float) -> tuple[Tensor, Tensor, Tensor]:
-    """T with T^H M T = I on the eigenvectors of M above drop, zero columns for the others; the spectrum d; what was dropped.
+    """T with T^H M T = I on the eigenvectors of M above drop, zero columns for the others; the spectrum d; what was
+    dropped.
 
-    M: (*, p, p) Hermitian, positive semidefinite to rounding, with a diagonal of order one or zero (lower triangle read).
+    M: (*, p, p) Hermitian, positive semidefinite to rounding, with a diagonal of order one or zero (lower triangle
+    read).
     Guarantee: finite for every finite M; T^H M T = I to eps / drop.
     """
     d, U = torch.linalg.eigh(M)
@@ -42,7 +47,8 @@ def whiten(M: Tensor, drop: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def whiten_scaled(M: Tensor, drop: float, tiny: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for an M of any diagonal, scaled to a unit one: within a factor p of the best scaling (van der Sluis 1969)."""
+    """The same for an M of any diagonal, scaled to a unit one: within a factor p of the best scaling (van der Sluis
+    1969)."""
     s = real_diagonal(M).clamp_min(tiny).rsqrt()
     T, d, dropped = whiten(M * s.unsqueeze(-1) * s.unsqueeze(-2), drop)
     return s.unsqueeze(-1) * T, d, dropped
@@ -59,13 +65,15 @@ def extreme(G: Tensor, lost: Optional[Tensor]) -> tuple[Tensor, Tensor]:
 def next_P(
     C_X: Tensor, C_rest: Tensor, columns: Optional[Tensor], noise: float, host: bool
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Q (*, q - n, p) such that C_rest Q are coordinates of the next P, what the new X has outside the old one; which are lost.
+    """Q (*, q - n, p) such that C_rest Q are coordinates of the next P, what the new X has outside the old one; which
+    are lost.
 
     A column with no more than noise of its own is zero and marked as lost; None where none is.
 
     C_X (*, q, n), C_rest (*, q, q - n): the eigenvectors, wanted ones and the others. (I - C_X C_X^H) [0; C_2] =
-    -C_rest (top of C_rest)^H C_1, so an orthonormal basis of the last two factors' product does it, orthogonal to the new X as
-    eigh's vectors are (Duersch et al. 2018, section 3.2). columns (*, p) restricts P to active columns; None means all.
+    -C_rest (top of C_rest)^H C_1, so an orthonormal basis of the last two factors' product does it, orthogonal to the
+    new X as eigh's vectors are (Duersch et al. 2018, section 3.2). columns (*, p) restricts P to active columns; None
+    means all.
     """
     n = C_X.size(-1)
     Z = C_rest.narrow(-2, 0, n).mH
@@ -84,12 +92,15 @@ def next_P(
     return Q.masked_fill(lost.unsqueeze(-2), 0.0), lost
 
 
-def span_of_W(gram_W: Tensor, HH: Tensor, eps: float, tiny: float, host: bool) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """V (*, q, p) with W_o = [X P W] V B-orthonormal and B-orthogonal to [X P]; its spectrum d (*, p); what was dropped.
+def span_of_W(
+    gram_W: Tensor, HH: Tensor, eps: float, tiny: float, host: bool
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """V (*, q, p) with W_o = [X P W] V B-orthonormal and B-orthogonal to [X P]; its spectrum d (*, p); what was
+    dropped.
 
-    gram_W = W^H B W, HH = W^H B [X P]. By Cholesky where the host may look (one matrix on the CPU) and sees no loss, since
-    that costs a third; else by eigenvalues, which drop dependent directions. d: squared sines of the angles that W's
-    directions make with [X P] and with each other (Cholesky: pivots, p times the least eigenvalue at most).
+    gram_W = W^H B W, HH = W^H B [X P]. By Cholesky where the host may look (one matrix on the CPU) and sees no loss,
+    since that costs a third; else by eigenvalues, which drop dependent directions. d: squared sines of the angles that
+    W's directions make with [X P] and with each other (Cholesky: pivots, p times the least eigenvalue at most).
     """
     H = HH.mH
     M = gram_W - HH @ H
@@ -116,10 +127,11 @@ def ritz_step(
     tiny: float,
     host: bool,
 ) -> Ritz:
-    """Rayleigh-Ritz on S = [X P W] from W^H A S and W^H B S, (*, p, q), when [X P] is B-orthonormal with [X P]^H A [X P] = G.
+    """Rayleigh-Ritz on S = [X P W] from W^H A S and W^H B S, (*, p, q), when [X P] is B-orthonormal with [X P]^H A [X
+    P] = G.
 
-    W enters through W_o = (W - [X P] H) T, H = [X P]^H B W and T whitening the Gram matrix of W - [X P] H, so that [X P W_o]
-    is orthonormal and the Ritz problem a standard one. Loses eps / d digits, d the smallest kept value of Ritz.d.
+    W enters through W_o = (W - [X P] H) T, H = [X P]^H B W and T whitening the Gram matrix of W - [X P] H, so that [X P
+    W_o] is orthonormal and the Ritz problem a standard one. Loses eps / d digits, d the smallest kept value of Ritz.d.
     host: one matrix in host memory, where looking at a number costs less than masking.
     """
     known, p, q = G.size(-1), gram_B.size(-2), gram_B.size(-1)
@@ -161,7 +173,8 @@ def block_diagonal(e: Tensor, inner: Tensor) -> Tensor:
 
 
 def ritz_fresh(gram_A: Tensor, gram_B: Tensor, n: int, sign: float, eps: float, tiny: float) -> Ritz:
-    """The same from the full Gram matrices of [X P], (*, q, q): its span is kept, X the n wanted Ritz vectors, P the others."""
+    """The same from the full Gram matrices of [X P], (*, q, q): its span is kept, X the n wanted Ritz vectors, P the
+    others."""
     T, d, dropped = whiten_scaled(gram_B, eps**0.5, tiny)
     e, C = extreme(hermitian(T.mH @ gram_A @ T) * sign, dropped)
     lost = torch.sort(dropped.to(torch.int8), -1)[0].to(torch.bool)

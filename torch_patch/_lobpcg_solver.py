@@ -1,19 +1,39 @@
-"""From checked arguments to eigenpairs, without autograd: value checks, scaling, dense or iterative solve (TorchScript dialect)."""
+"""From checked arguments to eigenpairs, without autograd (TorchScript dialect).
+
+Checks of values, the choice between a dense solve and iterations, batches under a tracker.
+"""
 
 from typing import Optional
 
 import torch
 from torch import Tensor
-from torch._lobpcg_arguments import Settings
+from torch._lobpcg_arguments import OrthoParameters, Settings
 from torch._lobpcg_iteration import EigenPairs, LOBPCG
-from torch._lobpcg_operator import epsilon, is_sparse_layout, largest_entry, Operator, safe_scale, sparse_diagonal_is_positive, start_rows
+from torch._lobpcg_operator import (
+    epsilon,
+    is_sparse_layout,
+    largest_entry,
+    Operator,
+    safe_scale,
+    sparse_diagonal_is_positive,
+    start_rows,
+)
 from torch._lobpcg_ritz import hermitian, real_diagonal
 
 
 def solve(
-    A: Tensor, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor], batch: list[int], m: int, settings: Settings, tracker: None
+    A: Tensor,
+    B: Optional[Tensor],
+    X: Optional[Tensor],
+    iK: Optional[Tensor],
+    batch: list[int],
+    m: int,
+    settings: Settings,
+    tracker: None,
+    ortho: OrthoParameters,
 ) -> EigenPairs:
-    """n >= k eigenpairs of each pencil. A, B, iK: (*, m, m), dense or sparse, Hermitian, or callables; X: (*, m, n) or None.
+    """n >= k eigenpairs of each pencil. A, B, iK: (*, m, m), dense or sparse, Hermitian, or callables; X: (*, m, n) or
+    None.
 
     Raises ValueError on NaN, infinity, asymmetry and a B or iK that shows itself not to be positive definite.
     """
@@ -36,21 +56,34 @@ def solve(
     start = start.expand(batch + [m, settings.n])
     if not torch.jit.is_scripting():
         if tracker is not None and len(batch) > 0:
-            return _solve_each(A, B, start, iK, batch, m, settings, tracker)
-    return iterate(A, B, start, iK, settings, tracker)
+            return _solve_each(A, B, start, iK, batch, m, settings, tracker, ortho)
+    return iterate(A, B, start, iK, settings, tracker, ortho)
 
 
-def iterate(A: Tensor, B: Optional[Tensor], X: Tensor, iK: Optional[Tensor], settings: Settings, tracker: None) -> EigenPairs:
+def iterate(
+    A: Tensor,
+    B: Optional[Tensor],
+    X: Tensor,
+    iK: Optional[Tensor],
+    settings: Settings,
+    tracker: None,
+    ortho: OrthoParameters,
+) -> EigenPairs:
     """Run the worker on one problem or on a batch in lockstep; extremes of scale are taken out by powers of two."""
     iparams = {"m": X.size(-2), "n": settings.n, "k": settings.k, "niter": settings.niter, "chosen": settings.chosen}
-    worker = LOBPCG(A, B, X, iK, iparams, {"tol": settings.tol}, {"largest": settings.largest}, settings.method, tracker)
+    fparams = {"tol": settings.tol}
+    bparams = {"largest": settings.largest}
+    iparams.update(ortho.integers)
+    fparams.update(ortho.floats)
+    bparams.update(ortho.flags)
+    worker = LOBPCG(A, B, X, iK, iparams, fparams, bparams, settings.method, tracker)
     with torch.no_grad():
         worker.run()
     return worker.result()
 
 
 def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[int]) -> EigenPairs:
-    """All m pairs by Cholesky of B and eigh, E (*, m), X (*, m, m), residuals of the first n. Cost: about 9 m^3 a matrix.
+    """All m pairs by Cholesky of B and eigh, E (*, m), X (*, m, m), residuals of the first n. Cost: about 9 m^3.
 
     The pairs beyond k cost nothing here, and with them the backward solve is a sum.
     """
@@ -69,7 +102,10 @@ def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[
         T = B * sB.to(_real(A.dtype)).unsqueeze(-1).unsqueeze(-1)
         L, info = torch.linalg.cholesky_ex(T)
         if bool((info > 0).any()):
-            raise ValueError("lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive definite")
+            raise ValueError(
+                "lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive "
+                "definite"
+            )
         half = torch.linalg.solve_triangular(L, S, upper=False)
         C = torch.linalg.solve_triangular(L, half.mH, upper=False)
         E, V = torch.linalg.eigh(hermitian(C))
@@ -107,7 +143,9 @@ def check_finite(A: Tensor, name: str) -> None:
         if not isinstance(A, Tensor):
             return
     if not bool(torch.isfinite(largest_entry(A)).all()):
-        raise ValueError(f"lobpcg: {name} has NaN or infinite entries; every entry must be finite: check what produced {name}")
+        raise ValueError(
+            f"lobpcg: {name} has NaN or infinite entries; every entry must be finite: check what produced {name}"
+        )
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -151,7 +189,8 @@ def _checked(A: Tensor, name: str, m: int, batch: list[int], like: Tensor) -> Te
 
 
 def is_hermitian(A: Tensor) -> bool:
-    """Whether dense A (*, m, m) equals A^H to the bit; by tiles, since the transpose as a whole would miss the cache throughout."""
+    """Whether dense A (*, m, m) equals A^H to the bit; by tiles, since the transpose as a whole would miss the cache
+    throughout."""
     m, tile = A.size(-1), 512
     for i in range(0, m, tile):
         for j in range(0, i + 1, tile):
@@ -164,8 +203,8 @@ def is_hermitian(A: Tensor) -> bool:
 def check_symmetry(A: Tensor, name: str, m: int, like: Tensor) -> None:
     """ValueError if sparse A is seen not to be Hermitian: |u^H A v - conj(v^H A u)| for fixed random u, v.
 
-    A single unequal pair of entries shows with probability one, at the cost of one product with two columns. The rounding
-    error of the two forms is at most 2 m eps ||A||_F / sqrt(m) |u| |v|, and sqrt(m) times smaller as a rule.
+    A single unequal pair of entries shows with probability one, at the cost of one product with two columns. The
+    rounding error of the two forms is at most 2 m eps ||A||_F / sqrt(m) |u| |v|, and sqrt(m) times smaller as a rule.
     """
     op = Operator(A, name)
     op.set_scale(safe_scale(largest_entry(A), A.dtype).to(_real(A.dtype)))
@@ -176,19 +215,25 @@ def check_symmetry(A: Tensor, name: str, m: int, like: Tensor) -> None:
     limit = 8.0 * epsilon(A.dtype) * m * op.mean_square(m, list(A.shape[:-2])).sqrt()
     if bool((skew > limit).any()):
         raise ValueError(
-            f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for fixed vectors u, v with "
-            f"entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian matrix, such as ({name} + {name}^H) / 2"
+            f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
+            f"fixed vectors u, v with "
+            f"entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian matrix, such as ({name} + "
+            f"{name}^H) / 2"
         )
 
 
 def check_positive(B: Tensor) -> None:
     """ValueError if B is not positive definite, as far as that shows at once: by its diagonal, or, dense, by Cholesky.
 
-    Cholesky (m^3 / 3) costs as much as a few dozen iterations; above m = 4096 the iteration is left to meet a negative direction.
+    Cholesky (m^3 / 3) costs as much as a few dozen iterations; above m = 4096 the iteration is left to meet a negative
+    direction.
     """
     if is_sparse_layout(B):
         if not sparse_diagonal_is_positive(B):
-            raise ValueError("lobpcg: B is not positive definite: a diagonal entry is not positive; B must be Hermitian positive definite")
+            raise ValueError(
+                "lobpcg: B is not positive definite: a diagonal entry is not positive; B must be Hermitian positive "
+                "definite"
+            )
         return
     d = real_diagonal(B)
     bad = bool((d <= 0).any())
@@ -197,7 +242,10 @@ def check_positive(B: Tensor) -> None:
         s = d.rsqrt()
         bad = bool((torch.linalg.cholesky_ex(B * s.unsqueeze(-1) * s.unsqueeze(-2))[1] > 0).any())
     if bad:
-        raise ValueError("lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive definite")
+        raise ValueError(
+            "lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive "
+            "definite"
+        )
 
 
 @torch.jit.unused
@@ -209,7 +257,7 @@ def _first_tensor(A, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tens
 
 
 @torch.jit.unused
-def _solve_each(A, B, X: Tensor, iK, batch: list[int], m: int, settings: Settings, tracker) -> EigenPairs:
+def _solve_each(A, B, X: Tensor, iK, batch: list[int], m: int, settings: Settings, tracker, ortho) -> EigenPairs:
     """One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order."""
 
     def part(T, position):
@@ -227,7 +275,7 @@ def _solve_each(A, B, X: Tensor, iK, batch: list[int], m: int, settings: Setting
     positions = [()]
     for size in batch:
         positions = [p + (i,) for p in positions for i in range(size)]
-    pairs = [iterate(part(A, p), part(B, p), X[p], part(iK, p), settings, tracker) for p in positions]
+    pairs = [iterate(part(A, p), part(B, p), X[p], part(iK, p), settings, tracker, ortho) for p in positions]
     if not pairs:
-        return iterate(A, B, X, iK, settings, None)
+        return iterate(A, B, X, iK, settings, None, ortho)
     return EigenPairs(*(torch.stack(field).reshape(batch + list(field[0].shape)) for field in zip(*pairs)))
