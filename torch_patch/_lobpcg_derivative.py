@@ -89,7 +89,8 @@ class ComputedPairs:
 
     def resolvent(self, b: Tensor, E: Optional[Tensor] = None) -> Tensor:
         options = SolveOptions(self.largest, self.tol)
-        return reduced_resolvent(self.A, self.B, self.E if E is None else E, self.X, b, self.Y, self.iK, options, self.T)
+        shifts = self.E if E is None else E
+        return reduced_resolvent(self.A, self.B, shifts, self.X, b, self.Y, self.iK, options, self.T)
 
     def factors(
         self, G: Optional[Tensor], gE: Optional[Tensor], gX: Optional[Tensor], forward_mode: bool
