@@ -887,12 +887,13 @@ class TestLobpcgWorker(LobpcgTestCase):
             for layout, method in itertools.product((torch.strided, torch.sparse_coo), (None, "ortho", "basic")):
                 A, B = p.build(dtype, layout)
                 for _ in range(3):  # the profiling executor specialises after the first runs
-                    arguments = dict(A=A, k=3, B=B, X=self.start(p.m, 4, dtype), tol=1e-7, method=method)
+                    arguments = dict(A=A, k=3, B=B, X=self.start(p.m, 4, dtype), tol=1e-10, method=method)
                     E, X, _ = self.solve(**arguments, solver=scripted)
                     expected = self.solve(**arguments)
                     # Not to the bit: TorchScript's optimiser may fuse a product with a sum.
                     self.assertEqual(E, expected[0], rtol=1e-12, atol=0, msg=str((name, layout, method)))
-                    self.assertEqual(X, expected[1], rtol=0, atol=1e-6, msg=str((name, layout, method)))
+                    phase = torch.sgn((X.conj() * expected[1]).sum(-2))
+                    self.assertEqual(X * phase, expected[1], rtol=0, atol=1e-6, msg=str((name, layout, method)))
 
     def test_torchscript_inside_a_scripted_function(self):
         def spectral_gap(A: torch.Tensor):
