@@ -93,7 +93,7 @@ class LobpcgGradientCase(TestCase):
     # Losses ---------------------------------------------------------------------------------------------------------
 
     def weights(self, m, dtype=torch.float64, seed=0):
-        """Hermitian, entries of variance about 1, the same numbers in every precision; no generator, so that vmap allows it."""
+        """Hermitian, entries of variance about 1, the same in every precision; no generator, as vmap wants it."""
         t = torch.arange(1, m * m + 1, dtype=torch.float64).reshape(m, m) ** 2
         M = 2**0.5 * torch.sin(0.6180339887 * t + seed)
         if dtype.is_complex:
