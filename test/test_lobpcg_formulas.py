@@ -9,8 +9,9 @@ import torch._lobpcg_complement as complement
 import torch._lobpcg_derivative as derivative
 from torch._lobpcg_autograd import differentiable_eigenpairs, hermitian_part
 from torch._lobpcg_iteration import EigenPairs
-from torch._lobpcg_pattern import Pattern, _PatternValues, apply, hermitian_apply, hermitian_outer, is_symmetric_pattern
-from torch._lobpcg_resolvent import SolveOptions, reduced_resolvent
+from torch._lobpcg_pattern import _PatternValues, apply, hermitian_apply, hermitian_outer, is_symmetric_pattern, Pattern
+from torch._lobpcg_resolvent import reduced_resolvent, SolveOptions
+
 
 DTYPES = (torch.float64, torch.complex128)
 SPARSE = {
@@ -146,8 +147,8 @@ class ResolventTest(FormulaTest):
         for dtype in DTYPES:
             A, B, E, X, _, b = self.setup_pairs(dtype, m=9)
             options = SolveOptions(False, 1e-15)
-            ours = lambda A, B, E, X, b: reduced_resolvent(A, B, E, X, b, None, None, options)  # noqa: E731
-            herm = lambda A, B, E, X, b: system(hermitian(A), hermitian(B), E, X, b)  # noqa: E731
+            ours = lambda A, B, E, X, b: reduced_resolvent(A, B, E, X, b, None, None, options)
+            herm = lambda A, B, E, X, b: system(hermitian(A), hermitian(B), E, X, b)
             inputs = tuple(t.clone().requires_grad_() for t in (A, B, E, X, b))
             cotangent = random(9, 3, dtype=dtype, seed=7)
             expected = torch.autograd.grad(herm(*inputs), inputs, cotangent)
@@ -188,8 +189,12 @@ class EigenpairsTest(FormulaTest):
         for dtype in DTYPES:
             A, B = pencil(10, dtype)
             dA, dB = random(10, 10, dtype=dtype, seed=5), random(10, 10, dtype=dtype, seed=6)
-            f = lambda A, B: differentiable_eigenpairs(A, B, None, None, exact(4, True), 2, True, 1e-12)  # noqa: E731
-            projector = lambda A, B: (lambda E, X: (E, X @ X.mH))(*f(A, B))  # noqa: E731
+            f = lambda A, B: differentiable_eigenpairs(A, B, None, None, exact(4, True), 2, True, 1e-12)
+
+            def projector(A, B, f=f):
+                E, X = f(A, B)
+                return E, X @ X.mH
+
             _, (dE, dP) = torch.func.jvp(projector, (A, B), (dA, dB))
             h = 1e-5
             plus, minus = projector(A + h * dA, B + h * dB), projector(A - h * dA, B - h * dB)
@@ -256,8 +261,12 @@ class ClusterTest(FormulaTest):
 
             h = 1e-5
             difference = (value(h) - value(-h)) / (2 * h)
-            f = lambda A, B: differentiable_eigenpairs(A, B, None, None, exact(5, False), 3, False, 1e-12)[1]  # noqa: E731
-            loss = lambda A, B: (lambda X: (X @ X.mH * W.mT).sum().real)(f(A, B))  # noqa: E731
+            f = lambda A, B: differentiable_eigenpairs(A, B, None, None, exact(5, False), 3, False, 1e-12)[1]
+
+            def loss(A, B, f=f, W=W):
+                X = f(A, B)
+                return (X @ X.mH * W.mT).sum().real
+
             gA, gB = torch.autograd.grad(loss(*(inputs := [M.clone().requires_grad_() for M in (A, B)])), inputs)
             with self.subTest(dtype=dtype):
                 self.assertRelative((gA.conj() * dA).sum().real + (gB.conj() * dB).sum().real, difference, 1e-7)
@@ -373,7 +382,7 @@ class PatternTest(FormulaTest):
             for dtype in DTYPES:
                 pattern = Pattern(SPARSE[name](self.matrix(dtype)))
                 U, V = (random(8, 2, dtype=dtype, seed=s).requires_grad_() for s in (6, 7))
-                values = lambda U, V: _PatternValues.apply(U, V, pattern)  # noqa: E731
+                values = lambda U, V: _PatternValues.apply(U, V, pattern)
                 with self.subTest(name, dtype=dtype):
                     self.assertTrue(torch.autograd.gradcheck(values, (U, V), fast_mode=True))
                     self.assertTrue(torch.autograd.gradgradcheck(values, (U, V), fast_mode=True))
