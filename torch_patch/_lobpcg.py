@@ -121,26 +121,6 @@ tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Te
     SIAM J. Sci. Comput. 23(6), 2165-2182. Gradient: Magnus (1985), Econometric Theory 1, 179-191.
     """
     if not torch.jit.is_scripting():
-        tensors = (A, B, X, iK)
-        if has_torch_function(tensors):
-            return handle_torch_function(
-                lobpcg,
-                tensors,
-                A,
-                k=k,
-                B=B,
-                X=X,
-                n=n,
-                iK=iK,
-                niter=niter,
-                tol=tol,
-                largest=largest,
-                method=method,
-                tracker=tracker,
-                ortho_iparams=ortho_iparams,
-                ortho_fparams=ortho_fparams,
-                ortho_bparams=ortho_bparams,
-            )
         ortho = (ortho_iparams, ortho_fparams, ortho_bparams)
         return _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho)
     check_matrix(A, "A")
@@ -167,13 +147,19 @@ tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Te
 @torch.jit.unused
 def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho) -> tuple[Tensor, Tensor]:
     """lobpcg outside TorchScript: callables allowed, autograd and transforms recorded."""
+    if has_torch_function((A, B, X, iK)):
+        numbers = {"k": k, "n": n, "niter": niter, "tol": tol, "largest": largest, "method": method}
+        parameters = dict(zip(("ortho_iparams", "ortho_fparams", "ortho_bparams"), ortho))
+        return handle_torch_function(
+            lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, tracker=tracker, **numbers, **parameters
+        )
     for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
         if T is not None and not isinstance(T, Tensor) and not callable(T):
             raise TypeError(
                 f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)"
             )
     for number, name in ((k, "k"), (n, "n"), (niter, "niter")):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, torch.SymInt))):
+        if number is not None and (isinstance(number, bool) or not hasattr(number, "__index__")):
             raise TypeError(f"lobpcg: {name} is {type(number).__name__} ({number}); it must be an int")
     model = next((T for T in (A, X, B) if isinstance(T, Tensor)), None)
     if model is None:
@@ -185,19 +171,9 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
         raise ValueError(f"lobpcg: X has shape {list(model.shape)}; it must be (*, m, n)")
     m = model.size(-2)
     _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
-    settings = settle(
-        m,
-        model.dtype,
-        k,
-        n,
-        X.size(-1) if X is not None else None,
-        niter,
-        tol,
-        largest,
-        method,
-        tracker is not None,
-        iK is not None,
-    )
+    columns = None if X is None else X.size(-1)
+    tracked, preconditioned = tracker is not None, iK is not None
+    settings = settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracked, preconditioned)
 
     parameters = ortho_parameters(*ortho)
 

@@ -68,14 +68,9 @@ class LOBPCG:
         method: str,
         tracker: None,
     ):
-        self.A = A
-        self.B = B
-        self.iK = iK
-        self.iparams = iparams
-        self.fparams = fparams
-        self.bparams = bparams
-        self.method = method
-        self.tracker = tracker
+        self.A, self.B, self.iK = A, B, iK
+        self.iparams, self.fparams, self.bparams = iparams, fparams, bparams
+        self.method, self.tracker = method, tracker
         self.ivars: dict[str, int] = {"istep": 0, "converged_count": 0, "iterations_left": iparams["niter"]}
         self.fvars: dict[str, float] = {}
         self.bvars: dict[str, bool] = {"force_stop": False}
