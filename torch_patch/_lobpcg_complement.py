@@ -350,8 +350,11 @@ def _warn_residual(state: State, rtol: float) -> None:
     warnings.warn(
         f"lobpcg: a linear system of the derivative reached a relative residual of {state.residual:.1e} where "
         f"{rtol:.1e} was asked for"
-        + (" (its operator is not definite: an eigenvalue cluster is cut at k, or the pairs are inaccurate)"
-           if state.indefinite else "")
+        + (
+            " (its operator is not definite: an eigenvalue cluster is cut at k, or the pairs are inaccurate)"
+            if state.indefinite
+            else ""
+        )
         + "; the gradient is less accurate than that by the inverse relative gap. Raise k or n past the cluster, "
         "pass a preconditioner iK, or tighten tol.",
         RuntimeWarning,

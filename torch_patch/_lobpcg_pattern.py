@@ -92,11 +92,13 @@ def hermitian_outer(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
     U, V: (*, m, p).  Differentiable in U and V.
     """
-    left, right = torch.cat([U, V], -1) / 2, torch.cat([V, U], -1)  # (*, m, 2 p)
-    if M.dim() == 2 and left.dim() > 2:
-        left, right = _columns(left), _columns(right)
+    if M.dim() == 2 and U.dim() > 2:
+        U, V = _columns(U), _columns(V)
     if not is_sparse(M):
-        return _sum_to(torch.matmul(left, right.mH), M.shape)
+        # One sum with the transpose, so that the result is Hermitian to the bit.
+        P = torch.matmul(U, V.mH)
+        return _sum_to((P + (torch.conj_physical(P.mT) if P.is_complex() else P.mT)) / 2, M.shape)
+    left, right = torch.cat([U, V], -1) / 2, torch.cat([V, U], -1)  # (*, m, 2 p)
     pattern = Pattern(M)
     return _SparseFromValues.apply(_PatternValues.apply(left, right, pattern), pattern)
 
@@ -188,9 +190,7 @@ class Pattern:
     def with_values(self, values: Tensor) -> Tensor:
         """A sparse tensor of this pattern with other values, not differentiated."""
         if self.layout == torch.sparse_coo:
-            return torch.sparse_coo_tensor(
-                self.indices, values, self.shape, is_coalesced=True, check_invariants=False
-            )
+            return torch.sparse_coo_tensor(self.indices, values, self.shape, is_coalesced=True, check_invariants=False)
         return torch.sparse_compressed_tensor(
             self.compressed, self.plain, values, self.shape, layout=self.layout, check_invariants=False
         )

@@ -89,9 +89,7 @@ class ReducedResolvent(Function):
             if need_B or need_X:
                 c, v = X.mH @ b, X.mH @ gz  # (*, k, k)
             if need_B:
-                gB = hermitian_outer(
-                    B, torch.cat([w * E.unsqueeze(-2) - X @ v, -w], -1), torch.cat([z, X @ c], -1)
-                )
+                gB = hermitian_outer(B, torch.cat([w * E.unsqueeze(-2) - X @ v, -w], -1), torch.cat([z, X @ c], -1))
             if need_X:
                 gX = _sum_to(-apply(B, w @ c.mH + z @ v.mH), X.shape)
         return gA, gB, gE, gX, w, None, None, None, None
