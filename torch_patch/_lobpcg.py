@@ -14,8 +14,8 @@ from torch._lobpcg_arguments import (
     ortho_parameters,
     settle,
 )
-from torch._lobpcg_autograd import differentiable_eigenpairs, LOBPCGAutogradFunction as LOBPCGAutogradFunction
-from torch._lobpcg_iteration import EigenPairs, LOBPCG as LOBPCG
+from torch._lobpcg_autograd import differentiable_eigenpairs, LOBPCGAutogradFunction  # noqa: F401
+from torch._lobpcg_iteration import EigenPairs, LOBPCG  # noqa: F401
 from torch._lobpcg_solver import solve
 from torch.overrides import handle_torch_function, has_torch_function
 
