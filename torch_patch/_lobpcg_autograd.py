@@ -16,15 +16,19 @@ from torch._lobpcg_function import (
     saved,
     without_autocast,
 )
+from torch._lobpcg_complement import system_tolerance
 from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
+from torch._lobpcg_resolvent import SolveOptions
 from torch.autograd import Function
 
 
 class Problem:
-    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance."""
+    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance, and, set
+    by the forward, the tolerances (k,) of the derivative's linear systems."""
 
     def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float) -> None:
         self.solve, self.k, self.largest, self.tol = solve, k, largest, tol
+        self.system_tol: Optional[Tensor] = None
 
 
 def differentiable_eigenpairs(
@@ -42,7 +46,7 @@ def differentiable_eigenpairs(
     A, B: dense (*, m, m), taken through their Hermitian part, or sparse Hermitian, or a callable on blocks
     (*, m, p), which is a constant; B may be None.  X (start block) and iK (preconditioner) never get a gradient.
     `solve(A, B, X, iK)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale (*, n), n >= k.
-    `tol` is its relative tolerance, to which the derivative's linear systems are solved as well.
+    `tol` is its relative tolerance; those of the derivative's linear systems follow from it, see system_tolerance.
 
     Raises ValueError if a sparse matrix whose gradient is asked for stores (r, c) but not (c, r).
     """
@@ -97,6 +101,7 @@ class LOBPCGAutogradFunction(Function):
             residual, scale = pairs.residual, pairs.scale
             wanted = (pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k])
             E, X, improved = corrected(A, B, *wanted, problem.largest, problem.tol)
+        problem.system_tol = system_tolerance(E, X, pairs.E[..., k:], improved, problem.tol)
         residual = torch.cat([improved, residual[..., k:]], -1)
         # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
         parts = (E, X, pairs.E[..., k:], pairs.X[..., k:], residual, scale)
@@ -149,6 +154,7 @@ class LOBPCGAutogradFunction(Function):
 def _pairs(ctx) -> ComputedPairs:
     s = saved(ctx)
     problem = ctx.problem
+    options = SolveOptions(problem.largest, problem.system_tol)
     return ComputedPairs(
-        s["A"], s["B"], s["E"], s["X"], s["T"], s["Y"], s["residual"], s["scale"], s["iK"], problem.largest, problem.tol
+        *(s[name] for name in ("A", "B", "E", "X", "T", "Y", "residual", "scale", "iK")), problem.tol, options
     )

@@ -16,7 +16,7 @@ Forward mode:
     dz_j = R_j (db_j - (dA - E_j dB) z_j + dE_j B z_j - d(B X) c_j) - X d(B X)^H z_j
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -34,9 +34,9 @@ from torch.autograd import Function
 
 
 class SolveOptions:
-    """What a solve needs besides tensors: which end of the spectrum, and the tolerance of the forward."""
+    """What a solve needs besides its tensors: which end of the spectrum, and the tolerance, one for all pairs or (k,)."""
 
-    def __init__(self, largest: bool, tol: float) -> None:
+    def __init__(self, largest: bool, tol: Union[float, Tensor]) -> None:
         self.largest, self.tol = largest, tol
 
 
