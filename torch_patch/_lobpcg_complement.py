@@ -16,7 +16,7 @@ from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch._lobpcg_conjugate_gradient import combine, conjugate_gradients, Deflation, inner, State, take
+from torch._lobpcg_conjugate_gradient import conjugate_gradients, deduct, Deflation, inner, State, take
 from torch._lobpcg_pattern import column_major, fast_operand, multiply
 
 
@@ -85,9 +85,9 @@ def solve_on_complement(
     shifts = E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
     op = Complement(A, B, shifts, X, largest)
     op.quiet = quiet
-    b = op.project_dual(b)
+    b = op.project_dual(column_major(b))
     size = _safe_norm(b)
-    b = b / torch.where(size > 0, size, torch.ones_like(size))
+    b = b.div_(torch.where(size > 0, size, torch.ones_like(size)))
     op.set_scale(b)
     m = X.shape[-2]
     if m == k or b.numel() == 0:
@@ -163,17 +163,18 @@ class Complement:
     def raw(self, z: Tensor) -> Tensor:
         """s (A - E_j B) z_j / scale."""
         factor = self.sign / self.scale
-        return torch.addcmul(multiply(self.A, z) * factor, multiply(self.B, z), self.shifts[..., None, :] * -factor)
+        Az = multiply(self.A, z) * factor
+        return Az.addcmul_(multiply(self.B, z), self.shifts[..., None, :] * -factor)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.project_dual(self.raw(z))
 
     def project(self, z: Tensor) -> Tensor:
-        z = z - combine(self.X, self.BX.mH @ z)
+        z = deduct(z, self.X, self.BX.mH @ z)
         return z if self.u is None else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
 
     def project_dual(self, b: Tensor) -> Tensor:
-        b = b - combine(self.BX, self.X.mH @ b)
+        b = deduct(b, self.BX, self.X.mH @ b)
         return b if self.u is None else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
 
     def exclude(self, u: Tensor) -> "Complement":
@@ -326,7 +327,6 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: Any) 
     m, q = b.shape[-2:]
     dense = all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (op.A, op.B))
     precondition = None if iK is None else lambda r: multiply(iK, r)
-    b = column_major(b)
     z = torch.zeros_like(b)
     rtol = torch.as_tensor(tol, dtype=op.shifts.dtype, device=b.device).clamp(min=4 * eps).reshape(-1)
     rtol = rtol.repeat(b.shape[-1] // rtol.numel())  # (q,)

@@ -26,6 +26,13 @@ def combine(V: Tensor, c: Tensor) -> Tensor:
     return (c.mT @ V.mT).mT
 
 
+def deduct(z: Tensor, V: Tensor, c: Tensor) -> Tensor:
+    """z - V c with contiguous columns, without a temporary of the size of z where there is no batch."""
+    if z.dim() == 2 and V.dim() == 2:
+        return torch.addmm(z.mT, c.mT, V.mT, alpha=-1).mT
+    return z - combine(V, c)
+
+
 def take(V: Tensor, columns: Any) -> Tensor:
     """Columns of V (*, m, q), contiguous if those of V are."""
     return V.mT[..., columns, :].mT
@@ -65,7 +72,7 @@ class Deflation:
 
     def __call__(self, t: Tensor) -> Tensor:
         c = self.AY.mH @ t - (self.BY.mH @ t) * self.shifts[..., None, :]
-        return t - combine(self.Y, self.coefficients(c))
+        return deduct(t, self.Y, self.coefficients(c))
 
 
 class State:
@@ -101,16 +108,13 @@ def conjugate_gradients(
     else:
         r = r - part(z)
     for _ in range(1 + _RESTARTS):
-        start = torch.linalg.vector_norm(take(z, columns), dim=-2, keepdim=True)
         coarse = deflation and deflation.restrict(columns)
-        dz, norm, used, indefinite = _sweep(part, r, start, coarse, precondition, rtol[columns], budget)
+        norm, used, indefinite = _sweep(part, r, z, columns, coarse, precondition, rtol[columns], budget)
         budget -= used
-        z.index_add_(-1, columns, dz)
-        dz = take(z, columns)
-        r = take(b, columns) - part(dz)
+        r = take(b, columns).sub_(part(take(z, columns)))
         size = torch.linalg.vector_norm(r, dim=-2)
         # Two products and a subtraction, each with an error of a few eps |K| |z|.
-        attainable = 16 * eps * (1 + norm * torch.linalg.vector_norm(dz, dim=-2))
+        attainable = 16 * eps * (1 + norm * torch.linalg.vector_norm(take(z, columns), dim=-2))
         late = (size > torch.maximum(attainable, 2 * rtol[columns])).reshape(-1, columns.numel()).any(0)
         excess, worst = (size / rtol[columns]).reshape(-1, columns.numel()).amax(0).max(0)
         asked = float(rtol[columns][worst])
@@ -125,19 +129,19 @@ def conjugate_gradients(
 def _sweep(
     op: Any,
     r: Tensor,
-    size0: Tensor,
+    z: Tensor,
+    columns: Tensor,
     deflation: Optional[Deflation],
     precondition: Optional[Callable[[Tensor], Tensor]],
     rtol: Tensor,
     budget: int,
-) -> Tuple[Tensor, Tensor, int, bool]:
-    """One run from residual r at z of size size0: increment of z, estimate of |K|, iterations, whether K is indefinite.
+) -> Tuple[Tensor, int, bool]:
+    """One run from residuals r of `columns` of z, improved in place: estimate of |K|, iterations, whether K is indefinite.
 
     Columns that stop leave the block, so products are with active columns only.  One synchronisation per iteration.
     """
     eps = torch.finfo(op.shifts.dtype).eps
-    out = torch.zeros_like(r)
-    index = torch.arange(r.shape[-1], device=r.device)
+    size0 = torch.linalg.vector_norm(take(z, columns), dim=-2, keepdim=True)
     tiny = torch.finfo(op.shifts.dtype).tiny
     if deflation is None:
         dz = torch.zeros_like(r)
@@ -146,22 +150,22 @@ def _sweep(
         r = r - image
     norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
     p = Kp = rho = alpha = None
-    indefinite = False
     step = 0
     while True:
         size = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
         reach = 2 * eps * norm * (size0 + torch.linalg.vector_norm(dz, dim=-2, keepdim=True))
-        active = (size > torch.maximum(reach, rtol)).reshape(-1, index.numel()).any(0)
+        active = (size > torch.maximum(reach, rtol)).reshape(-1, columns.numel()).any(0)
         flags = active.tolist()  # the synchronisation
         if not all(flags) or step >= budget:
-            out.index_copy_(-1, index, dz)
-            keep = [i for i, flag in enumerate(flags) if flag]
-            if not keep or step >= budget:
-                return out, norm, step, indefinite
+            keep = [i for i, flag in enumerate(flags) if flag and step < budget]
+            done = torch.tensor([i for i in range(len(flags)) if i not in keep], device=r.device)
+            z.index_add_(-1, columns[done], take(dz, done))
+            if not keep:
+                return norm, step, False
             keep = torch.tensor(keep, device=r.device)
             op = op.restrict(keep)
             deflation = deflation and deflation.restrict(keep)
-            index, rtol, r, dz, size0 = index[keep], rtol[keep], take(r, keep), take(dz, keep), size0[..., keep]
+            columns, rtol, r, dz, size0 = columns[keep], rtol[keep], take(r, keep), take(dz, keep), size0[..., keep]
             size, reach = size[..., keep], reach[..., keep]
             if p is not None:
                 p, Kp, rho, alpha = take(p, keep), take(Kp, keep), rho[..., keep], alpha[..., keep]
@@ -178,14 +182,16 @@ def _sweep(
             beta = new / rho if precondition is None else -alpha * inner(t, Kp) / rho
             p = torch.addcmul(t, p, beta.to(p.dtype))
         rho = torch.clamp(new, min=tiny)
+        del t
         Kp = op(p)
         curvature = inner(p, Kp)
         norm = torch.maximum(norm, (torch.linalg.vector_norm(Kp, dim=-2) / torch.linalg.vector_norm(p, dim=-2)).amax())
         good = (curvature > 0) & (new > 0)
         alpha = torch.where(good, new / curvature, torch.zeros_like(new))
-        dz = torch.addcmul(dz, p, alpha.to(p.dtype))
+        dz.addcmul_(p, alpha.to(p.dtype))
+        # Not in place: without a preconditioner the first p is r.
         r = torch.addcmul(r, Kp, -alpha.to(p.dtype))
         step += 1
         if step % 8 == 0 and bool((~good & (size > torch.maximum(reach, rtol))).any()):
-            out.index_copy_(-1, index, dz)
-            return out, norm, step, True
+            z.index_add_(-1, columns, dz)
+            return norm, step, True
