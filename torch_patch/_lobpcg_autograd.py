@@ -5,7 +5,7 @@ from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_constructor import keep_graph_of_values
+from torch._lobpcg_constructor import around_constructor, keep_graph_of_values
 from torch._lobpcg_derivative import ComputedPairs, corrected, forward_mode, reverse_mode
 from torch._lobpcg_function import (
     accepts_legacy_vmap,
@@ -59,7 +59,7 @@ def differentiable_eigenpairs(
             )
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)
-    A, B = (by_rows(M) if is_sparse(M) and M.requires_grad else hermitian_part(M) for M in (A, B))
+    A, B = (by_rows(around_constructor(M)) if is_sparse(M) and M.requires_grad else hermitian_part(M) for M in (A, B))
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
     if tol is None:
         dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))
