@@ -87,10 +87,12 @@ def solve_on_complement(
     op.quiet = quiet
     b = op.project_dual(column_major(b))
     size = _safe_norm(b)
+    if bool((size == 0).all()):
+        return _further_dimensions_of_columns(torch.zeros_like(b), more, len(batch))
     b = b.div_(torch.where(size > 0, size, torch.ones_like(size)))
     op.set_scale(b)
     m = X.shape[-2]
-    if m == k or b.numel() == 0:
+    if m == k:
         z = torch.zeros_like(b)
     elif Y is not None and T is not None and Y.shape[-1] == m - k:
         z = _by_all_pairs(op, b, T, Y)
