@@ -27,7 +27,7 @@ def plate():
 
 
 def test_clamped_circle(plate):
-    """The lowest frequency of a clamped circular plate: omega R^2 sqrt(rho t / D) = 10.2158 (Leissa 1969, table 2.1)."""
+    """The lowest frequency of a clamped circular plate: omega R^2 sqrt(rho t / D) = 10.2158 (Leissa 1969)."""
     radius, t = 0.3, 0.004
     model = plate.Plate(plate.Mesh(600, (radius, radius)))
     K, M = (S.to_dense() for S in model.pencil(torch.full((len(model.area),), t, dtype=torch.float64)))

@@ -5,6 +5,7 @@ from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_complement import system_tolerance
 from torch._lobpcg_constructor import around_constructor, keep_graph_of_values
 from torch._lobpcg_derivative import ComputedPairs, corrected, forward_mode, reverse_mode
 from torch._lobpcg_function import (
@@ -16,7 +17,6 @@ from torch._lobpcg_function import (
     saved,
     without_autocast,
 )
-from torch._lobpcg_complement import system_tolerance
 from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
 from torch._lobpcg_resolvent import SolveOptions
 from torch.autograd import Function

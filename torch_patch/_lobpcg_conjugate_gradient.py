@@ -136,7 +136,7 @@ def _sweep(
     rtol: Tensor,
     budget: int,
 ) -> Tuple[Tensor, int, bool]:
-    """One run from residuals r of `columns` of z, improved in place: estimate of |K|, iterations, whether K is indefinite.
+    """One run from residuals r of `columns` of z, improved in place: estimate of |K|, iterations, is K indefinite.
 
     Columns that stop leave the block, so products are with active columns only.  One synchronisation per iteration.
     """

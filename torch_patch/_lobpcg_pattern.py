@@ -112,7 +112,7 @@ def hermitian_outer(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 
 def is_symmetric_pattern(M: Tensor) -> bool:
-    """Whether sparse M stores position (c, r) wherever it stores (r, c).  O(nnz) time, O(m) memory, one synchronisation.
+    """Whether sparse M stores position (c, r) wherever it stores (r, c).  O(nnz) time, O(m) memory.
 
     Every line h of the matrix gets a fixed random 64-bit number; row r sums the numbers of the columns that it stores,
     column r those of the rows.  Sums modulo 2^64 are exact, so the two agree for a symmetric pattern, and for another
@@ -146,7 +146,8 @@ def column_major(V: Tensor) -> Tensor:
 
 def _fold(M: Tensor, V: Tensor) -> Tensor:
     """M V; one matrix and many blocks are one product with a wide block instead of many products."""
-    if V.dim() == 2 and is_sparse(M) and 1 < V.shape[-1] <= _FEW_COLUMNS and V.stride(0) == 1 and V.device.type == "cpu":
+    few = V.dim() == 2 and 1 < V.shape[-1] <= _FEW_COLUMNS and V.stride(0) == 1
+    if few and is_sparse(M) and V.device.type == "cpu":
         return torch.stack([torch.mv(M, v) for v in V.unbind(-1)]).mT
     if M.dim() > 2 or V.dim() == 2:
         return torch.matmul(M, V)

@@ -34,7 +34,7 @@ from torch.autograd import Function
 
 
 class SolveOptions:
-    """What a solve needs besides its tensors: which end of the spectrum, and the tolerance, one for all pairs or (k,)."""
+    """What a solve needs besides its tensors: the end of the spectrum, and the tolerance, one for all pairs or (k,)."""
 
     def __init__(self, largest: bool, tol: Union[float, Tensor]) -> None:
         self.largest, self.tol = largest, tol

@@ -129,15 +129,12 @@ class Plate:
 
     def pencil(self, thickness):
         """Sparse K and M, differentiable in the thickness (e,)."""
-        return tuple(
-            torch.sparse_csr_tensor(
-                self.crow,
-                self.column,
-                torch.zeros(len(self.column), dtype=torch.float64).index_add(0, self.slot, factor[self.element] * entries),
-                (self.m, self.m),
-            )
-            for factor, entries in ((thickness**3, self.stiffness), (thickness, self.mass))
-        )
+        pencil = []
+        for factor, entries in ((thickness**3, self.stiffness), (thickness, self.mass)):
+            entries = factor[self.element] * entries
+            values = torch.zeros(len(self.column), dtype=torch.float64).index_add(0, self.slot, entries)
+            pencil.append(torch.sparse_csr_tensor(self.crow, self.column, values, (self.m, self.m)))
+        return tuple(pencil)
 
     def weight(self, thickness):
         return DENSITY * (self.area * thickness).sum()
@@ -175,10 +172,12 @@ class Problem:
     def _smoothing(self, radius):
         """Averages of the elements within `radius`, weighted by distance: thickness varies no faster than that."""
         centers = self.mesh.points[self.mesh.triangles].mean(1)
-        near = scipy.spatial.KDTree(centers).sparse_distance_matrix(scipy.spatial.KDTree(centers), radius, output_type="coo_matrix")
+        tree = scipy.spatial.KDTree(centers)
+        near = tree.sparse_distance_matrix(tree, radius, output_type="coo_matrix")
         weights = scipy.sparse.coo_array((radius - near.data, (near.row, near.col)), shape=near.shape).tocsr()
         weights = scipy.sparse.diags_array(1 / weights.sum(1)) @ weights
-        return torch.sparse_csr_tensor(*(torch.from_numpy(t) for t in (weights.indptr, weights.indices, weights.data)), weights.shape)
+        parts = (weights.indptr, weights.indices, weights.data)
+        return torch.sparse_csr_tensor(*(torch.from_numpy(part) for part in parts), weights.shape)
 
     def thickness(self, parameters):
         """Between a half and twice the uniform thickness."""
@@ -202,16 +201,14 @@ class Problem:
 def inverse(K):
     """K^-1 by sparse factors, as a function on blocks: they cost less than the iterations that they save."""
     parts = (K.values().numpy(), K.col_indices().numpy(), K.crow_indices().numpy())
-    factors = scipy.sparse.linalg.splu(scipy.sparse.csc_array(parts, shape=K.shape))  # K is symmetric: its rows are columns
+    factors = scipy.sparse.linalg.splu(scipy.sparse.csc_array(parts, shape=K.shape))  # symmetric: rows are columns
     return lambda R: torch.from_numpy(factors.solve(R.numpy()))
 
 
 def optimise(problem, steps, report=print):
     """Parameters of the tuned plate, by L-BFGS; one line of progress every few steps."""
     parameters = torch.zeros(problem.elements, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [parameters], lr=1, max_iter=1, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
-    )
+    optimiser = torch.optim.LBFGS([parameters], max_iter=1, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
@@ -272,7 +269,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     began = time.perf_counter()
     problem = Problem(options.triangles)
-    print(f"{problem.elements} elements, {problem.plate.m} unknowns, {len(problem.plate.column)} stored values in K and in M")
+    stored = len(problem.plate.column)
+    print(f"{problem.elements} elements, {problem.plate.m} unknowns, {stored} stored values in K and in M")
     tuned = optimise(problem, options.steps)
     _, frequencies, X = problem.evaluate(tuned)
     for j, (found, wanted) in enumerate(zip(frequencies.tolist(), problem.target.tolist())):
