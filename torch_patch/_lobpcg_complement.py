@@ -46,7 +46,7 @@ def system_tolerance(E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: flo
     """Relative residuals (k,) for the systems of a derivative: half of the relative error that x_j itself has.
 
     E: (*, k), X: (*, m, k), T: (*, p) further eigenvalues, residual: (*, k).  With e_j = |r_j| |x_j| / gap_j, the bound
-    on that error, z_j inherits up to e_j |b_j| / gap_j from x_j; a residual tol |b_j| of its own adds tol |b_j| / gap_j.
+    on that error, z_j inherits up to e_j |b_j| / gap_j from x_j; a residual tol |b_j| of its own adds tol |b_j| / gap_j
     At least tol and at most 1e-3; tol without T, which leaves the gap unknown.  Ritz values in T lie too far inside:
     the gap comes out too large and the tolerance too small, never the other way.
     """
