@@ -93,12 +93,46 @@ class ComputedPairs:
         return reduced_resolvent(self.A, self.B, shifts, self.X, b, self.Y, self.iK, options, self.T)
 
     def factors(
-        self, G: Optional[Tensor], gE: Optional[Tensor], gX: Optional[Tensor], forward_mode: bool
+        self,
+        G: Optional[Tensor],
+        gE: Optional[Tensor],
+        b: Optional[Tensor],
+        Z: Optional[Tensor],
+        forward_mode: bool = False,
     ) -> Tuple[Tensor, bool]:
-        """F, and whether some of the pairs are a cluster to it."""
-        options = CheckOptions(self.X.shape[-2], self.E.shape[-1], self.tol, forward_mode)
-        F = pair_factors(self.E, self.X, G, gE, gX, self.T, self.residual, self.scale, options)
+        """F, and whether some of the pairs are a cluster to it.  Z = [R_j b_j]; without b, in reverse mode, gX is 0."""
+        m, k = self.X.shape[-2:]
+        eps = torch.finfo(self.E.dtype).eps
+        if is_small_and_dense(self.A, self.B, m):
+            eps = min(eps, torch.finfo(torch.float64).eps)  # see `corrected`
+        options = CheckOptions(m, k, self.tol, eps, forward_mode)
+        gX = None if forward_mode else b
+        T = self.T
+        if k < m and T.shape[-1] == 0:
+            T = self._values_outside(b, Z)
+        F = pair_factors(self.E, self.X, G, gE, gX, T, self.residual, self.scale, options)
         return F, options.clustered
+
+    def _values_outside(self, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:
+        """Ritz values of the complement, (*, k), where the forward carried no guard columns: Rayleigh quotients of
+        Z = [R_j b_j], which lie at the near end of the spectrum because R_j amplifies that end most.  Without b a fixed
+        vector takes its place, and a rough solution is enough."""
+        A, B, iK = (M.detach() if isinstance(M, Tensor) else M for M in (self.A, self.B, self.iK))
+        E, X = self.E.detach(), self.X.detach()
+        if b is None or Z is None:
+            m = X.shape[-2]
+            t = torch.arange(1, m + 1, dtype=E.dtype, device=E.device)
+            probe = torch.sin(t * t).unsqueeze(-1)  # incommensurable with 2 pi: no symmetry
+            b = torch.cat([torch.zeros_like(X[..., :-1]), probe.to(X.dtype).expand_as(X[..., -1:])], -1)
+            # The component along one eigenvector is about 1 / sqrt(m) of the whole.
+            options = SolveOptions(self.largest, 0.1 / math.sqrt(m), quiet=True)
+            Z = reduced_resolvent(A, B, E, X, b, self.Y, iK, options)[..., -1:]
+            E, b = E[..., -1:], b[..., -1:]
+        Z, b = Z.detach(), b.detach()
+        top, bottom = (Z.conj() * b).sum(-2), (Z.conj() * apply(B, Z)).sum(-2)
+        top, bottom = (torch.real(q) if q.is_complex() else q for q in (top, bottom))
+        # A pair whose b is zero says nothing: infinitely far.
+        return E + torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, torch.ones_like(bottom)), math.inf)
 
 
 def reverse_mode(
@@ -110,14 +144,17 @@ def reverse_mode(
     """
     E, X = pairs.E, pairs.X
     G = None if gX is None else X.mH @ gX  # (*, k, k)
-    F, clustered = pairs.factors(G, gE, gX, forward_mode=False)
+    Z = None if gX is None or pairs.T.shape[-1] else pairs.resolvent(gX)
+    F, clustered = pairs.factors(G, gE, gX, Z)
     N = None
     if clustered and _may_be_differentiated():
         E, F, N = _in_cluster(pairs, F)
     W = None if gE is None else X * gE.unsqueeze(-2)
     if gX is not None:
         K = (G - G.mH) / 2
-        C, Z = K * F, pairs.resolvent(gX, E)
+        C = K * F
+        if Z is None or N is not None:
+            Z = pairs.resolvent(gX, E)
         if N is not None:
             C, Z = (K + N @ C - C @ N) * F, Z + pairs.resolvent(apply(pairs.B, Z @ N), E)
         W = X @ C - Z if W is None else W + X @ C - Z
@@ -167,9 +204,10 @@ def forward_mode(pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor
         b = b - dBX * E.unsqueeze(-2)
     S = X.mH @ b  # (*, k, k)
     H = (S + S.mH) / 2
-    F, _ = pairs.factors(H, None, None, forward_mode=True)
+    Z = pairs.resolvent(b)
+    F, _ = pairs.factors(H, None, b, Z, forward_mode=True)
     inside = H * F if dBX is None else H * F - X.mH @ dBX / 2
-    dX = X @ inside - pairs.resolvent(b)
+    dX = X @ inside - Z
     return _real_diagonal(S), dX
 
 

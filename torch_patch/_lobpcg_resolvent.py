@@ -34,10 +34,10 @@ from torch.autograd import Function
 
 
 class SolveOptions:
-    """What a solve needs besides tensors: which end of the spectrum, and the tolerance of the forward."""
+    """What a solve needs besides tensors: which end of the spectrum, the tolerance of the forward, no warnings."""
 
-    def __init__(self, largest: bool, tol: float) -> None:
-        self.largest, self.tol = largest, tol
+    def __init__(self, largest: bool, tol: float, quiet: bool = False) -> None:
+        self.largest, self.tol, self.quiet = largest, tol, quiet
 
 
 def reduced_resolvent(
@@ -63,7 +63,7 @@ class ReducedResolvent(Function):
     @staticmethod
     def forward(A, B, E, X, b, Y, iK, T, options):
         with without_autocast(X):
-            return solve_on_complement(A, B, E, X, b, Y, iK, options.largest, options.tol, T=T)
+            return solve_on_complement(A, B, E, X, b, Y, iK, options.largest, options.tol, options.quiet, T)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
