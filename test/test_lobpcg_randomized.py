@@ -166,14 +166,14 @@ def pairs_of(case, A, B, V):
 def exact_gradients(case, e, V, X):
     """gA, gB in double precision, for one pencil; X, the vectors returned, gives the signs for a loss that sees them.
 
-    Third, the size of their terms: a hundredth of |x|^2 max |d loss / d Q| / gap, where they cancel to less than that.
+    Third, the size of their terms: a tenth of |x|^2 max |d loss / d Q| / gap, where they cancel to less than that.
     """
     k, E = case.k, e + case.offset
     distance = e.unsqueeze(-1) - e
     wanted = V[:, :k]
     if "values" in case.loss:
         weight = torch.autograd.functional.jacobian(lambda E: s(case, E), E[:k])
-        size = 0.01 * (torch.linalg.norm(wanted) ** 2 * weight.abs().max() * E.abs().max()).item()
+        size = 0.1 * (torch.linalg.norm(wanted) ** 2 * weight.abs().max() * E.abs().max()).item()
         return _hermitian(wanted * weight @ wanted.mH), -_hermitian(wanted * (weight * E[:k]) @ wanted.mH), size
     if case.loss == "entries":
         overlap = torch.linalg.solve(V, X.to(V.dtype))[:k].diagonal()
@@ -196,7 +196,7 @@ def exact_gradients(case, e, V, X):
     (M,) = torch.autograd.grad(f(case, Q), Q)
     M = V.mH @ _hermitian(M) @ V
     in_B = E.unsqueeze(-1) * difference + values
-    size = 0.01 * (torch.linalg.norm(wanted) ** 2 * M.abs().max() * difference.abs().max()).item()
+    size = 0.1 * (torch.linalg.norm(wanted) ** 2 * M.abs().max() * difference.abs().max()).item()
     return _hermitian(V @ (M * difference) @ V.mH), -_hermitian(V @ (M * in_B) @ V.mH), size
 
 

@@ -92,6 +92,10 @@ class ComputedPairs:
         shifts = self.E if E is None else E
         return reduced_resolvent(self.A, self.B, shifts, self.X, b, self.Y, self.iK, options, self.T)
 
+    @property
+    def all_known(self) -> bool:
+        return self.E.shape[-1] + self.T.shape[-1] == self.X.shape[-2]
+
     def factors(
         self,
         G: Optional[Tensor],
@@ -105,18 +109,20 @@ class ComputedPairs:
         eps = torch.finfo(self.E.dtype).eps
         if is_small_and_dense(self.A, self.B, m):
             eps = min(eps, torch.finfo(torch.float64).eps)  # see `corrected`
-        options = CheckOptions(m, k, self.tol, eps, forward_mode)
+        options = CheckOptions(m, k, self.tol, eps, self.largest, forward_mode)
         gX = None if forward_mode else b
         T = self.T
-        if k < m and T.shape[-1] == 0:
-            T = self._values_outside(b, Z)
+        if not self.all_known and (b is not None or T.shape[-1] == 0):
+            T = _together(T, self._values_outside(b, Z))
         F = pair_factors(self.E, self.X, G, gE, gX, T, self.residual, self.scale, options)
         return F, options.clustered
 
     def _values_outside(self, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:
-        """Ritz values of the complement, (*, k), where the forward carried no guard columns: Rayleigh quotients of
-        Z = [R_j b_j], which lie at the near end of the spectrum because R_j amplifies that end most.  Without b a fixed
-        vector takes its place, and a rough solution is enough."""
+        """Ritz values of the complement, (+, *, k): guard columns may be missing, or miss an eigenvalue.
+
+        The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum, because R_j amplifies that end most.
+        Without b a fixed vector takes its place, (*, 1), and a rough solution is enough.
+        """
         A, B, iK = (M.detach() if isinstance(M, Tensor) else M for M in (self.A, self.B, self.iK))
         E, X = self.E.detach(), self.X.detach()
         if b is None or Z is None:
@@ -125,7 +131,7 @@ class ComputedPairs:
             probe = torch.sin(t * t).unsqueeze(-1)  # incommensurable with 2 pi: no symmetry
             b = torch.cat([torch.zeros_like(X[..., :-1]), probe.to(X.dtype).expand_as(X[..., -1:])], -1)
             # The component along one eigenvector is about 1 / sqrt(m) of the whole.
-            options = SolveOptions(self.largest, 0.1 / math.sqrt(m), quiet=True)
+            options = SolveOptions(self.largest, 0.1 / math.sqrt(m), probe=True)
             Z = reduced_resolvent(A, B, E, X, b, self.Y, iK, options)[..., -1:]
             E, b = E[..., -1:], b[..., -1:]
         Z, b = Z.detach(), b.detach()
@@ -133,6 +139,11 @@ class ComputedPairs:
         top, bottom = (torch.real(q) if q.is_complex() else q for q in (top, bottom))
         # A pair whose b is zero says nothing: infinitely far.
         return E + torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, torch.ones_like(bottom)), math.inf)
+
+
+def _together(T: Tensor, S: Tensor) -> Tensor:
+    """Columns of (*, p) and (+, *, q) side by side."""
+    return torch.cat([T.expand(tuple(S.shape[:-1]) + (T.shape[-1],)), S], -1)
 
 
 def reverse_mode(
@@ -144,7 +155,7 @@ def reverse_mode(
     """
     E, X = pairs.E, pairs.X
     G = None if gX is None else X.mH @ gX  # (*, k, k)
-    Z = None if gX is None or pairs.T.shape[-1] else pairs.resolvent(gX)
+    Z = None if gX is None or pairs.all_known else pairs.resolvent(gX)
     F, clustered = pairs.factors(G, gE, gX, Z)
     N = None
     if clustered and _may_be_differentiated():

@@ -22,8 +22,9 @@ class CheckOptions:
     `pair_eps`: unit rounding of the arithmetic in which the pairs were found, before they were rounded to their dtype.
     """
 
-    def __init__(self, m: int, k: int, tol: float, pair_eps: float, forward_mode: bool = False) -> None:
-        self.m, self.k, self.tol, self.pair_eps, self.forward_mode = m, k, tol, pair_eps, forward_mode
+    def __init__(self, m: int, k: int, tol: float, pair_eps: float, largest: bool, forward_mode: bool = False) -> None:
+        self.m, self.k, self.tol, self.pair_eps = m, k, tol, pair_eps
+        self.largest, self.forward_mode = largest, forward_mode
         self.clustered = False  # set by the check: whether some F_ij between different pairs is 0
 
 
@@ -304,6 +305,11 @@ def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, 
         return
     if not T.shape[-1]:
         return
+    inaccuracy = residual * x + torch.diagonal(blur, dim1=-2, dim2=-1)
+    missed = (E.unsqueeze(-1) - T.unsqueeze(-2)) * (-1.0 if options.largest else 1.0) > inaccuracy.unsqueeze(-1)
+    if bool(missed.any()):
+        _warn_missed(float(T.max() if options.largest else T.min()), k, options.largest)
+        return
     matters = torch.zeros_like(error, dtype=torch.bool)
     if gE is not None:
         matters = matters | (gE != 0)
@@ -315,6 +321,16 @@ def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, 
         (j,) = _first(near, 1)
         nearest, error = torch.broadcast_tensors(nearest, error)
         _warn_near(j, k, float(nearest[..., j].min()), float(error[..., j].max()))
+
+
+def _warn_missed(value: float, k: int, largest: bool) -> None:
+    warnings.warn(
+        f"lobpcg: an eigenvalue near {value:.6g} was missed, so the pairs are not the k={k} "
+        f"{'largest' if largest else 'smallest'} ones, and the gradient is that of the pairs returned. Tighten tol, raise "
+        "n, or pass another start block X.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _warn_near(j: int, k: int, gap: float, error: float) -> None:

@@ -34,10 +34,13 @@ from torch.autograd import Function
 
 
 class SolveOptions:
-    """What a solve needs besides tensors: which end of the spectrum, the tolerance of the forward, no warnings."""
+    """What a solve needs besides tensors: which end of the spectrum, the tolerance of the forward.
 
-    def __init__(self, largest: bool, tol: float, quiet: bool = False) -> None:
-        self.largest, self.tol, self.quiet = largest, tol, quiet
+    probe: the solution only has to show how close to singular the operator is.
+    """
+
+    def __init__(self, largest: bool, tol: float, probe: bool = False) -> None:
+        self.largest, self.tol, self.probe = largest, tol, probe
 
 
 def reduced_resolvent(
@@ -63,7 +66,7 @@ class ReducedResolvent(Function):
     @staticmethod
     def forward(A, B, E, X, b, Y, iK, T, options):
         with without_autocast(X):
-            return solve_on_complement(A, B, E, X, b, Y, iK, options.largest, options.tol, options.quiet, T)
+            return solve_on_complement(A, B, E, X, b, Y, iK, options.largest, options.tol, T=T, probe=options.probe)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
