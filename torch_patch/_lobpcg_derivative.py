@@ -32,9 +32,9 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_complement import is_small_and_dense, solve_on_complement
-from torch._lobpcg_gauge import CheckOptions, pair_factors, SecondOrderAtMost
+from torch._lobpcg_gauge import CheckOptions, is_late, pair_factors, SecondOrderAtMost
 from torch._lobpcg_pattern import apply, hermitian_apply, hermitian_outer, multiply
-from torch._lobpcg_resolvent import reduced_resolvent, SolveOptions
+from torch._lobpcg_resolvent import nearest_outside, rayleigh_quotient, reduced_resolvent, SolveOptions
 
 
 def corrected(
@@ -112,38 +112,27 @@ class ComputedPairs:
         options = CheckOptions(m, k, self.tol, eps, self.largest, forward_mode)
         gX = None if forward_mode else b
         T = self.T
-        if not self.all_known and (b is not None or T.shape[-1] == 0):
-            T = _together(T, self._values_outside(b, Z))
+        if not self.all_known:
+            T = self._with_values_outside(b, Z)
         F = pair_factors(self.E, self.X, G, gE, gX, T, self.residual, self.scale, options)
         return F, options.clustered
 
-    def _values_outside(self, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:
-        """Ritz values of the complement, (+, *, k): guard columns may be missing, or miss an eigenvalue.
+    def _with_values_outside(self, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:
+        """T with more Ritz values of the complement: guard columns may be missing, or miss an eigenvalue.
 
         The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum, because R_j amplifies that end most.
-        Without b a fixed vector takes its place, (*, 1), and a rough solution is enough.
         """
         A, B, iK = (M.detach() if isinstance(M, Tensor) else M for M in (self.A, self.B, self.iK))
         E, X = self.E.detach(), self.X.detach()
         if b is None or Z is None:
-            m = X.shape[-2]
-            t = torch.arange(1, m + 1, dtype=E.dtype, device=E.device)
-            probe = torch.sin(t * t).unsqueeze(-1)  # incommensurable with 2 pi: no symmetry
-            b = torch.cat([torch.zeros_like(X[..., :-1]), probe.to(X.dtype).expand_as(X[..., -1:])], -1)
-            # The component along one eigenvector is about 1 / sqrt(m) of the whole.
-            options = SolveOptions(self.largest, 0.1 / math.sqrt(m), probe=True)
-            Z = reduced_resolvent(A, B, E, X, b, self.Y, iK, options)[..., -1:]
-            E, b = E[..., -1:], b[..., -1:]
-        Z, b = Z.detach(), b.detach()
-        top, bottom = (Z.conj() * b).sum(-2), (Z.conj() * apply(B, Z)).sum(-2)
-        top, bottom = (torch.real(q) if q.is_complex() else q for q in (top, bottom))
-        # A pair whose b is zero says nothing: infinitely far.
-        return E + torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, torch.ones_like(bottom)), math.inf)
-
-
-def _together(T: Tensor, S: Tensor) -> Tensor:
-    """Columns of (*, p) and (+, *, q) side by side."""
-    return torch.cat([T.expand(tuple(S.shape[:-1]) + (T.shape[-1],)), S], -1)
+            residual, options = self.residual, SolveOptions(self.largest, self.tol)
+            late = is_late(residual, self.scale, X.shape[-2], E.shape[-1], self.tol)
+            distance = nearest_outside(A, B, E, X, self.Y, iK, self.T, residual, late, options)
+        else:
+            distance = rayleigh_quotient(B, Z.detach(), b.detach(), self.largest)
+        found = E[..., -distance.shape[-1] :] + distance
+        T = self.T.expand(tuple(found.shape[:-1]) + (self.T.shape[-1],))
+        return torch.cat([T, found], -1)
 
 
 def reverse_mode(

@@ -274,13 +274,19 @@ def _check_blur(used: Tensor, error: Tensor, total: Tensor, gap: Tensor, eps: fl
         )
 
 
+def is_late(residual: Tensor, scale: Tensor, m: int, k: int, tol: float) -> Tensor:
+    """(*, k): whether a pair has missed the tolerance."""
+    # No iteration gets below the rounding of its own residual, however small tol is.
+    reachable = max(tol, 16 * math.sqrt(m) * torch.finfo(residual.dtype).eps)
+    return residual[..., :k] > reachable * scale[..., :k]
+
+
 def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, options) -> None:
     """One warning where a pair that matters missed the tolerance or is close to the rest of the spectrum.
 
     The estimate of the gradient's relative error is (|r_j| |x_j| + rounding) / (distance to the rest).
     """
     k = options.k
-    eps = torch.finfo(E.dtype).eps
     residual, scale = residual[..., :k], scale[..., :k]
     if T.shape[-1]:
         # Errors inside the block are of second order after Rayleigh-Ritz: the distance to the rest counts.
@@ -289,8 +295,7 @@ def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, 
         eye = torch.eye(k, dtype=torch.bool, device=E.device)
         nearest = torch.where(equal | eye, torch.full_like(gap, math.inf), gap).amin(-2)
     error = (residual * x + torch.diagonal(rounding, dim1=-2, dim2=-1)) / nearest
-    # No iteration gets below the rounding of its own residual, however small tol is.
-    late = residual > max(options.tol, 16 * math.sqrt(options.m) * eps) * scale
+    late = is_late(residual, scale, options.m, k, options.tol)
     if bool(late.any()):
         relative = residual / torch.where(scale > 0, scale, torch.ones_like(scale))
         worst = torch.where(late, relative, torch.zeros_like(relative)).max()
