@@ -40,7 +40,7 @@ _MOST = 0.1
 # Where the bound is below this, a warning or an error has no reason.
 _NEEDLESS = 1e-3
 _GAPS = ("bit", "rounding", 1e-13, 1e-10, 1e-6, 1e-2, 1.0, 1.0, 1.0)
-_LOSSES = ("projector", "square", "clusters", "matrix", "density", "vectors", "values", "weighted values", "entries")
+_LOSSES = ("projector", "square", "clusters", "matrix", "hollow", "density", "vectors", "values", "weighted values", "entries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,13 @@ class Case:
 
 
 def weights(case):
-    """Hermitian M of order m with entries of size 1, in double precision."""
+    """Hermitian M of order m with entries of size 1, zeros on the diagonal for "hollow", in double precision."""
     t = torch.arange(1, case.m**2 + 1, dtype=torch.float64).reshape(case.m, case.m) ** 2
     M = torch.sin(0.6180339887 * t)
     if case.dtype.is_complex:
         M = torch.complex(M, torch.sin(0.4142135624 * t))
+    if case.loss == "hollow":
+        M = M - torch.diag(torch.diagonal(M))
     return M + M.mH
 
 
@@ -116,7 +118,7 @@ def clusters(case):
 
 def phi(case, E):
     """phi(E) of the wanted pairs, (*, k), differentiable."""
-    if case.loss == "matrix":
+    if case.loss in ("matrix", "hollow"):
         return E
     if case.loss == "density":
         return torch.exp((E - case.offset) * (1 if case.largest else -1))
@@ -186,7 +188,7 @@ def exact_gradients(case, e, V, X):
     values = torch.nn.functional.pad(phi(case, E[:k]), (0, case.m - k))
     alike = values.unsqueeze(-1) == values
     difference = torch.where(alike, 0.0, (values.unsqueeze(-1) - values) / torch.where(alike, 1.0, distance))
-    if case.loss == "matrix":
+    if case.loss in ("matrix", "hollow"):
         difference[:k, :k] = 1.0
     if case.loss == "density":
         sign = 1.0 if case.largest else -1.0
@@ -212,7 +214,7 @@ def gap_seen(case, e):
         seen += gaps[:-1]
     if case.loss == "clusters":
         seen += [gap for gap, apart in zip(gaps, clusters(case).diff()) if apart]
-    if case.loss in ("matrix", "density"):
+    if case.loss in ("matrix", "hollow", "density"):
         smooth += gaps[:-1]
     return min(seen), min(smooth)
 
