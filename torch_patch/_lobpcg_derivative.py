@@ -32,7 +32,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_complement import is_small_and_dense, solve_on_complement
-from torch._lobpcg_gauge import CheckOptions, is_late, pair_factors, SecondOrderAtMost
+from torch._lobpcg_gauge import CheckOptions, generic_basis, is_late, pair_factors, SecondOrderAtMost
 from torch._lobpcg_pattern import apply, hermitian_apply, hermitian_outer, multiply
 from torch._lobpcg_resolvent import nearest_outside, rayleigh_quotient, reduced_resolvent, SolveOptions
 
@@ -40,13 +40,26 @@ from torch._lobpcg_resolvent import nearest_outside, rayleigh_quotient, reduced_
 def corrected(
     A: Any, B: Any, E: Tensor, X: Tensor, residual: Tensor, scale: Tensor, largest: bool, tol: float
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """One Newton step on k converged pairs of a small dense pencil: E, X, residual, or the arguments as they were.
+    """k pairs fit for a derivative: one Newton step if the pencil is small and dense, and a generic basis of every
+    repeated eigenvalue (see `generic_basis`).  E, X, residual.
 
     Derivatives take the pairs as exact, so their error is |r| / gap.  The step x_j - R_j r_j, then Rayleigh-Ritz, makes
     that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Single precision is corrected in
     double, which leaves the rounding of the result: at m = 100, gap 1e-3, the gradient's error fell from 2e-4 to 1e-6.
     Pairs that have not converged stay as they are, to be reported as such.
     """
+    m, k = X.shape[-2:]
+    E, X, residual = _newton_step(A, B, E, X, residual, scale, largest, tol)
+    return E, generic_basis(E, X, scale, CheckOptions(m, k, tol, _pair_eps(A, B, E, m), largest)), residual
+
+
+def _pair_eps(A: Any, B: Any, E: Tensor, m: int) -> float:
+    """Unit rounding of the arithmetic that the pairs have gone through."""
+    return torch.finfo(torch.float64 if is_small_and_dense(A, B, m) else E.dtype).eps
+
+
+def _newton_step(A, B, E, X, residual, scale, largest: bool, tol: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """E, X, residual after the step, or as they were where it does not help."""
     m, k = X.shape[-2:]
     eps = torch.finfo(E.dtype).eps
     if A is None or k == m or not is_small_and_dense(A, B, m):
@@ -106,9 +119,7 @@ class ComputedPairs:
     ) -> Tuple[Tensor, bool]:
         """F, and whether some of the pairs are a cluster to it.  Z = [R_j b_j]; without b, in reverse mode, gX is 0."""
         m, k = self.X.shape[-2:]
-        eps = torch.finfo(self.E.dtype).eps
-        if is_small_and_dense(self.A, self.B, m):
-            eps = min(eps, torch.finfo(torch.float64).eps)  # see `corrected`
+        eps = _pair_eps(self.A, self.B, self.E, m)
         options = CheckOptions(m, k, self.tol, eps, self.largest, forward_mode)
         gX = None if forward_mode else b
         T = self.T

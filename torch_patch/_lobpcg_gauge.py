@@ -8,7 +8,7 @@ vmap; its result is the mask of the pairs (i, j) whose factor F_ij = 1 / (E_j - 
 
 import math
 import warnings
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -132,21 +132,52 @@ def _first(condition: Tensor, dims: int) -> list:
     return condition.nonzero()[0, -dims:].tolist()
 
 
+def _pencil_size(x: Tensor, scale: Tensor) -> Tensor:
+    """(*, k, k): |x_i| (|A| + |E_j| |B|) |x_j|, the size of the pencil in units of an eigenvalue."""
+    size = x.unsqueeze(-1) * scale.unsqueeze(-2)
+    return torch.maximum(size, size.mT)
+
+
+def _rounding(E: Tensor, size: Tensor, options: CheckOptions) -> Tuple[Tensor, Tensor]:
+    """What rounding does to an eigenvalue, and up to which gap two are equal to rounding; (*, k, k)."""
+    eps = torch.finfo(E.dtype).eps
+    rounding = options.pair_eps * size
+    # sqrt(m) for sums of length m, times a modest factor.
+    blur = 16 * math.sqrt(options.m) * rounding
+    if options.pair_eps < eps:
+        # The pairs of a matrix given in single precision, found in double: E is rounded, and the data once per entry.
+        rounding = rounding + eps * E.abs().amax(-1)[..., None, None]
+        blur = torch.maximum(blur + rounding, 4 * eps * size)
+    return rounding, blur
+
+
+def generic_basis(E: Tensor, X: Tensor, scale: Tensor, options: CheckOptions) -> Tensor:
+    """X: (*, m, k) with the vectors of equal eigenvalues turned by fixed angles; they stay eigenvectors to rounding.
+
+    A loss tr(M X diag(E) X^H) has no gradient computable from gE and G at equal eigenvalues, only its diagonal in the
+    basis X.  It is recognised by the differences in gE, which vanish in a special basis: in that of unit vectors, which
+    a diagonal matrix leads to, if diag(M) = 0.  In a generic basis they do not.
+    """
+    k = E.shape[-1]
+    if k == 1 or E.numel() == 0:
+        return X
+    size = _pencil_size(torch.linalg.vector_norm(X, dim=-2), scale)
+    gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
+    equal = (gap <= _rounding(E, size, options)[1]) & ~torch.eye(k, dtype=torch.bool, device=E.device)
+    if not bool(equal.any()):
+        return X
+    t = torch.arange(1, k * k + 1, dtype=E.dtype, device=E.device).reshape(k, k)
+    angles = torch.triu(1 + torch.sin(t * t), 1) * equal
+    return X @ torch.linalg.matrix_exp(angles - angles.mT).to(X.dtype)
+
+
 def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     k, m = options.k, options.m
     eps = torch.finfo(E.dtype).eps
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()  # (*, k, k)
     distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)
-    # |x_i| (|A| + |E_j| |B|) |x_j|: the size of the pencil in units of an eigenvalue.
-    size = x.unsqueeze(-1) * scale[..., None, :k]
-    size = torch.maximum(size, size.mT)
-    # Rounding in eigenvalues; in a comparison times a modest factor, sqrt(m) for sums of length m.
-    rounding = options.pair_eps * size
-    blur = 16 * math.sqrt(m) * rounding
-    if options.pair_eps < eps:
-        # The pairs of a matrix given in single precision, found in double: E is rounded, and the data once per entry.
-        rounding = rounding + eps * E.abs().amax(-1)[..., None, None]
-        blur = torch.maximum(blur + rounding, 2 * eps * size)
+    size = _pencil_size(x, scale[..., :k])
+    rounding, blur = _rounding(E, size, options)
     equal = distinct & (gap <= blur)
     _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, options)
     amplitude = None
@@ -188,10 +219,16 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
         _warn_cluster(i, j, gap, why)
     # A loss that is invariant in a cluster has a Hermitian block, skew part zero up to noise: the exact factor is zero.
     invariant = close & (skew <= noise)
-    used = (used | (skew > noise)) & distinct & ~equal
+    used = used | (skew > noise)
+    if gE is not None:
+        # Of two that count, a skew part beyond the usual rounding, 4 eps for every m, may also be more than rounding.
+        counts = (gE != 0).unsqueeze(-1) | (gE != 0).unsqueeze(-2)
+        used = used | (counts & (skew > 4 * eps * amplitude))
+    used = used & distinct & ~equal
     # What rounding and residuals change in C = Skew(G) o F, and the largest part of the gradient inside span X.
     width = torch.where(used, gap, torch.full_like(gap, math.inf))
-    error, total = (mixing * skew + eps * amplitude) / width, _size((skew / width).flatten(-2))
+    lost = torch.where(invariant, skew, mixing * skew + eps * amplitude)
+    error, total = lost / width, _size((skew / width).flatten(-2))
     if gE is not None:
         error = error + mixing * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
         total = torch.maximum(total, _size(gE.abs()))
