@@ -137,7 +137,7 @@ def f(case, Q):
 
 def s(case, E):
     if case.loss == "values":
-        return E.square().sum() / 2
+        return (E.square() / 2 + 50 * E).sum()  # increasing: no eigenvalue has weight 0
     return (E * torch.arange(1, case.k + 1, dtype=E.dtype)).sum()
 
 

@@ -125,7 +125,7 @@ class ComputedPairs:
         T = self.T
         if not self.all_known:
             T = self._with_values_outside(b, Z)
-        F = pair_factors(self.E, self.X, G, gE, gX, T, self.residual, self.scale, options)
+        F = pair_factors(self.E, self.X, G, gE, gX, T, self.Y, self.residual, self.scale, options)
         return F, options.clustered
 
     def _with_values_outside(self, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ def pair_factors(
     gE: Optional[Tensor],
     gX: Optional[Tensor],
     T: Tensor,
+    Y: Tensor,
     residual: Tensor,
     scale: Tensor,
     options: CheckOptions,
@@ -42,14 +43,14 @@ def pair_factors(
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E.
 
     E: (*, k), X: (*, m, k), cotangents gE, gX and G = X^H gX with any further leading dimensions, or None; in
-    forward mode G is S = X^H (dA X - dB X E).  T: (*, p) further eigenvalues.  Raises RuntimeError where no derivative
+    forward mode G is S = X^H (dA X - dB X E).  T: (*, q) further eigenvalues, Y: (*, m, p) vectors.  Raises RuntimeError where no derivative
     exists; warns where it exists only in part or is inaccurate.
     """
     mask = _PairMask.apply(
         E.detach(),
         None if G is None else G.detach(),
         None if gE is None else gE.detach(),
-        torch.linalg.vector_norm(X.detach(), dim=-2),
+        torch.cat([torch.linalg.vector_norm(V.detach(), dim=-2) for V in (X, Y)], -1),
         None if gX is None else torch.linalg.vector_norm(gX.detach(), dim=-2),
         T.detach(),
         residual,
@@ -174,12 +175,14 @@ def generic_basis(E: Tensor, X: Tensor, scale: Tensor, options: CheckOptions) ->
 def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     k, m = options.k, options.m
     eps = torch.finfo(E.dtype).eps
+    # B^-1 measures residuals; the longest of the B-orthonormal vectors stands for the root of its norm.
+    x, longest = x[..., :k], x.amax(-1, keepdim=True)
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()  # (*, k, k)
     distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)
     size = _pencil_size(x, scale[..., :k])
     rounding, blur = _rounding(E, size, options)
     equal = distinct & (gap <= blur)
-    _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, options)
+    _check_outside(E, gE, longest, g, gap, equal, T, residual, scale, rounding, blur, options)
     amplitude = None
     if G is not None and g is not None:
         amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
@@ -200,7 +203,7 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     if gE is not None:
         _check_weights(gE, gap, equal)
         used = _weighs_differently(gE)
-    mixing = _mixing(E, x, T, residual, rounding, options) / torch.where(gap > 0, gap, torch.ones_like(gap))
+    mixing = _mixing(E, longest, T, residual, rounding, options) / torch.where(gap > 0, gap, torch.ones_like(gap))
     if G is None:
         if gE is not None:
             spread = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
@@ -221,9 +224,8 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     invariant = close & (skew <= noise)
     used = used | (skew > noise)
     if gE is not None:
-        # Of two that count, a skew part beyond the usual rounding, 4 eps for every m, may also be more than rounding.
-        counts = (gE != 0).unsqueeze(-1) | (gE != 0).unsqueeze(-2)
-        used = used | (counts & (skew > 4 * eps * amplitude))
+        # With a loss of values too, a skew part beyond the usual rounding, 4 eps for every m, may be more than rounding.
+        used = used | (skew > 4 * eps * amplitude)
     used = used & distinct & ~equal
     # What rounding and residuals change in C = Skew(G) o F, and the largest part of the gradient inside span X.
     width = torch.where(used, gap, torch.full_like(gap, math.inf))

@@ -141,9 +141,13 @@ def _mapped(info, in_dims, A, B, E, X, Y, iK, T, b):
 
 def rayleigh_quotient(B: Any, Z: Tensor, b: Tensor, largest: bool) -> Tensor:
     """(+, *, k): z^H (A - E_j B) z / z^H B z for z = R_j b_j, without a product with A; infinitely far where z = 0."""
+    length = Z.abs().amax(-2)  # divided out first: squares of 1e200 leave the range
+    there = length > 0
+    length = torch.where(there, length, torch.ones_like(length))
+    Z = Z / length.unsqueeze(-2)
     top, bottom = _real((Z.conj() * b).sum(-2)), _real((Z.conj() * apply(B, Z)).sum(-2))
     far = -math.inf if largest else math.inf
-    return torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, torch.ones_like(bottom)), far)
+    return torch.where(there, top / length / torch.where(there, bottom, torch.ones_like(bottom)), far)
 
 
 def nearest_outside(A: Any, B: Any, E, X, Y, iK, T, residual, late: Tensor, options: SolveOptions) -> Tensor:
