@@ -349,11 +349,6 @@ def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, 
         return
     if not T.shape[-1]:
         return
-    inaccuracy = residual * x + torch.diagonal(blur, dim1=-2, dim2=-1)
-    missed = (E.unsqueeze(-1) - T.unsqueeze(-2)) * (-1.0 if options.largest else 1.0) > inaccuracy.unsqueeze(-1)
-    if bool(missed.any()):
-        _warn_missed(float(T.max() if options.largest else T.min()), k, options.largest)
-        return
     matters = torch.zeros_like(error, dtype=torch.bool)
     if gE is not None:
         matters = matters | (gE != 0)
@@ -365,6 +360,11 @@ def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, 
         (j,) = _first(near, 1)
         nearest, error = torch.broadcast_tensors(nearest, error)
         _warn_near(j, k, float(nearest[..., j].min()), float(error[..., j].max()))
+        return
+    inaccuracy = residual * x + torch.diagonal(blur, dim1=-2, dim2=-1)
+    missed = (E.unsqueeze(-1) - T.unsqueeze(-2)) * (-1.0 if options.largest else 1.0) > inaccuracy.unsqueeze(-1)
+    if bool(missed.any()):
+        _warn_missed(float(T.max() if options.largest else T.min()), k, options.largest)
 
 
 def _warn_missed(value: float, k: int, largest: bool) -> None:
