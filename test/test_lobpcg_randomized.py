@@ -31,7 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch.testing._internal.common_utils import run_tests, TestCase
+from torch.testing._internal.common_utils import IS_WINDOWS, run_tests, TestCase
 
 
 # What 2 tol radius cond / gap leaves out: norms for root mean squares, the loss's second derivative, sums over pairs.
@@ -40,7 +40,18 @@ _MOST = 0.1
 # Where the bound is below this, a warning or an error has no reason.
 _NEEDLESS = 1e-3
 _GAPS = ("bit", "rounding", 1e-13, 1e-10, 1e-6, 1e-2, 1.0, 1.0, 1.0)
-_LOSSES = ("projector", "square", "clusters", "matrix", "hollow", "density", "vectors", "values", "weighted values", "entries")
+_LOSSES = (
+    "projector",
+    "square",
+    "clusters",
+    "matrix",
+    "hollow",
+    "density",
+    "vectors",
+    "values",
+    "weighted values",
+    "entries",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +107,7 @@ class Case:
         return (A + A.mH) / 2, (B + B.mH) / 2 if self.condition else None, V
 
 
-# The loss f(X diag(phi) X^H) + s(E), or a linear function of X ---------------------------------------------------------
+# The loss f(X diag(phi) X^H) + s(E), or a linear function of X ------------------------------------------------------
 
 
 def weights(case):
@@ -149,7 +160,7 @@ def loss(case, E, X):
     return f(case, (X * phi(case, E).unsqueeze(-2)) @ X.mH)
 
 
-# The oracle -------------------------------------------------------------------------------------------------------------
+# The oracle ---------------------------------------------------------------------------------------------------------
 
 
 def pairs_of(case, A, B, V):
@@ -229,7 +240,7 @@ def bound(case, e):
     return min(_MOST, _SLACK * size * ((case.tol + rounding) / seen + rounding / smooth))
 
 
-# One case ---------------------------------------------------------------------------------------------------------------
+# One case -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -371,10 +382,37 @@ class TestRandomGradients(TestCase):
             self.assertEqual(bad, [], f"{name}: {len(bad)} of {len(found)}")
 
 
+class Gradients(torch.utils.data.Dataset):
+    """Entry i: the gradient of the smallest eigenvalue and its vector of diag(1, 2, ...) + i / 100."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        A = (torch.diag(torch.arange(1.0, 41)).double() + i / 100).requires_grad_(True)
+        E, X = torch.lobpcg(A, k=1, largest=False, tol=1e-10, method="ortho")
+        return torch.autograd.grad(E.sum() + (X[0] ** 4).sum(), A)[0]
+
+
+class TestForkedWorkers(TestCase):
+    def test_data_loader(self):
+        """Forked after a call in the parent: the same gradients in the workers, and in the parent afterwards."""
+        if IS_WINDOWS:
+            self.skipTest("no fork")
+        expected = torch.stack([Gradients()[i] for i in range(6)])
+        loader = torch.utils.data.DataLoader(
+            Gradients(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=120
+        )
+        self.assertEqual(torch.cat(list(loader)), expected, rtol=0, atol=0)
+        self.assertEqual(Gradients()[5], expected[5], rtol=0, atol=0)
+
+
 def shortcomings(found):
     return {
         "wrong and silent": [(case, o.error, o.text) for case, o in found if o.kind == "wrong"],
-        "an error that is not lobpcg's": [(case, o.text) for case, o in found if o.kind == "error" and "lobpcg" not in o.text],
+        "an error that is not lobpcg's": [
+            (case, o.text) for case, o in found if o.kind == "error" and "lobpcg" not in o.text
+        ],
         "needless": [(case, o.text) for case, o in found if o.needless],
     }
 
