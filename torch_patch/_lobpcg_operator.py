@@ -154,7 +154,7 @@ class Operator:
         """||scale * matrix||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
         factor = self.scale.squeeze(-1).squeeze(-1)
         if self.blocks:
-            values = (self.matrix.values() * self.matrix.values().conj()).real
+            values = self.matrix.values().abs().square()  # .conj() fails on values of a batch in CSR
             square = csr_matrix(self.matrix.crow_indices(), self.matrix.col_indices(), values, self.matrix.size(1))
             ones = torch.ones([self.matrix.size(1), 1], dtype=values.dtype, device=values.device)
             return (square @ ones).reshape(batch + [m]).sum(-1) / m
