@@ -74,6 +74,15 @@ SERIES = """
 oldest = "2.6.0"
 tested = ["2.13.0"]
 
+[cover]
+subject = "everything"
+text = '''
+First
+paragraph.
+
+Second.
+'''
+
 [[patch]]
 subject = "gradcheck"
 why = "it matters"
@@ -84,6 +93,7 @@ classes = ["test/test_autograd.py::TestSymmetric"]
 [[patch]]
 subject = "solver"
 why = "it matters"
+resolves = [38948]
 new = ["torch/_lobpcg_worker.py", "torch/deeper/folder/problems.py"]
 replace = ["torch/_lobpcg.py"]
 docs = ["docs/source/notes/lobpcg"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import disk
-from .classes import insert_classes
+from .classes import insert_classes, part_of
 from .disk import FileState
 from .errors import PatchError, raise_all
 from .record import Record
@@ -18,6 +18,13 @@ from .weave import weave
 
 
 Original = Callable[[str], tuple[FileState | None, bytes | None]]
+
+
+class Stage(NamedTuple):
+    """One patch of the series and the whole contents of the files that it changes."""
+
+    patch: Patch
+    files: dict[str, bytes]
 
 
 class Plan(NamedTuple):
@@ -33,17 +40,32 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     Raises PatchError with everything that stands in the way: a version too old, a file that is not as installed, a
     new file that exists, an anchor that is missing.
     """
-    numbers = version_numbers(target.version)
-    if numbers < version_numbers(series.oldest):
+    planner, _ = _staged(series, target, original, created)
+    tested = version_numbers(target.version) in [version_numbers(version) for version in series.tested]
+    return Plan(planner.transaction(), planner.contents, tested)
+
+
+def make_stages(series: Series, target: Target, original: Original) -> list[Stage]:
+    """The series one patch at a time; raises as make_plan does."""
+    return _staged(series, target, original, ())[1]
+
+
+def _staged(
+    series: Series, target: Target, original: Original, created: Sequence[str]
+) -> tuple["_Planner", list[Stage]]:
+    if version_numbers(target.version) < version_numbers(series.oldest):
         raise PatchError(f"{target}", f"version {series.oldest} or newer", "patch a newer PyTorch")
     if target.is_checkout:
         check_classes(series)
-    planner = _Planner(series, target, original, created)
+    planner, stages = _Planner(series, target, original, created), []
+    before: dict[str, bytes] = {}
     for patch in series.patches:
         planner.add(patch)
+        after = planner.files()
+        stages.append(Stage(patch, {path: data for path, data in after.items() if before.get(path) != data}))
+        before = after
     raise_all(planner.errors)
-    tested = numbers in [version_numbers(version) for version in series.tested]
-    return Plan(planner.transaction(), planner.contents, tested)
+    return planner, stages
 
 
 class _Planner:
@@ -51,6 +73,7 @@ class _Planner:
         self.series, self.target, self.original, self.created = series, target, original, created
         self.groups: dict[str, dict[str, bytes]] = {"new": {}, "record": {}, "replace": {}, "weave": {}}
         self.contents: dict[str, bytes] = {}
+        self.classes: dict[str, list[str]] = {}  # named so far, by test file
         self.errors: list[PatchError] = []
         self.record = Record(original(target.record)[1] or b"") if target.record else None
 
@@ -91,8 +114,14 @@ class _Planner:
         self.groups["weave"][path] = weave(self.pristine(path), self.series.edits(path), path)
 
     def test_classes(self, path: str, names: list[str]) -> None:
-        before = self.groups["new"].get(path) or self.pristine(path)
-        self.groups["new"][path] = insert_classes(before, self.series.source(path).read_bytes(), names, path)
+        ours = self.series.source(path).read_bytes()
+        earlier = list(self.classes.get(path, []))
+        self.classes[path] = earlier + names
+        if self.original(path)[0] is None:
+            self.groups["new"][path] = part_of(ours, self.classes[path], path)
+        else:
+            before = self.groups["new"].get(path) or self.pristine(path)
+            self.groups["new"][path] = insert_classes(before, ours, names, path, earlier)
 
     def page(self, page: str) -> None:
         """A page has the suffix that this PyTorch gives it, or gives its index where the page is new."""
@@ -120,11 +149,14 @@ class _Planner:
             raise PatchError(found, "an unmodified file", "reinstall torch: pip install --force-reinstall --no-deps")
         return data
 
+    def files(self) -> dict[str, bytes]:
+        """Every file changed so far, in the order of writing; RECORD aside."""
+        return {path: data for group in self.groups.values() for path, data in group.items()}
+
     def transaction(self) -> Transaction:
         """New files first (nothing imports them yet), then RECORD, then what imports them; woven modules last."""
         if self.record and self.target.record:
-            changed = {path: data for group in self.groups.values() for path, data in group.items()}
-            self.groups["record"][self.target.record] = self.record.updated(changed)
+            self.groups["record"][self.target.record] = self.record.updated(self.files())
         steps = [self.step(path, data) for group in self.groups.values() for path, data in group.items()]
         return Transaction("apply", self.target.version, steps, self.missing_folders(steps))
 

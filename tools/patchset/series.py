@@ -10,7 +10,7 @@ from .text import comma_list
 from .weave import check_edit, Edit
 
 
-_LISTS = ("resolves", "tests", "new", "replace", "weave", "classes", "docs")
+_LISTS = ("resolves", "new", "replace", "weave", "classes", "docs")
 _HERE = "torch_patch/series.toml"
 
 
@@ -19,17 +19,24 @@ class Patch(NamedTuple):
 
     subject: str
     why: str
-    resolves: list[str]
-    tests: list[str]  # that show it works, as arguments of pytest
+    resolves: list[int]  # upstream's issues
     new: list[str]  # whole files that upstream does not have
     replace: list[str]  # whole files that take the place of upstream's
     weave: list[str]  # upstream modules that receive insertions
-    classes: list[str]  # test/FILE.py::Name, for upstream's test files
+    classes: list[str]  # test/FILE.py::Name: its tests, for upstream's test files
     docs: list[str]  # documentation pages
+
+
+class Cover(NamedTuple):
+    """The letter that goes with an export."""
+
+    subject: str
+    text: str
 
 
 class Series(NamedTuple):
     folder: Path  # of this project
+    cover: Cover
     oldest: str
     tested: list[str]
     patches: list[Patch]
@@ -54,12 +61,13 @@ def load_series(folder: Path) -> Series:
     """Read and check the series of the project in `folder`."""
     fields = _parsed(folder / _HERE)
     supported = fields.pop("supported", {})
+    cover = fields.pop("cover", {})
     rows = fields.pop("patch", [])
-    if fields or sorted(supported) != ["oldest", "tested"] or not rows:
-        raise PatchError(
-            f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'}", "[supported] and [[patch]]", "see there"
-        )
-    series = Series(folder, supported["oldest"], supported["tested"], [_patch(row) for row in rows])
+    if fields or sorted(supported) != ["oldest", "tested"] or sorted(cover) != ["subject", "text"] or not rows:
+        found = f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'} beside [supported], [cover] and [[patch]]"
+        raise PatchError(found, "oldest and tested, subject and text, and patches", "see its first lines")
+    patches = [_patch(row) for row in rows]
+    series = Series(folder, Cover(**cover), supported["oldest"], supported["tested"], patches)
     _check_files(series)
     return series
 
