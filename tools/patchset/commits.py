@@ -4,6 +4,7 @@ A commit's bytes depend on the base, on the series and on who is configured as i
 two exports of the same series are the same files.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -27,17 +28,25 @@ _NO_SETTINGS = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 def originals_at(root: Path, commit: str) -> Original:
     """The files of `commit`, whatever the working tree holds."""
 
+    entries = _entries(root, commit)
+
     def original(path: str) -> tuple[FileState | None, bytes | None]:
-        entry = word(root, "ls-tree", commit, "--", path)
-        if not entry:
+        if path not in entries:
             return None, None
-        mode, kind, name = entry.split()[:3]
-        if kind != "blob" or mode == "120000":
+        mode, name = entries[path]
+        if not mode.startswith("100"):
             raise PatchError(f"{path} is no regular file in {commit}", "one", "this version of PyTorch is not supported")
         data = git(root, "cat-file", "blob", name)
         return FileState(sha256(data), int(mode, 8) & 0o777), data
 
-    return original
+    return functools.cache(original)
+
+
+def _entries(root: Path, commit: str) -> dict[str, tuple[str, str]]:
+    """Mode and object of each file of a commit."""
+    rows = git(root, "ls-tree", "-r", "-z", commit).decode("utf-8", "surrogateescape").split("\0")
+    splits = [row.split("\t", 1) for row in rows if row]
+    return {path: (facts.split()[0], facts.split()[2]) for facts, path in splits}
 
 
 def message(patch: Patch) -> str:
@@ -63,7 +72,7 @@ def wrapped(text: str) -> str:
 
 def build(root: Path, base: str, stages: Sequence[Stage], env: dict[str, str] | None = None) -> list[str]:
     """One commit for each stage, on top of `base`; returns them. Neither index, files nor references change."""
-    date = _date(root, base)
+    date, entries = _date(root, base), _entries(root, base)
     commits: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         index = {**(env or {}), "GIT_INDEX_FILE": os.path.join(folder, "index")}
@@ -72,7 +81,7 @@ def build(root: Path, base: str, stages: Sequence[Stage], env: dict[str, str] | 
             lines = []
             for path, data in stage.files.items():
                 name = word(root, "hash-object", "-w", "--no-filters", "--stdin", data=data, env=env)
-                lines.append(f"{_mode(root, base, path)} {name}\t{path}\n")
+                lines.append(f"{entries[path][0] if path in entries else '100644'} {name}\t{path}\n")
             git(root, "update-index", "--index-info", data="".join(lines).encode(), env=index)
             tree = word(root, "write-tree", env=index)
             dates = {**(env or {}), "GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
@@ -84,11 +93,6 @@ def build(root: Path, base: str, stages: Sequence[Stage], env: dict[str, str] | 
 
 def _date(root: Path, base: str) -> str:
     return word(root, "show", "-s", "--format=%ct +0000", base)
-
-
-def _mode(root: Path, base: str, path: str) -> str:
-    entry = word(root, "ls-tree", base, "--", path)
-    return entry.split()[0] if entry else "100644"
 
 
 def export(root: Path, base: str, stages: Sequence[Stage], cover: Cover, output: Path) -> list[str]:
