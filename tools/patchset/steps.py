@@ -29,7 +29,7 @@ def check_steps(project: Path, pytest: Sequence[str] = (), say: Callable[[str], 
     with tempfile.TemporaryDirectory() as name:
         for number, stage in enumerate(stages, 1):
             folder = Path(name) / str(number)
-            make_overlay(folder, target.root, _contents(stages, number, original))
+            make_overlay(folder, target.root, contents_after(stages, number, original))
             tests = _write_tests(folder, series, number)
             status = _run(folder, stage.patch, tests, pytest)
             failed += status != 0
@@ -38,7 +38,7 @@ def check_steps(project: Path, pytest: Sequence[str] = (), say: Callable[[str], 
     return 1 if failed else 0
 
 
-def _contents(stages: Sequence[Stage], number: int, original: Original) -> dict[str, bytes | None]:
+def contents_after(stages: Sequence[Stage], number: int, original: Original) -> dict[str, bytes | None]:
     """What each file of the whole series holds after the first `number` patches; None where there is none yet."""
     found = {path: original(path)[1] for stage in stages for path in stage.files}
     for stage in stages[:number]:
