@@ -75,8 +75,8 @@ class Patcher:
             self.applied = transaction
             self.move_head(forward=True)
             self.say(f"{len(self.series.patches)} commits on top of {base}")
-        if not plan.tested:
-            self.say(self.untested())
+        if plan.caution:
+            self.say(plan.caution)
         return 0
 
     def verify(self) -> int:
@@ -184,7 +184,7 @@ class Patcher:
                 plan = self.plan()
             except PatchError as error:
                 return "unpatchable", str(error).split("\n")
-            return "unpatched", [] if plan.tested else [self.untested()]
+            return "unpatched", [plan.caution] if plan.caution else []
         if self.superseded():
             return "superseded", ["torch was reinstalled or restored since it was patched; apply patches it again"]
         edited = self.edited()
@@ -244,11 +244,6 @@ class Patcher:
         if state.sha256 == step.after.sha256:
             return PatchError(f"{step.path} has mode {state.mode:o}", f"{step.after.mode:o}", "restore it with chmod")
         return PatchError(f"{step.path} was changed in line {line}", "the patched bytes", REINSTALL)
-
-    def untested(self) -> str:
-        return (
-            f"untested: {self.target.version} has every anchor, but the tests ran on {comma_list(self.series.tested)}"
-        )
 
     # --- refusing
 

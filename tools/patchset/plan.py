@@ -12,8 +12,9 @@ from .errors import PatchError, raise_all
 from .record import Record
 from .series import check_classes, Patch, Series
 from .store import Step, Store, Transaction
+from .symbols import lost, missing
 from .target import Target, version_numbers
-from .text import sha256
+from .text import comma_list, sha256
 from .weave import weave
 
 
@@ -30,7 +31,7 @@ class Stage(NamedTuple):
 class Plan(NamedTuple):
     transaction: Transaction
     contents: dict[str, bytes]  # by sha256: before and after
-    tested: bool  # whether the series was tested on this version
+    caution: str | None  # what to say of a version that the tests did not run on
 
 
 def make_plan(series: Series, target: Target, original: Original, created: Sequence[str] = ()) -> Plan:
@@ -41,8 +42,17 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     new file that exists, an anchor that is missing.
     """
     planner, _ = _staged(series, target, original, created)
-    tested = version_numbers(target.version) in [version_numbers(version) for version in series.tested]
-    return Plan(planner.transaction(), planner.contents, tested)
+    return Plan(planner.transaction(), planner.contents, _caution(series, target.version))
+
+
+def _caution(series: Series, version: str) -> str | None:
+    tested, fits = ([version_numbers(known) for known in versions] for versions in (series.tested, series.fits))
+    if version_numbers(version) in tested:
+        return None
+    ran = f"the tests ran on {comma_list(series.tested)}"
+    if version_numbers(version) in fits:
+        return f"{version} is known to fit, but {ran}"
+    return f"untested: {version} has every anchor and every name that is needed, but {ran}"
 
 
 def make_stages(series: Series, target: Target, original: Original) -> list[Stage]:
@@ -64,6 +74,10 @@ def _staged(
         after = planner.files()
         stages.append(Stage(patch, {path: data for path, data in after.items() if before.get(path) != data}))
         before = after
+    later: set[str] = set()
+    for stage in reversed(stages):
+        planner.errors += missing(stage.files, later, planner.exists, planner.read)
+        later |= {path for path in stage.files if original(path)[0] is None}
     raise_all(planner.errors)
     return planner, stages
 
@@ -107,8 +121,9 @@ class _Planner:
         self.groups["new"][path] = self.series.source(path).read_bytes()
 
     def replace(self, path: str) -> None:
-        self.pristine(path)
-        self.groups["replace"][path] = self.series.source(path).read_bytes()
+        ours = self.series.source(path).read_bytes()
+        raise_all(lost(self.pristine(path), ours, path))
+        self.groups["replace"][path] = ours
 
     def woven(self, path: str) -> None:
         self.groups["weave"][path] = weave(self.pristine(path), self.series.edits(path), path)
@@ -124,20 +139,25 @@ class _Planner:
             self.groups["new"][path] = insert_classes(before, ours, names, path, earlier)
 
     def page(self, page: str) -> None:
-        """A page has the suffix that this PyTorch gives it, or gives its index where the page is new."""
+        """A new page, in the markup of this PyTorch's index if it is there in both: Sphinx reads either in any tree."""
+        if Path(page).suffix:
+            return self.new(page)
         ours = [suffix for suffix in (".md", ".rst") if self.series.source(page + suffix).is_file()]
-        for place in (page, "docs/source/index"):
-            theirs = [suffix for suffix in (".md", ".rst") if self.original(place + suffix)[0] is not None]
-            if theirs:
-                break
-        suffix = next((suffix for suffix in theirs if suffix in ours), None)
-        if suffix is None:
-            raise PatchError(
-                f"{page}: the tree has {theirs}, docs_patch {ours}", "one suffix in common", "add the page"
-            )
-        self.groups["new"][page + suffix] = self.series.source(page + suffix).read_bytes()
+        present = [page + suffix for suffix in (".md", ".rst") if self.original(page + suffix)[0] is not None]
+        if present:
+            raise PatchError(f"{present[0]} is already there", "a PyTorch without it", "restore the checkout")
+        theirs = [suffix for suffix in ours if self.original("docs/source/index" + suffix)[0] is not None]
+        return self.new(page + (theirs or ours)[0])
 
     # --- checks and results
+
+    def read(self, path: str) -> bytes | None:
+        """What the patched PyTorch has at `path`, if it lies there to be read."""
+        return self.files().get(path) or self.original(path)[1]
+
+    def exists(self, path: str) -> bool:
+        """Whether the patched PyTorch has `path`, if only by RECORD."""
+        return self.read(path) is not None or (self.record is not None and path in self.record)
 
     def pristine(self, path: str) -> bytes:
         """The unpatched bytes of `path`."""
