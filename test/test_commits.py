@@ -1,4 +1,4 @@
-"""The series as commits and as mails: the same tree either way, and a kill between any two calls of git loses nothing."""
+"""The series as commits and as mails: one tree either way, and a kill between any two calls of git loses nothing."""
 
 import os
 import subprocess
@@ -146,7 +146,7 @@ def test_commits_are_refused(project, tree, wheel):
     run("revert", project, tree)
     with open(tree / "torch/_lobpcg.py", "ab") as file:
         file.write(b"# mine\n")
-    with pytest.raises(PatchError, match="uncommitted changes in torch/_lobpcg.py"):
+    with pytest.raises(PatchError, match=r"uncommitted changes in torch/_lobpcg\.py"):
         carry_out("apply", project, tree, True)
 
 
@@ -243,7 +243,9 @@ def test_exported_mails_make_the_same_tree(tmp_path, project, tree):
 def test_the_users_settings_do_not_matter(tmp_path, monkeypatch, project, tree):
     carry_out("export", project, tree, tmp_path / "plain")
     settings = tmp_path / "settings"
-    settings.write_text("[diff]\n noprefix = true\n[format]\n attach = x\n numbered = false\n[core]\n autocrlf = true\n")
+    settings.write_text(
+        "[diff]\n noprefix = true\n[format]\n attach = x\n numbered = false\n[core]\n autocrlf = true\n"
+    )
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
     carry_out("export", project, tree, tmp_path / "other")
     assert fake.snapshot(tmp_path / "other") == fake.snapshot(tmp_path / "plain")

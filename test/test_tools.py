@@ -396,7 +396,9 @@ def test_pictures_and_scripts_of_a_page(tmp_path, project):
     with pytest.raises(PatchError, match=r"docs/source/notes/plot is in no patch"):
         check_classes(load_series(project))
     manifest = project / "torch_patch/series.toml"
-    manifest.write_bytes(manifest.read_bytes().replace(b'notes/lobpcg"]', b'notes/lobpcg", "docs/source/notes/plot.svg"]'))
+    manifest.write_bytes(
+        manifest.read_bytes().replace(b'notes/lobpcg"]', b'notes/lobpcg", "docs/source/notes/plot.svg"]')
+    )
     tree = fake.make_checkout(tmp_path / "pytorch")
     run("apply", project, tree)
     assert (tree / "docs/source/notes/plot.svg").read_bytes() == b"<svg/>"

@@ -28,7 +28,7 @@ COMMANDS = {
     "apply": "patch TARGET (again: nothing changes)",
     "verify": "check that every patched byte is what the patch set produces",
     "revert": "restore every byte, permission and RECORD line",
-    "export": "write the series as mails for git am, with a cover letter, made for the commit that TARGET has checked out",
+    "export": "write the series as mails for git am, with a cover letter, for the commit that TARGET has checked out",
     "steps": "check the series: after each of its patches torch can be imported and the tests of that patch pass",
 }
 

@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 """Run PyTorch's own tests with and without the patch, and say what the patch fixed and what it broke.
 
-The tests come from the source tree of a release (--tree; without it, Debian's source package is downloaded once). They run in
-a copy: on the baseline as they are, on the patched PyTorch with this project's classes woven in. A test counts as
-broken if it fails with the patch and does not without, or if it is one of ours and fails. Exit status 1 if there is one,
-or if a file came to its end on the baseline alone.
+The tests come from the source tree of a release (--tree; without it, Debian's source package is downloaded once). They
+run in a copy: on the baseline as they are, on the patched PyTorch with this project's classes woven in. A test counts
+as broken if it fails with the patch and does not without, or if it is one of ours and fails. Exit status 1 if there is
+one, or if a file came to its end on the baseline alone.
 
-With --python alone (default: .venv, else this interpreter) both PyTorches are made of the one it imports, patched or not,
-by links, and that one is only read. With --baseline both interpreters are taken as they are.
+With --python alone (default: .venv, else this interpreter) both PyTorches are made of the one it imports, patched or
+not, by links, and that one is only read. With --baseline both interpreters are taken as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from patchset.series import load_series
 from patchset.steps import contents_after, make_overlay
 from patchset.store import Store
 from patchset.target import find_target
-from upstream.source import FetchError, fetched
+from upstream.source import fetched, FetchError
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,17 +128,13 @@ class Runner(NamedTuple):
         paths = [str(path) for path in (self.torch, plugins) if path is not None]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "UPSTREAM_RECORD": str(record)}
         env |= {"PYTORCH_TEST_WITH_SLOW_GRADCHECK": "1"} if job.slow_gradcheck else {}
-        command = [self.python, "-W", "ignore", "-m", "pytest", "--noconftest", "-q", "--tb=short", "-p", "recorder"]
-        command += ["-p", "no:cacheprovider", "-p", "no:xdist", Path(job.file).name, *(["-k", job.select] * bool(job.select))]
+        options = ["-q", "--tb=short", "--noconftest", "-p", "recorder", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options += ["-k", job.select] if job.select else []
+        command = [self.python, "-W", "ignore", "-m", "pytest", *options, Path(job.file).name]
         place = (self.tests / job.file).parent
-        with open(record.with_suffix(".log"), "wb") as log:
-            try:
-                subprocess.run(
-                    command, cwd=place, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                    timeout=self.timeout, check=False,
-                )
-            except subprocess.TimeoutExpired:
-                pass  # the record says how far it came
+        with open(record.with_suffix(".log"), "wb") as log, contextlib.suppress(subprocess.TimeoutExpired):
+            io = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            subprocess.run(command, cwd=place, env=env, timeout=self.timeout, check=False, **io)
         return read_record(record)
 
 

@@ -35,7 +35,9 @@ def originals_at(root: Path, commit: str) -> Original:
             return None, None
         mode, name = entries[path]
         if not mode.startswith("100"):
-            raise PatchError(f"{path} is no regular file in {commit}", "one", "this version of PyTorch is not supported")
+            raise PatchError(
+                f"{path} is no regular file in {commit}", "one", "this version of PyTorch is not supported"
+            )
         data = git(root, "cat-file", "blob", name)
         return FileState(sha256(data), int(mode, 8) & 0o777), data
 
@@ -128,7 +130,7 @@ def _filled(letter: bytes, cover: Cover) -> bytes:
     for mark, text in ((b"SUBJECT HERE", cover.subject), (b"BLURB HERE", wrapped(cover.text))):
         if letter.count(mark) != 1:
             raise PatchError(f"a cover letter without {mark.decode()}", "git's placeholder", "use git 2.17 or newer")
-        letter = re.sub(rb"\*\*\* " + mark + rb" \*\*\*", lambda _, text=text: text.encode(), letter)
+        letter = letter.replace(b"*** " + mark + b" ***", text.encode())
     return letter
 
 
@@ -140,5 +142,6 @@ def _identity(root: Path) -> dict[str, str]:
 
 def move_head(root: Path, to: str, expected: str, paths: Sequence[str]) -> None:
     """Let HEAD, which is `expected` or `to`, be `to`, and the index agree with it on `paths`; no file is touched."""
-    git(root, "update-ref", "-m", "patch.py", "HEAD", to, *([] if word(root, "rev-parse", "HEAD") == to else [expected]))
+    if word(root, "rev-parse", "HEAD") != to:
+        git(root, "update-ref", "-m", "patch.py", "HEAD", to, expected)
     git(root, "reset", "-q", "--", *paths)

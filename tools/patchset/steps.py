@@ -1,7 +1,7 @@
 """Every patch of the series leaves a PyTorch that works: each one's tests, on the installed torch patched so far.
 
-The torch of each step is a tree of links to the installed one, with files of its own where the series changes something;
-the installed one is only read, patched or not.
+The torch of each step is a tree of links to the installed one, with files of its own where the series changes
+something; the installed one is only read, patched or not.
 """
 
 import os

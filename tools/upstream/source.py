@@ -51,10 +51,10 @@ def _mirror() -> str:
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)"], capture_output=True, text=True, check=False
     )
-    found = re.search(r"^Debian (\S+)", listed.stdout, re.MULTILINE) or re.search(r"(\S+/debian/?)$", listed.stdout, re.M)
+    found = re.search(r"^Debian (\S+)|(\S+/debian/?)$", listed.stdout, re.MULTILINE)
     if found is None:
         raise FetchError("apt-get knows no mirror of Debian; run apt-get update, or name a source tree with --tree")
-    return found.group(1)
+    return found.group(1) or found.group(2)
 
 
 def _call(command: list[str], folder: Path) -> None:
