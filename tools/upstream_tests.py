@@ -133,8 +133,7 @@ class Runner(NamedTuple):
         command = [self.python, "-W", "ignore", "-m", "pytest", *options, Path(job.file).name]
         place = (self.tests / job.file).parent
         with open(record.with_suffix(".log"), "wb") as log, contextlib.suppress(subprocess.TimeoutExpired):
-            io = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            subprocess.run(command, cwd=place, env=env, timeout=self.timeout, check=False, **io)
+            subprocess.run(command, cwd=place, env=env, stdout=log, stderr=log, timeout=self.timeout, check=False)
         return read_record(record)
 
 

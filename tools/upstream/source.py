@@ -71,6 +71,8 @@ def _unpack(archive: Path, folder: Path) -> str:
             inside = member.name.partition("/")[2]
             if inside.startswith(WANTED) and (member.isfile() or member.isdir()):
                 members.append(member)
-        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        packed.extractall(folder, members=members, **safe)
+        packed.extraction_filter = getattr(
+            tarfile, "data_filter", None
+        )  # newer Pythons refuse paths that leave the folder
+        packed.extractall(folder, members=members)
         return f"{folder.name}/{members[0].name.split('/')[0]}"
