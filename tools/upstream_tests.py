@@ -77,6 +77,8 @@ Outcomes = dict[str, str]  # test -> passed, failed, skipped, crashed; "" -> fin
 
 def copy_tests(tree: Path, folder: Path, woven: bool, python: str) -> None:
     """The tests of `tree`, in which nothing changes, made to run on the PyTorch of `python`."""
+    if not (tree / "test").is_dir():
+        raise PatchError(f"{tree} has no test/", "the source tree of a release", "name it with --tree")
     shutil.copytree(tree / "test", folder, symlinks=True)
     if woven:
         target = find_target(str(tree))
@@ -84,7 +86,7 @@ def copy_tests(tree: Path, folder: Path, woven: bool, python: str) -> None:
         for stage in make_stages(load_series(ROOT), target, originals(store, store.applied())):
             for path, data in stage.files.items():
                 if path.startswith("test/"):
-                    (folder.parent / folder.name / path[len("test/") :]).write_bytes(data)
+                    (folder / path[len("test/") :]).write_bytes(data)
     changes = dict(RESPELLED)
     for old, (module, new) in RENAMED.items():
         probe = f"import {module} as m, sys; sys.exit(hasattr(m, {old!r}) or not hasattr(m, {new!r}))"
@@ -97,11 +99,18 @@ def copy_tests(tree: Path, folder: Path, woven: bool, python: str) -> None:
         (folder / file).write_text(text, encoding="utf-8")
 
 
-def make_pytorches(python: str, folder: Path) -> tuple[Path, Path]:
-    """The PyTorch that `python` imports, patched and unpatched, by links."""
+def torch_of(python: str) -> Path:
+    """The folder that holds the torch which `python` imports."""
     probe = "import importlib.util as u; print(u.find_spec('torch').origin)"
-    found = subprocess.run([python, "-c", probe], check=True, capture_output=True, text=True).stdout.strip()
-    target = find_target(str(Path(found).parent.parent))
+    done = subprocess.run([python, "-c", probe], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise PatchError(f"{python} finds no torch", "an interpreter that has one", "name it with --python")
+    return Path(done.stdout.strip()).parent.parent
+
+
+def make_pytorches(torch: Path, folder: Path) -> tuple[Path, Path]:
+    """The PyTorch in the folder `torch`, patched and unpatched, by links."""
+    target = find_target(str(torch))
     store = Store(target.root)
     original = originals(store, store.applied())
     stages = make_stages(load_series(ROOT), target, original)
@@ -197,7 +206,7 @@ def main(arguments: list[str]) -> int:
             folder = options.keep.resolve()
         try:
             tree = options.tree or fetched(ROOT / "build" / "pytorch-source")
-            patched, baseline = (None, None) if options.baseline else make_pytorches(python, folder)
+            patched, baseline = (None, None) if options.baseline else make_pytorches(torch_of(python), folder)
             copy_tests(tree, folder / "tests-baseline", False, options.baseline or python)
             copy_tests(tree, folder / "tests-patched", True, python)
         except (FetchError, PatchError) as error:
