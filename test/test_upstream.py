@@ -108,7 +108,7 @@ def test_copy_of_the_tests(tool, monkeypatch, tmp_path, project, woven):
     monkeypatch.setattr(tool, "JOBS", [tool.Job("test_autograd.py")])
     monkeypatch.setattr(tool, "RENAMED", {"old_name": ("json", "dumps"), "loads": ("json", "dumps")})
     tree = fake.make_checkout(tmp_path / "pytorch", git=False)
-    text = "use(old_name, my_old_name, loads)\nsuper(self.__class__, self).setUp()\n".encode() + fake.THEIR_TESTS
+    text = b"use(old_name, my_old_name, loads)\nsuper(self.__class__, self).setUp()\n" + fake.THEIR_TESTS
     fake.write_files(tree, {"test/test_autograd.py": text, "test/data/expected": b"loads old_name"})
     before = fake.snapshot(tree)
     tool.copy_tests(tree, tmp_path / "tests", woven, sys.executable)
