@@ -108,8 +108,7 @@ class Problem:
         if dtype.is_complex and not self.is_complex:
             u = _phases(self.m)
             A, B = _congruence(A, u), None if B is None else _congruence(B, u)
-        A, B = (None if M is None else _LAYOUTS[layout](M.to(dtype), block).to(device) for M in (A, B))
-        return A, B
+        return tuple(None if M is None else _LAYOUTS[layout](M.to(dtype), block).to(device) for M in (A, B))
 
     def eigenvectors(self, k, largest=False, dtype=torch.float64, device="cpu"):
         """Exact eigenvectors of the k wanted pairs (m, k), in the order of ``extreme``."""
@@ -173,7 +172,7 @@ def _band(diagonal, *offs):
     return _coo(m, i, j, torch.cat(offs), diagonal)
 
 
-def _grid_edges(sizes) -> tuple[torch.Tensor, torch.Tensor]:
+def _grid_edges(sizes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs (i, j) of neighbours in a rectangular grid numbered in row-major order."""
     number = torch.arange(math.prod(sizes)).reshape(sizes)
     pairs = [(number.narrow(a, 0, s - 1).flatten(), number.narrow(a, 1, s - 1).flatten()) for a, s in enumerate(sizes)]
