@@ -1,6 +1,7 @@
 """The series as commits and as mails: one tree either way, and a kill between any two calls of git loses nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from patchset import commits, git
 from patchset.classes import part_of
 from patchset.commands import patcher
 from patchset.errors import PatchError
+from upstream.source import fetched, FetchError
 
 
 GROWING = b"""# Owner(s): ["module: none"]
@@ -280,3 +282,39 @@ def test_an_export_needs_a_folder(tree):
     done = subprocess.run([*script, "export", str(tree)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--output" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_waiting_for_the_disk")
+def test_round_trips_on_a_release(tmp_path, monkeypatch):
+    """This project on the tree of a release: mails, commits and plain edits make one tree, and all are taken back."""
+    here = Path(__file__).resolve().parent.parent
+    try:
+        release = fetched(here / "build" / "pytorch-source")
+    except FetchError as error:
+        pytest.skip(str(error))
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "A. Uthor")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "author@example.org")
+    tree, clone = tmp_path / "pytorch", tmp_path / "clone"
+    shutil.copytree(release, tree, symlinks=True)
+    for command in (["init", "-q"], ["add", "-Af"], ["commit", "-qm", "base"]):
+        fake.run_git(tree, *command)
+    before, base = fake.snapshot(tree), head(tree)
+    fake.run_git(tmp_path, "clone", "-q", str(tree), str(clone))
+    carry_out("export", here, tree, tmp_path / "mails")
+    mails = sorted(map(str, (tmp_path / "mails").iterdir()))[1:]
+    fake.run_git(clone, "am", "-q", "--keep-non-patch", *mails)
+    run("verify", here, clone)
+    carry_out("apply", here, tree, True)
+    run("verify", here, tree)
+    assert head(tree, "HEAD^{tree}") == head(clone, "HEAD^{tree}")
+    committed = fake.snapshot(tree)
+    run("revert", here, tree)
+    assert (head(tree), fake.snapshot(tree)) == (base, before)
+    run("apply", here, tree)
+    run("verify", here, tree)
+    plain = fake.snapshot(tree)
+    assert all(plain.get(name) == entry for name, entry in committed.items() if not name.startswith(".torch_lobpcg"))
+    run("revert", here, tree)
+    assert fake.snapshot(tree) == before

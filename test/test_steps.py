@@ -1,5 +1,9 @@
 """Whether each patch of the series works is found out on a torch of links, for steps that do and steps that do not."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import fake_pytorch as fake
 import pytest
 from fake_pytorch import posix, run
@@ -73,3 +77,12 @@ def test_a_step_that_fails(project, outcome):
 def test_a_step_that_cannot_be_imported(project, outcome):
     fake.write_files(project, {"torch_patch/_lobpcg.py": fake.PATCHED_LOBPCG + b"\n\nraise ValueError\n"})
     assert outcome() == (1, ["1/2 passes", "2/2 failed (1)"])
+
+
+@pytest.mark.slow
+def test_every_step_of_this_project():
+    """Imports and tests after each patch, on the installed torch: a quarter of an hour."""
+    patch = Path(__file__).resolve().parent.parent / "tools/patch.py"
+    command = [sys.executable, "-W", "ignore", str(patch), "steps", "--", "-x"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
