@@ -12,7 +12,7 @@ from .errors import PatchError, raise_all
 from .record import Record
 from .series import check_classes, Patch, Series
 from .store import Step, Store, Transaction
-from .symbols import lost, missing
+from .symbols import lost, missing, Names
 from .target import Target, version_numbers
 from .text import comma_list, sha256
 from .weave import weave
@@ -75,8 +75,9 @@ def _staged(
         stages.append(Stage(patch, {path: data for path, data in after.items() if before.get(path) != data}))
         before = after
     later: set[str] = set()
+    names: Names = {}
     for stage in reversed(stages):
-        planner.errors += missing(stage.files, later, planner.exists, planner.read)
+        planner.errors += missing(stage.files, later, planner.exists, planner.read, names)
         later |= {path for path in stage.files if original(path)[0] is None}
     raise_all(planner.errors)
     return planner, stages

@@ -16,6 +16,7 @@ UNSUPPORTED = "this version of PyTorch is not supported"
 
 Read = Callable[[str], bytes | None]  # bytes of a path, None where it cannot be read
 Exists = Callable[[str], bool]
+Names = dict[str, set[str]]  # what each module binds that was looked at: parsing is what takes the time
 
 
 class Need(NamedTuple):
@@ -37,7 +38,7 @@ def needs(data: bytes, path: str) -> list[Need]:
     return list(dict.fromkeys(ours))
 
 
-def missing(files: dict[str, bytes], later: set[str], exists: Exists, read: Read) -> list[PatchError]:
+def missing(files: dict[str, bytes], later: set[str], exists: Exists, read: Read, names: Names) -> list[PatchError]:
     """What the Python files of a step import and nothing binds. `later`: files that only a later step brings."""
     errors = []
     for path, data in files.items():
@@ -48,7 +49,7 @@ def missing(files: dict[str, bytes], later: set[str], exists: Exists, read: Read
                 errors.append(PatchError(found, "what is there", "change the order in torch_patch/series.toml"))
             elif not any(map(exists, places)):
                 errors.append(PatchError(f"{path} imports {need.module}, which is missing", "it", UNSUPPORTED))
-            elif need.name is not None and not _has(need, places, exists, read):
+            elif need.name is not None and not _has(need, places, exists, read, names):
                 found = f"{path} imports {need.name} from {need.module}, which does not define it"
                 errors.append(PatchError(found, "the definition", UNSUPPORTED))
     return errors
@@ -59,12 +60,13 @@ def _places(module: str) -> list[str]:
     return [base + ".py", base + "/__init__.py"]
 
 
-def _has(need: Need, places: list[str], exists: Exists, read: Read) -> bool:
-    data = next((data for data in map(read, places) if data is not None), None)
-    if data is None or any(map(exists, _places(f"{need.module}.{need.name}"))):
+def _has(need: Need, places: list[str], exists: Exists, read: Read, names: Names) -> bool:
+    if need.module not in names:
+        data = next((data for data in map(read, places) if data is not None), None)
+        names[need.module] = {"*"} if data is None else set(_bound(parsed(data, need.module).body))
+    if need.name in names[need.module] or "*" in names[need.module]:
         return True
-    bound = set(_bound(parsed(data, need.module).body))
-    return need.name in bound or "*" in bound
+    return any(map(exists, _places(f"{need.module}.{need.name}")))
 
 
 def _bound(body: list[ast.stmt]) -> Iterator[str]:
