@@ -6,6 +6,8 @@ updates of LOBPCG run 2 to 3 times faster than on columns. `Operator` hides the 
 block-diagonal matrix), and, outside TorchScript, any callable on blocks (*, m, p).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -193,7 +195,7 @@ def _dense_rows(A: Tensor, V: Tensor) -> Tensor:
 
 
 @torch.jit.unused
-def _called(call, name: str, V: Tensor) -> Tensor:
+def _called(call: Any, name: str, V: Tensor) -> Tensor:
     block = V.mT  # (*, m, p)
     U = call(block)
     if not isinstance(U, Tensor):

@@ -3,7 +3,7 @@
 Checks of values, the choice between a dense solve and iterations, batches under a tracker.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -270,7 +270,7 @@ def check_positive(B: Tensor) -> None:
 
 
 @torch.jit.unused
-def _first_tensor(A, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor]) -> Tensor:
+def _first_tensor(A: Any, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor]) -> Tensor:
     for T in (X, B, iK):
         if isinstance(T, Tensor):
             return T
@@ -278,10 +278,12 @@ def _first_tensor(A, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tens
 
 
 @torch.jit.unused
-def _solve_each(A, B, X: Tensor, iK, batch: list[int], m: int, settings: Settings, tracker, ortho) -> EigenPairs:
+def _solve_each(
+    A: Any, B: Any, X: Tensor, iK: Any, batch: list[int], m: int, settings: Settings, tracker: Any, ortho: Any
+) -> EigenPairs:
     """One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order."""
 
-    def part(T, position):
+    def part(T: Any, position: Any) -> Any:
         if not isinstance(T, Tensor) or T.dim() == 2:
             return T
         if is_sparse_layout(T):
@@ -293,7 +295,7 @@ def _solve_each(A, B, X: Tensor, iK, batch: list[int], m: int, settings: Setting
             return T
         return T.expand(batch + list(T.shape[-2:]))[position]
 
-    positions = [()]
+    positions: list[Any] = [()]
     for size in batch:
         positions = [p + (i,) for p in positions for i in range(size)]
     pairs = [iterate(part(A, p), part(B, p), X[p], part(iK, p), settings, tracker, ortho) for p in positions]
