@@ -129,7 +129,7 @@ tracker=None, ortho_iparams=None, ortho_fparams=None, ortho_bparams=None) -> (Te
     columns: Optional[int] = None
     if X is not None:
         columns = X.size(-1)
-    settings = settle(m, A.dtype, k, n, columns, niter, tol, largest, method, False, iK is not None)
+    settings = settle(m, A.dtype, k, n, columns, niter, tol, largest, method, False)
     needs_grad = A.requires_grad
     if B is not None:
         needs_grad = needs_grad or B.requires_grad
@@ -172,18 +172,17 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     m = model.size(-2)
     _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
     columns = None if X is None else X.size(-1)
-    tracked, preconditioned = tracker is not None, iK is not None
-    settings = settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracked, preconditioned)
+    settings = settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracker is not None)
 
     parameters = ortho_parameters(*ortho)
 
-    def run(A, B, X, iK) -> EigenPairs:
+    def run(A, B, X, iK, separate: bool) -> EigenPairs:
         # Not torch.broadcast_shapes: its first call imports a symbolic algebra package, 0.8 s.
         shape: list[int] = []
         for T, name in ((A, "A"), (B, "B"), (X, "X"), (iK, "iK")):
             if isinstance(T, Tensor):
                 shape = check_broadcast(shape, T, name)
-        pairs = solve(A, B, X, iK, shape, m, settings, tracker, parameters)
+        pairs = solve(A, B, X, iK, shape, m, settings._replace(separate=separate), tracker, parameters)
         _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
         return pairs
 
