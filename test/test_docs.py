@@ -10,6 +10,9 @@ import importlib.util
 import io
 import math
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +99,45 @@ def test_pictures_of_the_notes_exist():
     for page in NOTES:
         for name in re.findall(r"^\.\. (?:figure|image):: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
             assert (page.parent / name).is_file(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("markup", ["rst", "md"])
+def test_pages_build_without_warnings(tmp_path, markup):
+    """The notes and the reference in a tree whose other pages have either markup, as PyTorch's versions do."""
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_parser")
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source)
+    extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+    (source / "conf.py").write_text(f"extensions = {extensions}\n", encoding="utf-8")
+    if markup == "rst":
+        text = "Pages\n=====\n\n.. toctree::\n   :glob:\n\n   notes/*\n\n.. autofunction:: torch.lobpcg\n"
+    else:
+        text = "# Pages\n\n```{toctree}\n:glob:\n\nnotes/*\n```\n\n```{eval-rst}\n.. autofunction:: torch.lobpcg\n```\n"
+    (source / f"index.{markup}").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", source, tmp_path / "build"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_features_are_there(monkeypatch, capsys):
+    """The column of torch.lobpcg in the README's table, measured."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    features = importlib.import_module("features")
+    assert features.main(["--peer", "lobpcg"]) == 0
+    rows = re.findall(r"^\| ([\w-]+) \| (.*?) \| ", capsys.readouterr().out, re.MULTILINE)[1:]
+    shown = re.findall(r"^\| `([\w-]+)` \| (.*?) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown == rows
+
+
+def test_a_feature_that_fails_is_told(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    features = importlib.import_module("features")
+    right = torch.lobpcg
+    monkeypatch.setattr(torch, "lobpcg", lambda A, **options: [1.001 * M for M in right(A, **options)])
+    assert features.main(["--peer", "lobpcg", "--row", "sparse"]) == 1
+    assert " off |" in capsys.readouterr().out
 
 
 def test_plot_of_the_tolerance(plots):

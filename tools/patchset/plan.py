@@ -97,7 +97,8 @@ class _Planner:
     def page(self, page: str) -> None:
         """A page has the suffix that this PyTorch gives it, or gives its index where the page is new."""
         if Path(page).suffix:
-            return self.new(page)
+            self.new(page)
+            return
         ours = [suffix for suffix in (".md", ".rst") if self.series.source(page + suffix).is_file()]
         for place in (page, "docs/source/index"):
             theirs = [suffix for suffix in (".md", ".rst") if self.original(place + suffix)[0] is not None]

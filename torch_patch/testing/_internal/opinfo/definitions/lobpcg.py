@@ -6,10 +6,12 @@ A dense matrix enters through its Hermitian part, so samples need not be Hermiti
 at a time. B is positive definite with room for perturbations.
 """
 
+import unittest
+
 import torch
 from torch.testing import make_tensor
 from torch.testing._internal.common_dtype import floating_and_complex_types
-from torch.testing._internal.opinfo.core import ErrorInput, OpInfo, SampleInput
+from torch.testing._internal.opinfo.core import DecorateInfo, ErrorInput, OpInfo, SampleInput
 
 
 def _gauge_invariant(output):
@@ -55,7 +57,7 @@ def error_inputs_lobpcg(op_info, device, **kwargs):
     nan[0, 0] = float("nan")
     yield ErrorInput(SampleInput(A[:4], args=(1,)), error_type=ValueError, error_regex="square")
     yield ErrorInput(SampleInput(A[0], args=(1,)), error_type=ValueError, error_regex="1 dimensions")
-    yield ErrorInput(SampleInput(A, args=(6,)), error_type=ValueError, error_regex="k=6")
+    yield ErrorInput(SampleInput(A, args=(6,)), error_type=ValueError, error_regex="n=6")
     yield ErrorInput(SampleInput(A, args=(1, A[:4, :4])), error_type=ValueError, error_regex="B has")
     yield ErrorInput(SampleInput(A, args=(1, A.double())), error_type=TypeError, error_regex="float64")
     yield ErrorInput(SampleInput(A.half(), args=(1,)), error_type=TypeError, error_regex="float16")
@@ -75,5 +77,16 @@ op_db = [
         supports_out=False,
         supports_forward_ad=True,
         supports_fwgrad_bwgrad=True,
+        # A scripted call returns pairs, but refuses to differentiate, which the tests of scripting ask for. A traced
+        # graph holds a Python autograd Function, which torch.jit.save does not write.
+        supports_scripting=False,
+        supports_tracing=False,
+        skips=(
+            # Convergence decides on values, so .item() is called, which these tests forbid.
+            *(
+                DecorateInfo(unittest.expectedFailure, "TestCompositeCompliance", test)
+                for test in ("test_operator", "test_backward", "test_forward_ad")
+            ),
+        ),
     ),
 ]
