@@ -221,13 +221,13 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
 
     parameters = ortho_parameters(*ortho)
 
-    def run(A, B, X, iK) -> EigenPairs:
+    def run(A, B, X, iK, separate: bool) -> EigenPairs:
         # Not torch.broadcast_shapes: its first call imports a symbolic algebra package, 0.8 s.
         shape: list[int] = []
         for T, name in ((A, "A"), (B, "B"), (X, "X"), (iK, "iK")):
             if isinstance(T, Tensor):
                 shape = check_broadcast(shape, T, name)
-        pairs = solve(A, B, X, iK, shape, m, settings, tracker, parameters)
+        pairs = solve(A, B, X, iK, shape, m, settings._replace(separate=separate), tracker, parameters)
         _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
         return pairs
 

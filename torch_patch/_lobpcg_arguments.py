@@ -21,6 +21,7 @@ class Settings(NamedTuple):
     largest: bool
     method: str
     iterate: bool  # method, niter or tracker given: never replaced by a dense solve
+    separate: bool  # a derivative may be asked for: go on until the distance to the next eigenvalue is known
 
 
 def check_matrix(A: Tensor, name: str) -> None:
@@ -146,7 +147,7 @@ def settle(
             f"have a dense "
             "solve, or use torch.linalg.eigh"
         )
-    return Settings(wanted, block, chosen, steps, tolerance, True if largest is None else largest, name, iterate)
+    return Settings(wanted, block, chosen, steps, tolerance, True if largest is None else largest, name, iterate, False)
 
 
 class OrthoParameters(NamedTuple):

@@ -17,14 +17,15 @@ from torch._lobpcg_function import (
     without_autocast,
 )
 from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
-from torch.autograd import Function
+from torch.autograd import forward_ad, Function
 
 
 class Problem:
-    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance."""
+    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance, whether
+    a derivative may be asked for."""
 
-    def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float) -> None:
-        self.solve, self.k, self.largest, self.tol = solve, k, largest, tol
+    def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float, differentiated: bool) -> None:
+        self.solve, self.k, self.largest, self.tol, self.differentiated = solve, k, largest, tol, differentiated
 
 
 def differentiable_eigenpairs(
@@ -41,7 +42,8 @@ def differentiable_eigenpairs(
 
     A, B: dense (*, m, m), taken through their Hermitian part, or sparse Hermitian, or a callable on blocks
     (*, m, p), which is a constant; B may be None.  X (start block) and iK (preconditioner) never get a gradient.
-    `solve(A, B, X, iK)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale (*, n), n >= k.
+    `solve(A, B, X, iK, differentiated)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale
+    (*, n), n >= k; differentiated: whether a derivative may be asked for.
     `tol` is its relative tolerance, to which the derivative's linear systems are solved as well.
 
     Raises ValueError if a sparse matrix whose gradient is asked for stores (r, c) but not (c, r).
@@ -60,8 +62,16 @@ def differentiable_eigenpairs(
     if tol is None:
         dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))
         tol = math.sqrt(torch.finfo(dtype).eps)
-    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, Problem(solve, k, largest, tol))
+    problem = Problem(solve, k, largest, tol, may_be_differentiated(A, B))
+    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, problem)
     return outputs[0], outputs[1]
+
+
+def may_be_differentiated(*operands: Any) -> bool:
+    """Whether autograd records, or a transform is active (which may be vmap alone)."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(M, Tensor) and M.requires_grad for M in operands)
 
 
 def hermitian_part(M: Any) -> Any:
@@ -92,7 +102,7 @@ class LOBPCGAutogradFunction(Function):
     def forward(A, B, X, iK, problem):
         like = next(M for M in (A, B, X) if isinstance(M, Tensor))
         with without_autocast(like):
-            pairs = problem.solve(A, B, X, iK)
+            pairs = problem.solve(A, B, X, iK, problem.differentiated)
             k = problem.k
             residual, scale = pairs.residual, pairs.scale
             wanted = (pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k])

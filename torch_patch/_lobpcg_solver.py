@@ -72,7 +72,7 @@ def iterate(
     """Run the worker on one problem or on a batch in lockstep; extremes of scale are taken out by powers of two."""
     iparams = {"m": X.size(-2), "n": settings.n, "k": settings.k, "niter": settings.niter, "chosen": settings.chosen}
     fparams = {"tol": settings.tol}
-    bparams = {"largest": settings.largest}
+    bparams = {"largest": settings.largest, "separate": settings.separate}
     iparams.update(ortho.integers)
     fparams.update(ortho.floats)
     bparams.update(ortho.flags)
