@@ -126,8 +126,8 @@ def test_features_are_there(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     features = importlib.import_module("features")
     assert features.main(["--peer", "lobpcg"]) == 0
-    rows = re.findall(r"^\| ([\w-]+) \| (.*?) \| ", capsys.readouterr().out, re.MULTILINE)[1:]
-    shown = re.findall(r"^\| `([\w-]+)` \| (.*?) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| (\w[\w-]*) \| (.*?) \| ", capsys.readouterr().out, re.MULTILINE)
+    shown = re.findall(r"^\| `(\w[\w-]*)` \| (.*?) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert shown == rows
 
 

@@ -195,7 +195,7 @@ def callables(peer):
 
 
 def preconditioner(peer):
-    """a preconditioner that is used: 60 iterations where hundreds are needed without"""
+    """a preconditioner that counts: done in 60 iterations"""
     d = torch.logspace(0, 6, 300, dtype=torch.float64)
     E, _ = peer.pairs(torch.diag(d), 3, iK=torch.diag(1 / (d + 1)), niter=60, tol=1e-8)
     close(E, d[:3], 1e-6)
