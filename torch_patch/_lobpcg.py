@@ -101,9 +101,10 @@ def lobpcg(
             then solved one matrix at a time. The worker has the attributes A, B, iK, X, E, R (residuals), S (the
             basis), iparams, fparams, bparams, ivars, fvars, bvars, tvars; ``worker.bvars["force_stop"] = True`` stops
             it. Not in TorchScript.
-        ortho_iparams, ortho_fparams, ortho_bparams (dict, optional): entries join the worker's iparams, fparams and
-            bparams under names that begin with ``ortho_``. ``ortho_iparams={"i_max": 2}`` sets how often "ortho"
-            projects; the other entries have no effect.
+        ortho_iparams (dict, optional): entries join the worker's iparams under names that begin with ``ortho_``.
+            ``ortho_iparams={"i_max": 2}`` sets how often "ortho" projects; other entries have no effect.
+        ortho_fparams (dict, optional): the same for fparams; without effect.
+        ortho_bparams (dict, optional): the same for bparams; without effect.
 
     Returns:
         E, real, :math:`(*, k)`, and X, :math:`(*, m, k)`.

@@ -114,10 +114,10 @@ def draw(path, curves, x, xlabel, guides):
 
 def main(folder):
     curves = {f"m = {m}": tolerance_curve(m) for m in (300, 200)}
-    guides = {"slope 1": ((1e-12, 4e-13), (1e-3, 4e-4)), "slope 2": ((3e-7, 3e-14), (1e-3, 3e-7))}
+    guides = {"slope 1": ((1e-11, 4e-12), (1e-3, 4e-4)), "slope 2": ((1e-7, 3e-13), (1e-3, 3e-5))}
     draw(folder / "lobpcg_tolerance.svg", curves, TOLERANCES, "tol", guides)
     curves = {"torch.linalg.eigh": gap_curve(by_eigh), "torch.lobpcg": gap_curve(by_lobpcg)}
-    guides = {"eps / gap": ((1e-15, 2e-1), (1e-3, 2e-13))}
+    guides = {"eps / gap": ((1e-3, 2e-13), (1e-15, 2e-1))}
     draw(folder / "lobpcg_gap.svg", curves, GAPS, "gap between two of the k eigenvalues", guides)
 
 
