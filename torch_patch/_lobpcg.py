@@ -174,7 +174,7 @@ def lobpcg(
     columns: Optional[int] = None
     if X is not None:
         columns = X.size(-1)
-    settings = settle(m, A.dtype, k, n, columns, niter, tol, largest, method, False, iK is not None)
+    settings = settle(m, A.dtype, k, n, columns, niter, tol, largest, method, False)
     needs_grad = A.requires_grad
     if B is not None:
         needs_grad = needs_grad or B.requires_grad
@@ -217,8 +217,7 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     m = model.size(-2)
     _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
     columns = None if X is None else X.size(-1)
-    tracked, preconditioned = tracker is not None, iK is not None
-    settings = settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracked, preconditioned)
+    settings = settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracker is not None)
 
     parameters = ortho_parameters(*ortho)
 

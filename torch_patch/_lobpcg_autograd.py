@@ -108,8 +108,9 @@ class LOBPCGAutogradFunction(Function):
             wanted = (pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k])
             E, X, improved = corrected(A, B, *wanted, problem.largest, problem.tol)
         residual = torch.cat([improved, residual[..., k:]], -1)
+        last = pairs.E.shape[-1] if problem.differentiated else k
         # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
-        parts = (E, X, pairs.E[..., k:], pairs.X[..., k:], residual, scale)
+        parts = (E, X, pairs.E[..., k:last], pairs.X[..., k:last], residual, scale)
         return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
 
     @staticmethod

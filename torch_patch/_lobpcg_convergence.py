@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     losses: bool
     least_B: float
     least_K: float
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple's method of this name is not called
     valid: Tensor
 
 
