@@ -11,6 +11,7 @@ Needs matplotlib; the measurements alone (`tolerance_curve`, `gap_curve`) need P
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -113,6 +114,7 @@ def draw(path, curves, x, xlabel, guides):
 
 
 def main(folder):
+    warnings.simplefilter("ignore", RuntimeWarning)  # of loose tolerances and small gaps, which are what is drawn
     curves = {f"m = {m}": tolerance_curve(m) for m in (300, 200)}
     guides = {"slope 1": ((1e-11, 4e-12), (1e-3, 4e-4)), "slope 2": ((1e-7, 3e-13), (1e-3, 3e-5))}
     draw(folder / "lobpcg_tolerance.svg", curves, TOLERANCES, "tol", guides)
