@@ -40,7 +40,18 @@ _MOST = 0.1
 # Where the bound is below this, a warning or an error has no reason.
 _NEEDLESS = 1e-3
 _GAPS = ("bit", "rounding", 1e-13, 1e-10, 1e-6, 1e-2, 1.0, 1.0, 1.0)
-_LOSSES = ("projector", "square", "clusters", "matrix", "hollow", "density", "vectors", "values", "weighted values", "entries")
+_LOSSES = (
+    "projector",
+    "square",
+    "clusters",
+    "matrix",
+    "hollow",
+    "density",
+    "vectors",
+    "values",
+    "weighted values",
+    "entries",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +385,9 @@ class TestRandomGradients(TestCase):
 def shortcomings(found):
     return {
         "wrong and silent": [(case, o.error, o.text) for case, o in found if o.kind == "wrong"],
-        "an error that is not lobpcg's": [(case, o.text) for case, o in found if o.kind == "error" and "lobpcg" not in o.text],
+        "an error that is not lobpcg's": [
+            (case, o.text) for case, o in found if o.kind == "error" and "lobpcg" not in o.text
+        ],
         "needless": [(case, o.text) for case, o in found if o.needless],
     }
 
