@@ -40,7 +40,18 @@ _MOST = 0.1
 # Where the bound is below this, a warning or an error has no reason.
 _NEEDLESS = 1e-3
 _GAPS = ("bit", "rounding", 1e-13, 1e-10, 1e-6, 1e-2, 1.0, 1.0, 1.0)
-_LOSSES = ("projector", "square", "clusters", "matrix", "hollow", "density", "vectors", "values", "weighted values", "entries")
+_LOSSES = (
+    "projector",
+    "square",
+    "clusters",
+    "matrix",
+    "hollow",
+    "density",
+    "vectors",
+    "values",
+    "weighted values",
+    "entries",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +107,7 @@ class Case:
         return (A + A.mH) / 2, (B + B.mH) / 2 if self.condition else None, V
 
 
-# The loss f(X diag(phi) X^H) + s(E), or a linear function of X ---------------------------------------------------------
+# The loss f(X diag(phi) X^H) + s(E), or a linear function of X ------------------------------------------------------
 
 
 def weights(case):
@@ -149,7 +160,7 @@ def loss(case, E, X):
     return f(case, (X * phi(case, E).unsqueeze(-2)) @ X.mH)
 
 
-# The oracle -------------------------------------------------------------------------------------------------------------
+# The oracle ---------------------------------------------------------------------------------------------------------
 
 
 def pairs_of(case, A, B, V):
@@ -229,7 +240,7 @@ def bound(case, e):
     return min(_MOST, _SLACK * size * ((case.tol + rounding) / seen + rounding / smooth))
 
 
-# One case ---------------------------------------------------------------------------------------------------------------
+# One case -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -374,7 +385,9 @@ class TestRandomGradients(TestCase):
 def shortcomings(found):
     return {
         "wrong and silent": [(case, o.error, o.text) for case, o in found if o.kind == "wrong"],
-        "an error that is not lobpcg's": [(case, o.text) for case, o in found if o.kind == "error" and "lobpcg" not in o.text],
+        "an error that is not lobpcg's": [
+            (case, o.text) for case, o in found if o.kind == "error" and "lobpcg" not in o.text
+        ],
         "needless": [(case, o.text) for case, o in found if o.needless],
     }
 
