@@ -44,8 +44,7 @@ def pair_factors(
 
     E: (*, k), X: (*, m, k), cotangents gE, gX and G = X^H gX with any further leading dimensions, or None; in
     forward mode G is S = X^H (dA X - dB X E).  T: (*, q) further eigenvalues, Y: (*, m, p) vectors.
-    Raises RuntimeError where no derivative
-    exists; warns where it exists only in part or is inaccurate.
+    Raises RuntimeError where no derivative exists; warns where it exists only in part or is inaccurate.
     """
     mask = _PairMask.apply(
         E.detach(),
