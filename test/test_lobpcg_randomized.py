@@ -107,7 +107,7 @@ class Case:
         return (A + A.mH) / 2, (B + B.mH) / 2 if self.condition else None, V
 
 
-# The loss f(X diag(phi) X^H) + s(E), or a linear function of X ---------------------------------------------------------
+# The loss f(X diag(phi) X^H) + s(E), or a linear function of X ------------------------------------------------------
 
 
 def weights(case):
@@ -160,7 +160,7 @@ def loss(case, E, X):
     return f(case, (X * phi(case, E).unsqueeze(-2)) @ X.mH)
 
 
-# The oracle -------------------------------------------------------------------------------------------------------------
+# The oracle ---------------------------------------------------------------------------------------------------------
 
 
 def pairs_of(case, A, B, V):
@@ -240,7 +240,7 @@ def bound(case, e):
     return min(_MOST, _SLACK * size * ((case.tol + rounding) / seen + rounding / smooth))
 
 
-# One case ---------------------------------------------------------------------------------------------------------------
+# One case -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
