@@ -245,7 +245,7 @@ def bound(case, e):
 
 @dataclasses.dataclass
 class Outcome:
-    """kind: right, wrong, warning, error; needless: a warning or an error where all gaps are wide and the pairs have converged."""
+    """kind: right, wrong, warning, error; needless: one of the last two, gaps wide, pairs converged."""
 
     kind: str
     text: str = ""

@@ -111,14 +111,15 @@ def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, 
     remember = torch.empty(shape, device="meta")
     if further == 0:
         return b, remember
-    b = b.reshape((-1,) + tuple(b.shape[further:])).movedim(0, -2)  # (*, m, +, k)
-    return b.reshape(tuple(b.shape[:-2]) + (-1,)), remember
+    # Sizes in full: -1 cannot be inferred in an empty batch.
+    b = b.reshape((math.prod(shape[:-1]),) + tuple(b.shape[further:])).movedim(0, -2)  # (*, m, +, k)
+    return b.reshape(tuple(b.shape[:-2]) + (math.prod(shape),)), remember
 
 
 def _further_dimensions_of_columns(z: Tensor, remember: Tensor, batch_dims: int) -> Tensor:
     if remember.dim() == 1:
         return z
-    z = z.reshape(tuple(z.shape[:-1]) + (-1, remember.shape[-1])).movedim(-2, 0)
+    z = z.reshape(tuple(z.shape[:-1]) + (math.prod(remember.shape[:-1]), remember.shape[-1])).movedim(-2, 0)
     return z.reshape(tuple(remember.shape[:-1]) + tuple(z.shape[1:]))
 
 

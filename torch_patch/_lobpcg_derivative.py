@@ -136,7 +136,7 @@ class ComputedPairs:
     def _with_values_outside(self, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:
         """T with more Ritz values of the complement: guard columns may be missing, or miss an eigenvalue.
 
-        The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum, which R_j amplifies most.
+        The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum: R_j amplifies that end most.
         """
         A, B, iK = (M.detach() if isinstance(M, Tensor) else M for M in (self.A, self.B, self.iK))
         E, X = self.E.detach(), self.X.detach()

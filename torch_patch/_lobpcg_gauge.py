@@ -43,8 +43,8 @@ def pair_factors(
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E.
 
     E: (*, k), X: (*, m, k), cotangents gE, gX and G = X^H gX with any further leading dimensions, or None; in
-    forward mode G is S = X^H (dA X - dB X E).  T: (*, q) further eigenvalues, Y: (*, m, p) vectors.  Raises
-    RuntimeError where no derivative exists; warns where it exists only in part or is inaccurate.
+    forward mode G is S = X^H (dA X - dB X E).  T: (*, q) further eigenvalues, Y: (*, m, p) vectors.
+    Raises RuntimeError where no derivative exists; warns where it exists only in part or is inaccurate.
     """
     mask = _PairMask.apply(
         E.detach(),
@@ -230,7 +230,7 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     invariant = close & (skew <= noise)
     used = used | (skew > noise)
     if gE is not None:
-        # With a loss of values too, a skew part beyond the usual rounding, 4 eps for every m, may be more than that.
+        # With a loss of values too, a skew part beyond the usual rounding (4 eps for any m) may be more than rounding.
         used = used | (skew > 4 * eps * amplitude)
     used = used & distinct & ~equal
     # What rounding and residuals change in C = Skew(G) o F, and the largest part of the gradient inside span X.
@@ -293,7 +293,7 @@ def _check_weights(gE: Tensor, gap: Tensor, equal: Tensor) -> None:
 
 
 def _mixing(E, x, T, residual, rounding, options: CheckOptions) -> Tensor:
-    """How much two pairs mix, times their gap: rounding, and |r_i| |r_j| / (distance to the rest)."""
+    """How much two pairs mix, times their gap: rounding, and |r_i| |r_j| / (distance to the rest) by Rayleigh-Ritz."""
     if not T.shape[-1]:
         return rounding
     r = residual[..., : options.k] * x
@@ -348,7 +348,8 @@ def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, 
         warnings.warn(
             f"lobpcg: gradient of eigenpairs that have not converged: relative residual {float(worst):.1e} where "
             f"tol={options.tol:.1e} was asked for; estimated relative error of the gradient (residual over gap) "
-            f"{float(error):.1e}. Raise niter or n, pass a preconditioner iK, or loosen tol if that is good enough.",
+            f"{float(error):.1e}. Raise niter or n, pass a preconditioner iK, or loosen tol if that "
+            "is accurate enough.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -377,7 +378,8 @@ def _warn_missed(value: float, k: int, largest: bool) -> None:
     warnings.warn(
         f"lobpcg: an eigenvalue near {value:.6g} was missed, so the pairs are not the k={k} "
         f"{'largest' if largest else 'smallest'} ones, and the gradient is that of the pairs returned. Tighten tol, "
-        "raise n, or pass another start block X.",
+        "raise "
+        "n, or pass another start block X.",
         RuntimeWarning,
         stacklevel=2,
     )
