@@ -917,7 +917,7 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
 
     def two_close(self, gap, special=False):
         """diag(1, 1 + gap, 3, 4, ...) of order 12, or with its eigenvectors turned."""
-        spectrum = torch.cat([torch.tensor([1.0, 1.0 + gap]), torch.arange(3.0, 13.0)]).double()
+        spectrum = torch.cat([torch.tensor([1.0, 1.0 + gap], dtype=torch.float64), torch.arange(3.0, 13.0).double()])
         return self.problems.diagonal(spectrum) if special else self.problems.prescribed("two close", spectrum)
 
     def test_loss_of_the_truncated_matrix(self):

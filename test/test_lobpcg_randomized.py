@@ -31,7 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch.testing._internal.common_utils import run_tests, TestCase
+from torch.testing._internal.common_utils import IS_WINDOWS, run_tests, TestCase
 
 
 # What 2 tol radius cond / gap leaves out: norms for root mean squares, the loss's second derivative, sums over pairs.
@@ -245,7 +245,7 @@ def bound(case, e):
 
 @dataclasses.dataclass
 class Outcome:
-    """kind: right, wrong, warning, error; needless: a warning or an error where all gaps are wide and tol is met."""
+    """kind: right, wrong, warning, error; needless: one of the last two, gaps wide, pairs converged."""
 
     kind: str
     text: str = ""
@@ -317,7 +317,7 @@ def _in_layout(case, M):
 def _spoken(case, limit, kind, text):
     reachable = case.tol >= 100 * case.eps and case.niter != 3
     phase = case.loss == "entries" and case.dtype.is_complex
-    return Outcome(kind, text, needless=limit < _NEEDLESS and reachable and not phase)
+    return Outcome(kind, text, needless=limit < _NEEDLESS and reachable and not phase and "not converged" not in text)
 
 
 def run_cases(examples, *functions):
@@ -380,6 +380,31 @@ class TestRandomGradients(TestCase):
         (found,) = run_cases(int(os.environ.get("LOBPCG_TEST_EXAMPLES", "2000")), torch.lobpcg)
         for name, bad in shortcomings(found).items():
             self.assertEqual(bad, [], f"{name}: {len(bad)} of {len(found)}")
+
+
+class Gradients(torch.utils.data.Dataset):
+    """Entry i: the gradient of the smallest eigenvalue and its vector of diag(1, 2, ...) + i / 100."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        A = (torch.diag(torch.arange(1.0, 41)).double() + i / 100).requires_grad_(True)
+        E, X = torch.lobpcg(A, k=1, largest=False, tol=1e-10, method="ortho")
+        return torch.autograd.grad(E.sum() + (X[0] ** 4).sum(), A)[0]
+
+
+class TestForkedWorkers(TestCase):
+    def test_data_loader(self):
+        """Forked after a call in the parent: the same gradients in the workers, and in the parent afterwards."""
+        if IS_WINDOWS:
+            self.skipTest("no fork")
+        expected = torch.stack([Gradients()[i] for i in range(6)])
+        loader = torch.utils.data.DataLoader(
+            Gradients(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=120
+        )
+        self.assertEqual(torch.cat(list(loader)), expected, rtol=0, atol=0)
+        self.assertEqual(Gradients()[5], expected[5], rtol=0, atol=0)
 
 
 def shortcomings(found):

@@ -122,10 +122,15 @@ class ComputedPairs:
         eps = _pair_eps(self.A, self.B, self.E, m)
         options = CheckOptions(m, k, self.tol, eps, self.largest, forward_mode)
         gX = None if forward_mode else b
-        T = self.T
+        T, Y = self.T, self.Y
         if not self.all_known:
             T = self._with_values_outside(b, Z)
-        F = pair_factors(self.E, self.X, G, gE, gX, T, self.Y, self.residual, self.scale, options)
+            if self.B is not None and Z is not None:
+                # Longer than the others where B is small: residuals count for more there.
+                squared = (Z.conj() * apply(self.B, Z)).sum(-2, keepdim=True).abs().detach()
+                Z = Z.detach() / torch.sqrt(torch.where(squared > 0, squared, torch.ones_like(squared)))
+                Y = torch.cat([Y.expand(tuple(Z.shape[:-1]) + (Y.shape[-1],)), Z], -1)
+        F = pair_factors(self.E, self.X, G, gE, gX, T, Y, self.residual, self.scale, options)
         return F, options.clustered
 
     def _with_values_outside(self, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:

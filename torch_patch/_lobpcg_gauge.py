@@ -50,7 +50,7 @@ def pair_factors(
         E.detach(),
         None if G is None else G.detach(),
         None if gE is None else gE.detach(),
-        torch.cat([torch.linalg.vector_norm(V.detach(), dim=-2) for V in (X, Y)], -1),
+        _lengths(X, Y),
         None if gX is None else torch.linalg.vector_norm(gX.detach(), dim=-2),
         T.detach(),
         residual,
@@ -59,6 +59,12 @@ def pair_factors(
     )
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     return mask / torch.where(mask > 0, difference, torch.ones_like(difference))
+
+
+def _lengths(X: Tensor, Y: Tensor) -> Tensor:
+    """Norms of the columns of (*, m, k) and (+, *, m, p), side by side."""
+    x, y = (torch.linalg.vector_norm(V.detach(), dim=-2) for V in (X, Y))
+    return torch.cat([x.expand(tuple(y.shape[:-1]) + (x.shape[-1],)), y], -1)
 
 
 class SecondOrderAtMost(Function):
