@@ -21,6 +21,7 @@ class Settings(NamedTuple):
     largest: bool
     method: str
     iterate: bool  # method, niter or tracker given: never replaced by a dense solve
+    separate: bool  # a derivative may be asked for: go on until the distance to the next eigenvalue is known
 
 
 def check_matrix(A: Tensor, name: str) -> None:
@@ -114,7 +115,6 @@ def settle(
     largest: Optional[bool],
     method: Optional[str],
     tracked: bool,
-    preconditioned: bool,
 ) -> Settings:
     """Fill in the defaults; columns: those of X, if X was given. Raises ValueError on numbers that do not fit each
     other."""
@@ -126,10 +126,9 @@ def settle(
     elif n is not None:
         block = n
     else:
-        # Guard columns separate the wanted pairs from the rest: four of them halve the iterations at k = 4, and the
-        # time. With a preconditioner the iterations are few anyway, and on long vectors each column costs an
-        # application of it.
-        guards = 1 if preconditioned and m > 4096 else max(4, wanted // 2)
+        # Guard columns separate the wanted pairs from the rest: as many again, four at least, halve the iterations, and
+        # the time.
+        guards = max(4, wanted)
         block = max(wanted, min(wanted + guards, m // 3))
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
@@ -146,7 +145,7 @@ def settle(
             f"have a dense "
             "solve, or use torch.linalg.eigh"
         )
-    return Settings(wanted, block, chosen, steps, tolerance, True if largest is None else largest, name, iterate)
+    return Settings(wanted, block, chosen, steps, tolerance, True if largest is None else largest, name, iterate, False)
 
 
 class OrthoParameters(NamedTuple):

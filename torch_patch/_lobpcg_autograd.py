@@ -19,15 +19,15 @@ from torch._lobpcg_function import (
 )
 from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
 from torch._lobpcg_resolvent import SolveOptions
-from torch.autograd import Function
+from torch.autograd import forward_ad, Function
 
 
 class Problem:
-    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance, and, set
-    by the forward, the tolerances (k,) of the derivative's linear systems."""
+    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance, whether
+    a derivative may be asked for; set by the forward, the tolerances (k,) of the derivative's linear systems."""
 
-    def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float) -> None:
-        self.solve, self.k, self.largest, self.tol = solve, k, largest, tol
+    def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float, differentiated: bool) -> None:
+        self.solve, self.k, self.largest, self.tol, self.differentiated = solve, k, largest, tol, differentiated
         self.system_tol: Optional[Tensor] = None
 
 
@@ -45,7 +45,8 @@ def differentiable_eigenpairs(
 
     A, B: dense (*, m, m), taken through their Hermitian part, or sparse Hermitian, or a callable on blocks
     (*, m, p), which is a constant; B may be None.  X (start block) and iK (preconditioner) never get a gradient.
-    `solve(A, B, X, iK)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale (*, n), n >= k.
+    `solve(A, B, X, iK, differentiated)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale
+    (*, n), n >= k; differentiated: whether a derivative may be asked for.
     `tol` is its relative tolerance; those of the derivative's linear systems follow from it, see system_tolerance.
 
     Raises ValueError if a sparse matrix whose gradient is asked for stores (r, c) but not (c, r).
@@ -64,8 +65,16 @@ def differentiable_eigenpairs(
     if tol is None:
         dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))
         tol = math.sqrt(torch.finfo(dtype).eps)
-    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, Problem(solve, k, largest, tol))
+    problem = Problem(solve, k, largest, tol, may_be_differentiated(A, B))
+    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, problem)
     return outputs[0], outputs[1]
+
+
+def may_be_differentiated(*operands: Any) -> bool:
+    """Whether autograd records, or a transform is active (which may be vmap alone)."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(M, Tensor) and M.requires_grad for M in operands)
 
 
 def hermitian_part(M: Any) -> Any:
@@ -96,15 +105,16 @@ class LOBPCGAutogradFunction(Function):
     def forward(A, B, X, iK, problem):
         like = next(M for M in (A, B, X) if isinstance(M, Tensor))
         with without_autocast(like):
-            pairs = problem.solve(A, B, X, iK)
+            pairs = problem.solve(A, B, X, iK, problem.differentiated)
             k = problem.k
             residual, scale = pairs.residual, pairs.scale
             wanted = (pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k])
             E, X, improved = corrected(A, B, *wanted, problem.largest, problem.tol)
         problem.system_tol = system_tolerance(E, X, pairs.E[..., k:], improved, problem.tol)
         residual = torch.cat([improved, residual[..., k:]], -1)
+        last = pairs.E.shape[-1] if problem.differentiated else k
         # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
-        parts = (E, X, pairs.E[..., k:], pairs.X[..., k:], residual, scale)
+        parts = (E, X, pairs.E[..., k:last], pairs.X[..., k:last], residual, scale)
         return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
 
     @staticmethod

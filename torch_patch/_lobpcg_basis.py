@@ -10,7 +10,7 @@ from torch._lobpcg_operator import Operator
 
 
 class Basis:
-    """Rows X, then P, then W, (*, 3 n, c m) with c = 2 images or 3; q of them are in use.
+    """Rows X, then P, then W, (*, q, c m) with c = 2 images or 3; the buffer grows to the largest q needed.
 
     Up to a million numbers the update writes a second buffer; above, where that would be the larger part of the memory
     of a call and no cache holds either, it replaces the rows by pieces (5 % slower).
@@ -18,23 +18,42 @@ class Basis:
 
     def __init__(self, X: Tensor, general: bool):
         self.n, self.m = X.size(-2), X.size(-1)
+        self.q = self.n  # vectors in use
         self.general = general
         self.image_B = 2 if general else 0  # without B, B S is S
-        width = 3 * self.m if general else 2 * self.m
-        shape = list(X.shape[:-2]) + [3 * self.n, width]
-        self.rows = X.new_empty(shape)
-        self.in_place = self.rows.numel() > 1048576
-        self.spare = self.rows if self.in_place else X.new_empty(shape)
-        self.q = self.n
+        self.in_place = False
+        self.rows, self.spare = X, X
         # Views are made once for each place and buffer: on short vectors making them would be a tenth of the time.
         self.views: dict[int, Tensor] = {}
         self.spare_views: dict[int, Tensor] = {}
+        self.allocate(X, self.n)
         self.part(0, 0, self.n).copy_(X)
+
+    def allocate(self, like: Tensor, count: int) -> None:
+        width = 3 * self.m if self.general else 2 * self.m
+        shape = list(like.shape[:-2]) + [count, width]
+        self.rows = like.new_empty(shape)
+        self.in_place = self.rows.numel() > 1048576
+        self.spare = self.rows if self.in_place else like.new_empty(shape)
+        self.views, self.spare_views = (
+            torch.jit.annotate(dict[int, Tensor], {}),
+            torch.jit.annotate(dict[int, Tensor], {}),
+        )
+
+    def extend(self, count: int) -> int:
+        """Make room for count more vectors; the place of the first."""
+        first = self.q
+        self.q = first + count
+        if self.rows.size(-2) < self.q:
+            # Once or twice in a call: P and W are largest at the start.
+            old = self.rows
+            self.allocate(old, self.q + count)
+            self.rows.narrow(-2, 0, first).copy_(old.narrow(-2, 0, first))
+        return first
 
     def part(self, image: int, first: int, count: int) -> Tensor:
         """View (*, count, m) of vectors `first`, ...: of S (image 0), A S (1), B S (image_B)."""
-        size = 3 * self.n + 1
-        key = (image * size + first) * size + count
+        key = (first * 65536 + count) * 4 + image
         if key not in self.views:
             self.views[key] = self.rows.narrow(-2, first, count).narrow(-1, image * self.m, self.m)
         return self.views[key]

@@ -9,7 +9,7 @@ The node of the compressed layouts also makes a dense m x m array of the gradien
 such a constructor, the gradient takes a way around that node to the values.
 """
 
-from typing import Any, Optional
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ _MOST_NODES = 64
 
 def keep_graph_of_values(M: Tensor) -> None:
     """Hook every sparse constructor that M came from, once each."""
-    pending, seen = [M.grad_fn], 0
+    pending: List[Any] = [M.grad_fn]
+    seen = 0
     while pending and seen < _MOST_NODES:
         node = pending.pop()
         seen += 1
@@ -81,7 +82,7 @@ class _Replacement:
     def __init__(self, made: Tensor) -> None:
         self.made = made
 
-    def __call__(self, grad_inputs, grad_outputs) -> Any:
+    def __call__(self, grad_inputs: Any, grad_outputs: Any) -> Any:
         g, made = grad_outputs[0], self.made
         which = [i for i, h in enumerate(grad_inputs) if h is not None]
         if g is None or not g.requires_grad or not torch.is_grad_enabled() or len(which) != 1:
@@ -115,14 +116,14 @@ class _ValuesAt(Function):
         return torch.where(stored, pattern.values[where], torch.zeros_like(pattern.values[:1]))
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         G, indices = inputs
         ctx.pattern = Pattern(G.detach())
         ctx.where, ctx.stored = _find(ctx.pattern, indices)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, h: Optional[Tensor]):
+    def backward(ctx: Any, h: Optional[Tensor]) -> Tuple[Optional[Tensor], None]:
         if h is None:
             return None, None
         h = torch.where(ctx.stored, h, torch.zeros_like(h))
@@ -130,7 +131,7 @@ class _ValuesAt(Function):
         return _SparseFromValues.apply(values, ctx.pattern), None
 
 
-def _find(pattern: Pattern, indices: Tensor):
+def _find(pattern: Pattern, indices: Tensor) -> Tuple[Tensor, Tensor]:
     """Position of each index among the stored elements (coalesced, so sorted), and whether it is one of them."""
     ours, theirs = (_flat(i, pattern.shape) for i in (pattern.indices, indices))
     where = torch.searchsorted(ours, theirs).clamp(max=max(0, ours.numel() - 1))

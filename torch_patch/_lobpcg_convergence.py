@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     losses: bool
     least_B: float
     least_K: float
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple's method of this name is not called
     valid: Tensor
 
 
@@ -39,6 +39,8 @@ def judge_one(
     k: int,
     tol: float,
     lock: float,
+    candidates: int,
+    more: int,
     drop: float,
     loss: float,
     index: Tensor,
@@ -46,9 +48,9 @@ def judge_one(
     """Of one matrix in host memory: decided on the host from the numbers transferred, which spares twenty small
     kernels.
 
-    rerr: (n,); d, least: as in Ritz, kept above drop; definite: least_B and least_K; settled: whether no pair was
-    missed; a column goes on while its rerr exceeds lock. index: the columns (0, ..., n - 1) or those that went on
-    before, returned if they are what goes on now.
+    rerr: (n,); d, least: as in Ritz, kept above drop; definite: least_B and least_K. Of the first `candidates` columns
+    those go on whose rerr exceeds lock; of the first `more` where the wanted pairs have converged but not settled.
+    index: the columns that went on before, returned if they are what goes on now.
     """
     n, p = rerr.size(0), d.size(0)
     numbers = [rerr]
@@ -60,15 +62,16 @@ def judge_one(
     lead = 0
     while lead < k and values[lead] <= tol:
         lead += 1
-    if settled is not None and lead == k and not bool(settled):
-        lead = k - 1
+    unsettled = settled is not None and lead == k and not bool(settled)
+    if unsettled:
+        lead, candidates = k - 1, more
     running: list[int] = []
     total, worst = 0.0, 0.0
     for i in range(n):
         total += values[i]
-        if values[i] > lock and lead < k:
+        if i < candidates and values[i] > lock and lead < k:
             running.append(i)
-        if i < k and values[i] > tol:
+        if i < k and values[i] > tol or unsettled and i < more:
             worst = max(worst, values[i])
     losses = least < loss
     for i in range(n, n + p):
@@ -92,6 +95,8 @@ def judge_batch(
     k: int,
     tol: float,
     lock: float,
+    candidates: int,
+    more: int,
     drop: float,
     loss: float,
 ) -> Verdict:
@@ -99,16 +104,21 @@ def judge_batch(
     real = rerr.dtype
     done = rerr[..., :k] <= tol
     lead = torch.cumprod(done, -1).sum(-1)  # (*)
+    awaited = ~done
+    waiting = (rerr[..., :more] > lock) & (lead < k).unsqueeze(-1)
+    waiting[..., candidates:] = False
     if settled is not None:
-        lead = torch.where(settled, lead, lead.clamp_max(k - 1))
-    waiting = (rerr > lock) & (lead < k).unsqueeze(-1)  # (*, n)
+        unsettled = ((lead == k) & ~settled).unsqueeze(-1)
+        waiting = waiting | (unsettled & (rerr[..., :more] > lock))
+        awaited = torch.cat([awaited, unsettled.expand(list(lead.shape) + [more - k])], -1)
+        lead = lead - unsettled.squeeze(-1).to(lead.dtype)
     least, losses = torch.ones_like(definite[0]), torch.zeros_like(definite[0])
     if d.size(-1) > 0:
         least = d.masked_fill(d <= drop, 1.0).min()
         # Fillers show as zeros in d: more small ones than those are losses.
         losses = ((d < loss).sum(-1) - masked).max().to(real)
     counts = [waiting.sum(-1).max().to(real), lead.min().to(real)]
-    sizes = [rerr[..., :k].masked_fill(done, 0.0).max(), rerr.sum(), least, losses]
+    sizes = [(rerr[..., : awaited.size(-1)] * awaited).max(), rerr.sum(), least, losses]
     values: list[float] = torch.cat([torch.stack(counts + sizes), definite]).tolist()
     active = int(values[0])
     order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]

@@ -94,6 +94,9 @@ class LOBPCG:
             self.op_B = Operator(B, "B")
         if iK is not None:
             self.op_K = Operator(iK, "iK")
+        # Guard columns gain from the wanted ones' directions without directions of their own: a third of the work less
+        # for a tenth more iterations, which pays where work and not the number of kernels makes the time.
+        self.small = max(self.op_A.stored, self.op_K.stored, 100 * X[..., 0].numel()) <= 262144
         self.orthogonal_left = 0  # iterations for which W is projected explicitly
         self.drift = 0.0  # bound on the loss of the invariants since they were last enforced
         self.suspicious = False  # X0 was almost invariant: a wrong invariant subspace looks the same
@@ -336,8 +339,7 @@ class LOBPCG:
         length = length.clamp_min(self.tiny)
         if not self.host:
             length = length / self.w_valid  # masked rows become zero
-        first = basis.q
-        basis.q = first + self.active
+        first = basis.extend(self.active)
         torch.div(W, length.unsqueeze(-1), out=basis.part(0, first, self.active))
         basis.multiply(first, self.op_A, self.op_B)
 
@@ -413,14 +415,21 @@ class LOBPCG:
         if self.general or self.preconditioned or not self.host:
             definite = torch.stack([self.least_B, self.least_K])
         settled: Optional[Tensor] = None
+        candidates = self.n if self.small else k
+        more = candidates
         if self.suspicious:
             settled = self.settled()
+            candidates, more = self.n, self.n
+        elif self.bparams.get("separate", False) and self.n > k:
+            settled, more = self.separated(), max(candidates, k + 1)
         if self.host:
-            verdict = judge_one(rerr, self.d, self.least, definite, settled, k, tol, lock, drop, loss, self.w_index)
+            verdict = judge_one(
+                rerr, self.d, self.least, definite, settled, k, tol, lock, candidates, more, drop, loss, self.w_index
+            )
         else:
             masked = self.d.size(-1) - self.w_valid.sum(-1)
             assert definite is not None
-            verdict = judge_batch(rerr, self.d, masked, definite, settled, k, tol, lock, drop, loss)
+            verdict = judge_batch(rerr, self.d, masked, definite, settled, k, tol, lock, candidates, more, drop, loss)
         self.check_verdict(verdict)
         self.active, self.ivars["converged_count"], self.best_rerr = verdict.active, verdict.lead, verdict.worst
         self.w_index, self.w_valid = verdict.index, verdict.valid
@@ -440,6 +449,12 @@ class LOBPCG:
         small = max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
         late = self.ivars["istep"] >= 5
         return settled(self.tvars["rerr"], self.residual, self.E, self.norm_B, k, last, small, late)
+
+    def separated(self) -> Tensor:
+        """Whether the first guard column tells how far the next eigenvalue is, which a derivative depends on: (*)."""
+        k = self.iparams["k"]
+        small = max(100.0 * self.fparams["tol"], 8.0 * self.eps)
+        return settled(self.tvars["rerr"], self.residual, self.E, self.norm_B, k, k, small, True)
 
     def lock_tolerance(self) -> float:
         """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep
