@@ -1254,7 +1254,6 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         c = torch.autograd.functional.jacobian(squares, self.A, vectorize=True, strategy="forward-mode")
         self.assert_close(c, a, 1e-8)
 
-    @unittest.expectedFailure  # tracing is not supported yet: the checks of values look at data
     def test_compile(self):
         expected = self.exact
         for backend in ("eager", "aot_eager"):
@@ -1265,7 +1264,6 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
             self.assert_close(A.grad, expected[0], 1e-8, backend)
             self.assert_close(B.grad, expected[1], 1e-8, backend)
 
-    @unittest.expectedFailure  # tracing is not supported yet: the checks of values look at data
     def test_fake_and_meta_tensors(self):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -1275,14 +1273,12 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         E, X = torch.lobpcg(torch.zeros(24, 24, device="meta"), k=2)
         self.assertEqual((E.shape, X.shape, E.device.type), ((2,), (24, 2), "meta"))
 
-    @unittest.expectedFailure  # tracing is not supported yet: the checks of values look at data
     def test_make_fx(self):
         from torch.fx.experimental.proxy_tensor import make_fx
 
         graph = make_fx(lambda A: torch.lobpcg(A, **self.options)[0], tracing_mode="fake")(self.A)
         self.assertEqual(graph(self.A + self.B), torch.lobpcg(self.A + self.B, **self.options)[0])
 
-    @unittest.expectedFailure  # tracing is not supported yet: the checks of values look at data
     def test_export(self):
         class Model(torch.nn.Module):
             def forward(self, A):

@@ -1,6 +1,5 @@
 """Extreme eigenpairs as one differentiable operation: torch.autograd, forward mode, torch.func."""
 
-import math
 from typing import Any, Callable, Optional, Tuple
 
 import torch
@@ -21,26 +20,40 @@ from torch.autograd import Function
 
 
 class Problem:
-    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance."""
+    """What an eigenproblem is besides its tensors: the number of pairs, which end, the tolerance, and how the pairs and
+    their derivatives are computed.  `solve(A, B, X, iK)` returns E (*, n), X (*, m, n), residual and scale (*, n)."""
 
-    def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float) -> None:
+    def __init__(self, solve: Optional[Callable[..., Any]], k: int, largest: bool, tol: float) -> None:
         self.solve, self.k, self.largest, self.tol = solve, k, largest, tol
+
+    def pairs(self, A: Any, B: Any, X: Optional[Tensor], iK: Any) -> Tuple[Tensor, ...]:
+        """E (*, k), X (*, m, k), further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n)."""
+        k = self.k
+        found = self.solve(A, B, X, iK)
+        residual, scale = found.residual, found.scale
+        wanted = (found.E[..., :k], found.X[..., :k], residual[..., :k], scale[..., :k])
+        E, X, improved = corrected(A, B, *wanted, self.largest, self.tol)
+        residual = torch.cat([improved, residual[..., k:]], -1)
+        # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
+        parts = (E, X, found.E[..., k:], found.X[..., k:], residual, scale)
+        return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
+
+    def reverse(self, pairs: ComputedPairs, gE: Optional[Tensor], gX: Optional[Tensor], need_A: bool, need_B: bool):
+        """Cotangents of A and B, None where not needed."""
+        return reverse_mode(pairs, gE, gX, need_A, need_B)
+
+    def tangent(self, pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+        """Tangents of E and X."""
+        return forward_mode(pairs, dA, dB)
 
 
 def differentiable_eigenpairs(
-    A: Any,
-    B: Any,
-    X: Optional[Tensor],
-    iK: Any,
-    solve: Callable[..., Any],
-    k: int,
-    largest: bool,
-    tol: Optional[float],
+    A: Any, B: Any, X: Optional[Tensor], iK: Any, solve: Callable[..., Any], k: int, largest: bool, tol: float
 ) -> Tuple[Tensor, Tensor]:
     """E (*, k), X (*, m, k) of A X = B X diag(E), differentiable in A and B.
 
-    A, B: dense (*, m, m), taken through their Hermitian part, or sparse Hermitian, or a callable on blocks
-    (*, m, p), which is a constant; B may be None.  X (start block) and iK (preconditioner) never get a gradient.
+    A, B: dense (*, m, m) or sparse, Hermitian, or a callable on blocks (*, m, p), which is a constant; B may be None.
+    X (start block) and iK (preconditioner) never get a gradient.
     `solve(A, B, X, iK)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale (*, n), n >= k.
     `tol` is its relative tolerance, to which the derivative's linear systems are solved as well.
 
@@ -55,33 +68,10 @@ def differentiable_eigenpairs(
             )
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)
-    A, B = (by_rows(M) if is_sparse(M) and M.requires_grad else hermitian_part(M) for M in (A, B))
+    A, B = (by_rows(M) if is_sparse(M) and M.requires_grad else M for M in (A, B))
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
-    if tol is None:
-        dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))
-        tol = math.sqrt(torch.finfo(dtype).eps)
     outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, Problem(solve, k, largest, tol))
     return outputs[0], outputs[1]
-
-
-def hermitian_part(M: Any) -> Any:
-    """(M + M^H) / 2 of a dense matrix; M itself where that changes no bit, and for every other kind of operand."""
-    if not isinstance(M, Tensor) or is_sparse(M):
-        return M
-    if not torch._C._are_functorch_transforms_active() and _is_hermitian(M.detach()):
-        return M
-    # A conjugate that is only marked as such breaks forward mode under vmap.
-    return (M + (torch.conj_physical(M.mT) if M.is_complex() else M.mT)) / 2
-
-
-def _is_hermitian(M: Tensor, tile: int = 512) -> bool:
-    """Tile by tile: a comparison with the whole transpose would miss the cache at every element."""
-    m = M.shape[-1]
-    return all(
-        torch.equal(M[..., i : i + tile, j : j + tile], M[..., j : j + tile, i : i + tile].mH)
-        for i in range(0, m, tile)
-        for j in range(0, i + 1, tile)
-    )
 
 
 class LOBPCGAutogradFunction(Function):
@@ -92,15 +82,7 @@ class LOBPCGAutogradFunction(Function):
     def forward(A, B, X, iK, problem):
         like = next(M for M in (A, B, X) if isinstance(M, Tensor))
         with without_autocast(like):
-            pairs = problem.solve(A, B, X, iK)
-            k = problem.k
-            residual, scale = pairs.residual, pairs.scale
-            wanted = (pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k])
-            E, X, improved = corrected(A, B, *wanted, problem.largest, problem.tol)
-        residual = torch.cat([improved, residual[..., k:]], -1)
-        # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
-        parts = (E, X, pairs.E[..., k:], pairs.X[..., k:], residual, scale)
-        return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
+            return problem.pairs(A, B, X, iK)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -117,7 +99,7 @@ class LOBPCGAutogradFunction(Function):
             return None, None, None, None, None
         pairs = _pairs(ctx)
         with without_autocast(pairs.X):
-            gA, gB = reverse_mode(pairs, gE, gX, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+            gA, gB = ctx.problem.reverse(pairs, gE, gX, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         return gA, gB, None, None, None
 
     @staticmethod
@@ -129,7 +111,7 @@ class LOBPCGAutogradFunction(Function):
             dE, dX = torch.zeros_like(pairs.E), torch.zeros_like(pairs.X)
         else:
             with without_autocast(pairs.X):
-                dE, dX = forward_mode(pairs, dA, dB)
+                dE, dX = ctx.problem.tangent(pairs, dA, dB)
         return dE, dX, None, None, None, None
 
     @staticmethod

@@ -33,7 +33,7 @@ def solve(
     ortho: OrthoParameters,
 ) -> EigenPairs:
     """n >= k eigenpairs of each pencil. A, B, iK: (*, m, m), dense or sparse, Hermitian, or callables; X: (*, m, n) or
-    None.
+    None. Dense A and B have been through hermitian_part.
 
     Raises ValueError on NaN, infinity, asymmetry and a B or iK that shows itself not to be positive definite.
     """
@@ -41,16 +41,16 @@ def solve(
     if not torch.jit.is_scripting():
         if not isinstance(A, Tensor):
             like = _first_tensor(A, B, X, iK)
-    A = _checked(A, "A", m, batch, like)
+    _check_values(A, "A", m, like)
     if B is not None:
-        B = _checked(B, "B", m, batch, like)
+        _check_values(B, "B", m, like)
     if iK is not None:
         check_finite(iK, "iK")
     if X is not None:
         check_finite(X, "X")
     if 0 in batch:
         return _no_pairs(batch, m, settings.n, like)
-    if _dense_is_cheaper(A, B, iK, settings, m):
+    if dense_is_cheaper(A, B, iK, settings, m):
         return dense_solve(A, B, settings, batch)
     start = X if X is not None else start_rows(settings.n, m, 0, like).mT
     start = start.expand(batch + [m, settings.n])
@@ -154,7 +154,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.float64
 
 
-def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], settings: Settings, m: int) -> bool:
+def dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], settings: Settings, m: int) -> bool:
     """One dense factorisation instead of iterations: m < 3 n, where LOBPCG does not apply, or small dense matrices.
 
     Measured on one thread: with k = 5, eigh costs as much as the iterations near m = 512; with a preconditioner that
@@ -173,24 +173,36 @@ def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], sett
     return dense and m <= (512 if iK is None else 128)
 
 
-def _checked(A: Tensor, name: str, m: int, batch: list[int], like: Tensor) -> Tensor:
-    """The Hermitian part of a dense A, A itself where no bit changes; a sparse A is checked, a callable trusted."""
+def _check_values(A: Tensor, name: str, m: int, like: Tensor) -> None:
+    """ValueError unless A is finite, Hermitian where it is sparse, and positive definite where it is B."""
     if not torch.jit.is_scripting():
         if not isinstance(A, Tensor):
-            return A
+            return
     check_finite(A, name)
     if is_sparse_layout(A):
         check_symmetry(A, name, m, like)
-    elif not is_hermitian(A):
-        A = hermitian(A)
     if name == "B":
         check_positive(A)
-    return A
 
 
-def is_hermitian(A: Tensor) -> bool:
+def hermitian_part(A: Tensor) -> Tensor:
+    """(A + A^H) / 2 of a dense matrix; A itself where that changes no bit, and for every other kind of operand."""
+    if not torch.jit.is_scripting():
+        if not isinstance(A, Tensor):
+            return A
+    if is_sparse_layout(A) or _is_hermitian(A):
+        return A
+    # A conjugate that is only marked as such breaks forward mode under vmap.
+    return (A + (torch.conj_physical(A.mT) if A.is_complex() else A.mT)) / 2
+
+
+def _is_hermitian(A: Tensor) -> bool:
     """Whether dense A (*, m, m) equals A^H to the bit; by tiles, since the transpose as a whole would miss the cache
-    throughout."""
+    throughout. False under a transform, where values cannot be looked at."""
+    if not torch.jit.is_scripting():
+        if torch._C._are_functorch_transforms_active():
+            return False
+    A = A.detach()
     m, tile = A.size(-1), 512
     for i in range(0, m, tile):
         for j in range(0, i + 1, tile):
