@@ -160,6 +160,22 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
         return handle_torch_function(
             lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, tracker=tracker, **numbers, **parameters
         )
+    settings = _settings(A, k, B, X, n, iK, niter, tol, largest, method, tracker)
+    if is_traced(A, B, X, iK):
+        if tracker is not None:
+            raise NotImplementedError(
+                "lobpcg: a tracker looks at values, which do not exist while a graph is traced; leave it out, or call "
+                "lobpcg outside of what is traced"
+            )
+        integers = ortho[0] or {}
+        return eigenpairs_in_graph(A, B, X, iK, (*settings, list(integers), list(integers.values())))
+    run = _Solver(settings, ortho_parameters(*ortho), tracker)
+    A, B = hermitian_part(A), None if B is None else hermitian_part(B)
+    return differentiable_eigenpairs(A, B, X, iK, run, settings.k, settings.largest, settings.tol)
+
+
+def _settings(A, k, B, X, n, iK, niter, tol, largest, method, tracker) -> Settings:
+    """The settings of an eager call, its arguments checked as far as shapes, dtypes and numbers tell."""
     for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
         if T is not None and not isinstance(T, Tensor) and not callable(T):
             raise TypeError(
@@ -180,20 +196,7 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
     columns = None if X is None else X.size(-1)
     tracked, preconditioned = tracker is not None, iK is not None
-    settings = settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracked, preconditioned)
-
-    if is_traced(A, B, X, iK):
-        if tracked:
-            raise NotImplementedError(
-                "lobpcg: a tracker looks at values, which do not exist while a graph is traced; leave it out, or call "
-                "lobpcg outside of what is traced"
-            )
-        integers = ortho[0] or {}
-        numbers = (*settings, list(integers), list(integers.values()))
-        return eigenpairs_in_graph(A, B, X, iK, numbers, settings.k, settings.largest, settings.tol)
-    run = _Solver(settings, ortho_parameters(*ortho), tracker)
-    A, B = hermitian_part(A), None if B is None else hermitian_part(B)
-    return differentiable_eigenpairs(A, B, X, iK, run, settings.k, settings.largest, settings.tol)
+    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracked, preconditioned)
 
 
 class _Solver:
@@ -232,8 +235,9 @@ def _solver(*numbers) -> _Solver:
 
 
 def _call(A, k, B, X, n, iK, niter, tol, largest, method, names, values) -> tuple[Tensor, Tensor]:
-    ortho = (dict(zip(names, values)), None, None)
-    return _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, None, ortho)
+    """torch.lobpcg as an operator."""
+    settings = _settings(A, k, B, X, n, iK, niter, tol, largest, method, None)
+    return eigenpairs_in_graph(A, B, X, iK, (*settings, names, values))
 
 
 def _check_others(A: Tensor, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor], m: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Extreme eigenpairs as one differentiable operation: torch.autograd, forward mode, torch.func."""
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -116,16 +116,22 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     def vmap(info, in_dims, A, B, X, iK, problem):
-        tensors, deepest = batched_first(info.batch_size, in_dims[:4], (A, B, X, iK), trailing=(2, 2, 2, 2))
-        A, B, X, iK = tensors
-        mapped = [M for M, dim in zip(tensors, in_dims) if isinstance(M, Tensor) and dim is not None]
-        # The forward takes its batch shape from A: give A every batch dimension that another operand has.
-        if isinstance(A, Tensor) and in_dims[0] is None:
-            A = A.expand((info.batch_size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
-        if isinstance(A, Tensor):
-            shapes = [M.shape[:-2] for M in [A] + mapped]
-            A = A.expand(broadcast(*shapes) + list(A.shape[-2:]))
-        return LOBPCGAutogradFunction.apply(A, B, X, iK, problem), (0,) * 6
+        operands = mapped_operands(info.batch_size, in_dims, A, B, X, iK)
+        return LOBPCGAutogradFunction.apply(*operands, problem), (0,) * 6
+
+
+def mapped_operands(size: int, in_dims: Sequence, *operands: Any) -> List[Any]:
+    """A, B, X, iK with the mapped dimension as first batch dimension; A gets every batch dimension that another has."""
+    tensors, deepest = batched_first(size, in_dims[:4], operands, trailing=(2, 2, 2, 2))
+    A = tensors[0]
+    mapped = [M for M, dim in zip(tensors, in_dims) if isinstance(M, Tensor) and dim is not None]
+    # The forward takes its batch shape from A.
+    if isinstance(A, Tensor) and in_dims[0] is None:
+        A = A.expand((size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
+    if isinstance(A, Tensor):
+        shapes = [M.shape[:-2] for M in [A] + mapped]
+        A = A.expand(broadcast(*shapes) + list(A.shape[-2:]))
+    return [A] + tensors[1:]
 
 
 def _pairs(ctx) -> ComputedPairs:

@@ -6,22 +6,22 @@ holds them as operators, which run what an eager call runs, its errors and warni
     solve       matrices -> the pairs, and what a derivative needs besides
     reverse     pairs and cotangents gE, gX -> those of gA, gB that are needed
     tangent     pairs and tangents dA, dB -> dE, dX
-    reverse_vjp, tangent_vjp    cotangents of the arguments of reverse and tangent: the second derivative
+    reverse_vjp, reverse_jvp, tangent_vjp, tangent_jvp      their derivatives: the second derivative
     lobpcg      torch.lobpcg as one node, for torch.compile; decomposes into solve
 
-A graph with them in it can be differentiated where it is run, with values at hand, to any order.  While it is traced,
-first derivatives in both modes, and reverse mode over either.
+A graph with them in it can be differentiated where it is run, with values at hand, to any order; while it is traced, to
+second order.
 """
 
 from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_autograd import LOBPCGAutogradFunction, Problem
+from torch._lobpcg_autograd import LOBPCGAutogradFunction, mapped_operands, Problem
 from torch._lobpcg_derivative import ComputedPairs, forward_mode, reverse_mode
 from torch._lobpcg_function import batched_first, broadcast, without_autocast
 from torch._lobpcg_pattern import is_sparse
-from torch.autograd import Function
+from torch.autograd import forward_ad, Function
 from torch.library import Library
 
 
@@ -44,8 +44,9 @@ def is_traced(*operands: Any) -> bool:
     return False
 
 
-def eigenpairs_in_graph(A, B, X, iK, settings: tuple, k: int, largest: bool, tol: float) -> Tuple[Tensor, Tensor]:
-    """E (*, k), X (*, m, k) as outputs of the operator solve.  A, B, X, iK: tensors or None.
+def eigenpairs_in_graph(A, B, X, iK, settings: tuple) -> Tuple[Tensor, Tensor]:
+    """E (*, k), X (*, m, k) as outputs of the operator solve.  A, B, X, iK: tensors or None;
+    settings: the numbers that this operator takes.
 
     Raises NotImplementedError for a callable, and for a sparse matrix whose gradient is asked for: the number of its
     stored entries is a value.
@@ -62,26 +63,49 @@ def eigenpairs_in_graph(A, B, X, iK, settings: tuple, k: int, largest: bool, tol
                 "matrix, or call lobpcg outside of what is traced"
             )
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
-    return LOBPCGAutogradFunction.apply(A, B, X, iK, _GraphProblem(settings, k, largest, tol))[:2]
+    return _operators.solve(A, B, X, iK, *settings)[:2]
+
+
+def _apply(function: Any, *arguments) -> Tuple[Tensor, ...]:
+    """function.apply on the current level alone: inside an operator, the dispatcher takes the levels of torch.func."""
+    functorch = torch._C._functorch
+    allowed = functorch.get_single_level_autograd_function_allowed()
+    functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return super(Function, function).apply(*arguments)
+    finally:
+        functorch.set_single_level_autograd_function_allowed(allowed)
+
+
+class _Below:
+    """Calls an operator from inside a Function's forward: below autograd on this level, and on the levels of torch.func
+    beneath in the modes that the Function was applied in, which would otherwise lose their graph."""
+
+    def __init__(self) -> None:
+        self.grad, self.forward_ad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+
+    def __call__(self, operator, *arguments):
+        modes = torch.set_grad_enabled(self.grad), forward_ad._set_fwd_grad_enabled(self.forward_ad)
+        with modes[0], modes[1], torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
 
 
 class _GraphProblem(Problem):
     """The same problem, computed by operators.  `settings`: the numbers that the operator solve takes."""
 
-    def __init__(self, settings: tuple, k: int, largest: bool, tol: float) -> None:
-        super().__init__(None, k, largest, tol)
-        self.settings = settings
+    def __init__(self, settings: tuple) -> None:
+        super().__init__(None, settings[0], settings[5], settings[4])
+        self.settings, self.below = settings, _Below()
 
     def pairs(self, A, B, X, iK):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _operators.solve(A, B, X, iK, *self.settings)
+        return self.below(_operators.solve, A, B, X, iK, *self.settings)
 
     def reverse(self, pairs, gE, gX, need_A, need_B):
-        found = iter(_Derived.apply(_REVERSE, *_tensors(pairs), gE, gX, pairs.largest, pairs.tol, [need_A, need_B]))
+        found = iter(_operators.reverse(*_tensors(pairs), gE, gX, pairs.largest, pairs.tol, [need_A, need_B]))
         return next(found) if need_A else None, next(found) if need_B else None
 
     def tangent(self, pairs, dA, dB):
-        return _Derived.apply(_TANGENT, *_tensors(pairs), dA, dB, pairs.largest, pairs.tol)
+        return tuple(_operators.tangent(*_tensors(pairs), dA, dB, pairs.largest, pairs.tol))
 
 
 def _tensors(p: ComputedPairs) -> tuple:
@@ -95,11 +119,11 @@ class _Derivative:
     """A derivative as an operator: tensors or None, then numbers -> tensors.
 
     trailing: for each tensor, how many of its dimensions are not batch.  compute: its formulas, differentiable.
-    shapes: (shape, dtype) of each output.  vjp: the operator that is its own derivative, or None.
+    shapes: (shape, dtype) of each output.  vjp, jvp: the operators that are its own derivatives, or None.
     """
 
-    def __init__(self, name: str, trailing: tuple, compute, shapes, vjp: Optional["_Derivative"] = None) -> None:
-        self.name, self.trailing, self.compute, self.shapes, self.vjp = name, trailing, compute, shapes, vjp
+    def __init__(self, name: str, trailing: tuple, compute, shapes, vjp=None, jvp=None) -> None:
+        self.name, self.trailing, self.compute, self.shapes, self.vjp, self.jvp = name, trailing, compute, shapes, vjp, jvp
 
     def __call__(self, *arguments):
         return tuple(getattr(_operators, self.name)(*arguments))
@@ -149,70 +173,113 @@ def _vjp_of(compute):
     return vjp
 
 
+def _jvp_of(compute):
+    """(arguments of compute, in which tangents of A, B, E, X and of the last two stand behind the tensors) -> tangents
+    of the outputs."""
+
+    def jvp(*arguments):
+        tensors, tangents, numbers = list(arguments[:11]), arguments[11:17], arguments[17:]
+        with forward_ad.dual_level():
+            for i, t in zip(_VARIABLE, tangents):
+                if t is not None:
+                    tensors[i] = forward_ad.make_dual(tensors[i], t)
+            outputs = [forward_ad.unpack_dual(output) for output in compute(*tensors, *numbers)]
+        return [torch.zeros_like(o.primal) if o.tangent is None else o.tangent for o in outputs]
+
+    return jvp
+
+
+def _jvp_shapes_of(shapes):
+    return lambda *arguments: shapes(*arguments[:11], *arguments[17:])
+
+
+_VARIABLE = (0, 1, 3, 4, 9, 10)
 #          A  B  iK E  X  T  Y  residual, scale
 _BATCHED = (2, 2, 2, 1, 2, 1, 2, 1, 1)
-_REVERSE_VJP = _Derivative("reverse_vjp", _BATCHED + (1, 2, 2, 2), _vjp_of(_reverse), _vjp_shapes)
-_TANGENT_VJP = _Derivative("tangent_vjp", _BATCHED + (2, 2, 1, 2), _vjp_of(_tangent), _vjp_shapes)
-_REVERSE = _Derivative("reverse", _BATCHED + (1, 2), _reverse, _reverse_shapes, _REVERSE_VJP)
-_TANGENT = _Derivative("tangent", _BATCHED + (2, 2), _tangent, _tangent_shapes, _TANGENT_VJP)
+
+
+def _with_derivatives(name: str, last: tuple, of_outputs: tuple, compute, shapes) -> List[_Derivative]:
+    """A derivative, its vjp and its jvp.  last: trailing dimensions of the two tensors behind the pairs."""
+    tensors = _BATCHED + last
+    vjp = _Derivative(name + "_vjp", tensors + of_outputs, _vjp_of(compute), _vjp_shapes)
+    tangents = tuple(tensors[i] for i in _VARIABLE)
+    jvp = _Derivative(name + "_jvp", tensors + tangents, _jvp_of(compute), _jvp_shapes_of(shapes))
+    return [_Derivative(name, tensors, compute, shapes, vjp, jvp), vjp, jvp]
+
+
+_DERIVATIVES = (
+    *_with_derivatives("reverse", (1, 2), (2, 2), _reverse, _reverse_shapes),
+    *_with_derivatives("tangent", (2, 2), (1, 2), _tangent, _tangent_shapes),
+)
 
 
 class _Derived(Function):
-    """(derivative, its arguments) -> its outputs, while traced: the operator, with the operator for its vjp."""
+    """(below, derivative, its arguments) -> its outputs: the operator, with the operators that are its derivatives."""
 
     @staticmethod
-    def forward(derivative, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return derivative(*arguments)
+    def forward(below, derivative, *arguments):
+        return below(derivative, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.derivative, arguments = inputs[0], inputs[1:]
+        _, ctx.derivative, *arguments = inputs
         ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
         ctx.positions = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
-        ctx.save_for_backward(*[arguments[i] for i in ctx.positions])
+        tensors = [arguments[i] for i in ctx.positions]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        derivative, arguments = ctx.derivative, list(ctx.arguments)
-        if derivative.vjp is None:
-            raise NotImplementedError(
-                "lobpcg: third derivatives cannot be traced into a graph; differentiate the traced function where it "
-                "is run, or call lobpcg outside of it"
-            )
-        for i, tensor in zip(ctx.positions, ctx.saved_tensors):
-            arguments[i] = tensor
-        end = len(derivative.trailing)
-        needed = list(ctx.needs_input_grad[1 : 1 + end])
-        tensors, numbers = arguments[:end], arguments[end:]
-        if derivative.name == "reverse":
+        tensors, numbers = _arguments(ctx, ctx.derivative.vjp)
+        if ctx.derivative.name == "reverse":
             # Outputs are those that are needed: put their cotangents where A's and B's are expected.
             given = iter(cotangents)
             cotangents = [next(given) if need else None for need in numbers[-1]]
-        found = iter(_Derived.apply(derivative.vjp, *tensors, *cotangents, *numbers, needed))
-        return (None, *[next(found) if need else None for need in needed], *[None] * len(numbers))
+        needed = list(ctx.needs_input_grad[2 : 2 + len(tensors)])
+        found = iter(ctx.derivative.vjp(*tensors, *cotangents, *numbers, needed))
+        return (None, None, *[next(found) if need else None for need in needed], *[None] * len(numbers))
 
     @staticmethod
-    def vmap(info, in_dims, derivative, *arguments):
-        end, size = len(derivative.trailing), info.batch_size
-        in_dims = in_dims[1 : 1 + end]
-        one = [a if dim is None else a.select(dim, 0) for a, dim in zip(arguments[:end], in_dims)]
-        tensors, deepest = batched_first(size, in_dims, arguments[:end], derivative.trailing)
-        # Outputs have the batch dimensions of A, B, E or X, so each argument gets the mapped one.
-        for i, (M, dim, trailing) in enumerate(zip(tensors, in_dims, derivative.trailing)):
-            if isinstance(M, Tensor) and dim is None:
-                M = M.reshape((1,) * (1 + deepest - M.dim() + trailing) + tuple(M.shape))
-                tensors[i] = M.expand((size,) + tuple(M.shape[1:]))
-        outputs = _Derived.apply(derivative, *tensors, *arguments[end:])
-        shapes = derivative.shapes(*one, *arguments[end:])
-        outputs = tuple(output.reshape((size,) + tuple(shape)) for output, (shape, _) in zip(outputs, shapes))
-        return outputs, (0,) * len(outputs)
+    def jvp(ctx, _below, _derivative, *tangents):
+        tensors, numbers = _arguments(ctx, ctx.derivative.jvp)
+        return ctx.derivative.jvp(*tensors, *[tangents[i] for i in _VARIABLE], *numbers)
+
+
+def _arguments(ctx, further: Optional[_Derivative]) -> Tuple[list, list]:
+    if further is None:
+        raise NotImplementedError(
+            "lobpcg: third derivatives cannot be traced into a graph; differentiate the traced function where it is "
+            "run, or call lobpcg outside of it"
+        )
+    arguments = list(ctx.arguments)
+    for i, tensor in zip(ctx.positions, ctx.saved_tensors):
+        arguments[i] = tensor
+    end = len(ctx.derivative.trailing)
+    return arguments[:end], arguments[end:]
+
+
+def _mapped_derivative(derivative: _Derivative, size: int, in_dims, arguments):
+    """The derivative of a batch of problems: the operator on batched arguments, then out_dims."""
+    end = len(derivative.trailing)
+    one = [a if dim is None else a.select(dim, 0) for a, dim in zip(arguments[:end], in_dims)]
+    tensors, deepest = batched_first(size, in_dims[:end], arguments[:end], derivative.trailing)
+    # Outputs have the batch dimensions of A, B, E or X, so each argument gets the mapped one.
+    for i, (M, dim, trailing) in enumerate(zip(tensors, in_dims, derivative.trailing)):
+        if isinstance(M, Tensor) and dim is None:
+            M = M.reshape((1,) * (1 + deepest - M.dim() + trailing) + tuple(M.shape))
+            tensors[i] = M.expand((size,) + tuple(M.shape[1:]))
+    outputs = derivative(*tensors, *arguments[end:])
+    shapes = derivative.shapes(*one, *arguments[end:])
+    outputs = [output.reshape((size,) + tuple(shape)) for output, (shape, _) in zip(outputs, shapes)]
+    return outputs, [0] * len(outputs)
 
 
 # ------------------------------------------------------------------------------------------ registration
 
 _PAIRS = "Tensor A, Tensor? B, Tensor? iK, Tensor E, Tensor X, Tensor T, Tensor Y, Tensor residual, Tensor scale"
+_TANGENTS = "Tensor? tA, Tensor? tB, Tensor? tE, Tensor? tX"
 _SETTINGS = (
     "SymInt k, SymInt n, SymInt chosen, SymInt niter, float tol, bool largest, str method, bool iterate, "
     "str[] ortho_names, int[] ortho_values"
@@ -228,6 +295,10 @@ _SCHEMAS = {
     "bool[] of_reverse, bool[] needed) -> Tensor[]",
     "tangent_vjp": f"({_PAIRS}, Tensor? dA, Tensor? dB, Tensor? hE, Tensor? hX, bool largest, float tol, "
     "bool[] needed) -> Tensor[]",
+    "reverse_jvp": f"({_PAIRS}, Tensor? gE, Tensor? gX, {_TANGENTS}, Tensor? dgE, Tensor? dgX, bool largest, "
+    "float tol, bool[] needed) -> Tensor[]",
+    "tangent_jvp": f"({_PAIRS}, Tensor? dA, Tensor? dB, {_TANGENTS}, Tensor? ddA, Tensor? ddB, bool largest, "
+    "float tol) -> Tensor[]",
 }
 _library = Library("_lobpcg", "DEF")
 
@@ -245,18 +316,19 @@ def define_operators(
     sizes(A, B, X, iK, *settings): the batch shape, how many pairs that function returns, and how many residuals.
     """
 
-    def problem(settings):
-        return Problem(solver(*settings), settings[0], settings[5], settings[4])
-
     def solve(A, B, X, iK, *settings):
+        problem = Problem(solver(*settings), settings[0], settings[5], settings[4])
         with torch.no_grad(), without_autocast(A):
-            return problem(settings).pairs(hermitian_part(A), hermitian_part(B), X, iK)
+            return problem.pairs(hermitian_part(A), hermitian_part(B), X, iK)
 
     def solve_differentiably(A, B, X, iK, *settings):
-        if is_traced(A, B, X, iK):
-            graph = _GraphProblem(settings, settings[0], settings[5], settings[4])
-            return LOBPCGAutogradFunction.apply(A, B, X, iK, graph)
-        return LOBPCGAutogradFunction.apply(hermitian_part(A), hermitian_part(B), X, iK, problem(settings))
+        if _by_operators(A, B, X, iK):
+            return _apply(LOBPCGAutogradFunction, A, B, X, iK, _GraphProblem(settings))
+        problem = Problem(solver(*settings), settings[0], settings[5], settings[4])
+        return _apply(LOBPCGAutogradFunction, hermitian_part(A), hermitian_part(B), X, iK, problem)
+
+    def solve_mapped(info, in_dims, A, B, X, iK, *settings):
+        return _operators.solve(*mapped_operands(info.batch_size, in_dims, A, B, X, iK), *settings), (0,) * 6
 
     def solve_without_values(A, B, X, iK, *settings):
         batch, found, n = sizes(A, B, X, iK, *settings)
@@ -265,9 +337,9 @@ def define_operators(
         X, Y = (_empty(A, batch + [m, p], A.dtype) for p in (k, found - k))
         return E, X, T, Y, residual, scale
 
-    _define("lobpcg", {"CompositeImplicitAutograd": call})
-    _define("solve", {"CompositeExplicitAutograd": solve, "Autograd": solve_differentiably, "Meta": solve_without_values})
-    for derivative in (_REVERSE, _TANGENT, _REVERSE_VJP, _TANGENT_VJP):
+    _define("lobpcg", {"CompositeImplicitAutograd": call, "FuncTorchBatchedDecomposition": call})
+    _define_differentiable("solve", solve, solve_without_values, solve_differentiably, solve_mapped)
+    for derivative in _DERIVATIVES:
         _define_derivative(derivative, hermitian_part)
 
 
@@ -279,15 +351,35 @@ def _define_derivative(derivative: _Derivative, hermitian_part: Callable[[Any], 
         with torch.no_grad():
             return [_owned(output) for output in compute(*arguments)]
 
-    def differentiable(*arguments):
-        if is_traced(*arguments):
-            return list(_Derived.apply(derivative, *arguments))
-        return list(compute(*arguments))
-
     def without_values(*arguments):
         return [_empty(arguments[0], shape, dtype) for shape, dtype in derivative.shapes(*arguments)]
 
-    _define(derivative.name, {"CompositeExplicitAutograd": values, "Autograd": differentiable, "Meta": without_values})
+    def differentiable(*arguments):
+        if _by_operators(*arguments):
+            return list(_apply(_Derived, _Below(), derivative, *arguments))
+        return list(compute(*arguments))
+
+    def mapped(info, in_dims, *arguments):
+        return _mapped_derivative(derivative, info.batch_size, in_dims, arguments)
+
+    _define_differentiable(derivative.name, values, without_values, differentiable, mapped)
+
+
+def _by_operators(*arguments: Any) -> bool:
+    """Whether a kernel has to call operators: values, and the formulas' own derivatives, are out of its reach."""
+    return torch._C._are_functorch_transforms_active() or is_traced(*arguments)
+
+
+def _define_differentiable(name: str, values, without_values, differentiable, mapped) -> None:
+    def by_vmap(*arguments):
+        from torch._functorch.autograd_function import custom_function_call_vmap_helper
+        from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+        interpreter = retrieve_current_functorch_interpreter()
+        return custom_function_call_vmap_helper(interpreter, mapped, getattr(_operators, name), *arguments)
+
+    kernels = {"CompositeExplicitAutograd": values, "Autograd": differentiable, "FuncTorchBatched": by_vmap}
+    _define(name, {**kernels, **dict.fromkeys(("Meta", "SparseMeta", "SparseCsrMeta"), without_values)})
 
 
 def _define(name: str, kernels) -> None:
