@@ -13,6 +13,7 @@ A graph with them in it can be differentiated where it is run, with values at ha
 second order.
 """
 
+import contextlib
 from typing import Any, Callable, List, Optional, Tuple
 
 import torch
@@ -153,13 +154,22 @@ def _vjp_shapes(*arguments):
     return [(M.shape, M.dtype) for M, need in zip(arguments, arguments[-1]) if need]
 
 
+# What the dispatcher leaves out at its beginning; below autograd it leaves out more.
+_EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
+
+
+def _above_autograd():
+    """The dispatcher at its beginning again, for a kernel that differentiates inside."""
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
+
+
 def _vjp_of(compute):
     """(arguments of compute, in which two cotangents stand behind the tensors, then needed) -> their cotangents."""
 
     def vjp(*arguments):
         tensors, cotangents, numbers = arguments[:11], arguments[11:13], arguments[13:-1]
         needed = arguments[-1]
-        with torch.enable_grad():
+        with _above_autograd(), torch.enable_grad():
             leaves = [M if M is None else M.detach().requires_grad_(need) for M, need in zip(tensors, needed)]
             outputs = compute(*leaves, *numbers)
             pairs = [(o, h) for o, h in zip(outputs, cotangents) if h is not None and o.requires_grad]
@@ -179,10 +189,13 @@ def _jvp_of(compute):
 
     def jvp(*arguments):
         tensors, tangents, numbers = list(arguments[:11]), arguments[11:17], arguments[17:]
-        with forward_ad.dual_level():
+        # There is one level only: torch.func.jvp around a call that is traced with values has it open.
+        level = contextlib.nullcontext() if forward_ad._current_level >= 0 else forward_ad.dual_level()
+        with _above_autograd(), level, forward_ad._set_fwd_grad_enabled(True):
             for i, t in zip(_VARIABLE, tangents):
                 if t is not None:
-                    tensors[i] = forward_ad.make_dual(tensors[i], t)
+                    # Copies: a dual tensor must not be expanded.
+                    tensors[i] = forward_ad.make_dual(_owned(tensors[i]), _owned(t))
             outputs = [forward_ad.unpack_dual(output) for output in compute(*tensors, *numbers)]
         return [torch.zeros_like(o.primal) if o.tangent is None else o.tangent for o in outputs]
 
