@@ -130,7 +130,10 @@ def settle(
         # time. With a preconditioner the iterations are few anyway, and on long vectors each column costs an
         # application of it.
         guards = 1 if preconditioned and m > 4096 else max(4, wanted // 2)
-        block = max(wanted, min(wanted + guards, m // 3))
+        # Branches, not min and max: a traced m then leaves a bound on m behind and n a number.
+        block = wanted + guards
+        if m // 3 < block:
+            block = m // 3 if wanted < m // 3 else wanted
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
     name = "ortho" if method is None else method
