@@ -59,6 +59,14 @@ def differentiable_eigenpairs(
 
     Raises ValueError if a sparse matrix whose gradient is asked for stores (r, c) but not (c, r).
     """
+    A, B = with_gradients(A, B)
+    X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
+    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, Problem(solve, k, largest, tol))
+    return outputs[0], outputs[1]
+
+
+def with_gradients(A: Any, B: Any) -> Tuple[Any, Any]:
+    """A and B in layouts that gradients of any order exist in.  ValueError as above."""
     for name, M in (("A", A), ("B", B)):
         if is_sparse(M) and M.requires_grad and not is_symmetric_pattern(M.detach()):
             raise ValueError(
@@ -68,10 +76,7 @@ def differentiable_eigenpairs(
             )
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)
-    A, B = (by_rows(M) if is_sparse(M) and M.requires_grad else M for M in (A, B))
-    X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
-    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, Problem(solve, k, largest, tol))
-    return outputs[0], outputs[1]
+    return tuple(by_rows(M) if is_sparse(M) and M.requires_grad else M for M in (A, B))
 
 
 class LOBPCGAutogradFunction(Function):

@@ -18,7 +18,7 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_autograd import LOBPCGAutogradFunction, mapped_operands, Problem
+from torch._lobpcg_autograd import LOBPCGAutogradFunction, mapped_operands, Problem, with_gradients
 from torch._lobpcg_derivative import ComputedPairs, forward_mode, reverse_mode
 from torch._lobpcg_function import batched_first, broadcast, without_autocast
 from torch._lobpcg_pattern import is_sparse
@@ -338,7 +338,7 @@ def define_operators(
         if _by_operators(A, B, X, iK):
             return _apply(LOBPCGAutogradFunction, A, B, X, iK, _GraphProblem(settings))
         problem = Problem(solver(*settings), settings[0], settings[5], settings[4])
-        return _apply(LOBPCGAutogradFunction, hermitian_part(A), hermitian_part(B), X, iK, problem)
+        return _apply(LOBPCGAutogradFunction, *with_gradients(hermitian_part(A), hermitian_part(B)), X, iK, problem)
 
     def solve_mapped(info, in_dims, A, B, X, iK, *settings):
         return _operators.solve(*mapped_operands(info.batch_size, in_dims, A, B, X, iK), *settings), (0,) * 6
