@@ -73,6 +73,16 @@ SERIES = """
 [supported]
 oldest = "2.6.0"
 tested = ["2.13.0"]
+fits = ["2.14.1"]
+
+[cover]
+subject = "everything"
+text = '''
+First
+paragraph.
+
+Second.
+'''
 
 [[patch]]
 subject = "gradcheck"
@@ -84,6 +94,7 @@ classes = ["test/test_autograd.py::TestSymmetric"]
 [[patch]]
 subject = "solver"
 why = "it matters"
+resolves = [38948]
 new = ["torch/_lobpcg_worker.py", "torch/deeper/folder/problems.py"]
 replace = ["torch/_lobpcg.py"]
 docs = ["docs/source/notes/lobpcg"]
@@ -115,9 +126,15 @@ class TestTheirs:
 if __name__ == '__main__':
     run_tests()
 """
+PATCHED_LOBPCG = b"""from torch._lobpcg_worker import answer
+
+
+def lobpcg(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho_iparams, ortho_fparams, ortho_bparams):
+    return answer
+"""
 PROJECT = {
     "torch_patch/series.toml": SERIES.encode(),
-    "torch_patch/_lobpcg.py": b"from torch._lobpcg_worker import answer\n\n\ndef lobpcg(A):\n    return answer\n",
+    "torch_patch/_lobpcg.py": PATCHED_LOBPCG,
     "torch_patch/_lobpcg_worker.py": b"answer = 'patched'\n",
     "torch_patch/deeper/folder/problems.py": b"problems = []\n",
     "torch_patch/autograd/_symmetric.py": b"def check(func, inputs):\n    return True\n",

@@ -43,6 +43,19 @@ def test_first_call_installs_and_second_does_not(dev):
     assert dev.ran == []
 
 
+def test_linters_are_added_once(dev, monkeypatch):
+    dev.install()
+    dev.ran.clear()
+    for _ in range(2):
+        dev.install()
+        dev.install_linters()
+    assert [command[1:4] for command in dev.ran] == [["-m", "pip", "install"]]
+    assert all(any(name in word for word in dev.ran[0]) for name in ("ruff==", "mypy=="))
+    monkeypatch.setitem(dev.LINTERS, "ruff", "ruff==99")
+    dev.install_linters()
+    assert "ruff==99" in dev.ran[-1]
+
+
 def test_another_torch_is_installed_into_an_empty_environment(dev, monkeypatch):
     dev.install()
     leftover = dev.VENV / "lib" / "leftover.py"

@@ -1,10 +1,18 @@
-"""The pages at the top: examples print what they say, bounds are kept, named files exist, imports follow the map."""
+"""The pages: examples print what they say, bounds and plots are kept, named files exist, imports follow the map.
+
+The displayed formulas are evaluated in test_note_formulas.py.
+"""
 
 import ast
 import contextlib
+import doctest
 import importlib.util
 import io
+import math
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +21,8 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "docs_patch" / "source" / "scripts" / "lobpcg" / "demo.py"
+SOURCE = ROOT / "docs_patch" / "source"
+NOTES = sorted((SOURCE / "notes").glob("*.rst"))
 PAGES = ("README.md", "CONTRIBUTING.md")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 # paths below a top-level folder of the repository, in code spans and code blocks; a pattern or a placeholder is none
@@ -21,12 +30,23 @@ PATH = re.compile(r"(?<![\w/.])(?:\.ci|docs_patch|test|tools|torch_patch)/[\w./-
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
-@pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("lobpcg_demo", DEMO)
+def script(name):
+    """The module docs_patch/source/scripts/lobpcg/NAME.py."""
+    path = SOURCE / "scripts" / "lobpcg" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"lobpcg_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return script("demo")
+
+
+@pytest.fixture(scope="module")
+def plots():
+    return script("plots")
 
 
 def silent(*words):
@@ -47,6 +67,104 @@ def test_readme_examples():
         with contextlib.redirect_stdout(output):
             exec(compile(code, "README.md", "exec"), names)
         assert output.getvalue() == expected
+
+
+def failures(text, name):
+    """What a doctest of the text reports, and how many examples it has."""
+    report = io.StringIO()
+    test = doctest.DocTestParser().get_doctest(text, {"torch": torch}, name, name, 0)
+    result = doctest.DocTestRunner(verbose=False).run(test, out=report.write)
+    return report.getvalue(), result.attempted
+
+
+@pytest.mark.parametrize("page", NOTES, ids=[page.stem for page in NOTES])
+def test_examples_of_a_note(page):
+    report, count = failures(page.read_text(encoding="utf-8"), page.name)
+    assert count
+    assert report == ""
+
+
+def test_examples_of_the_reference():
+    text = torch.lobpcg.__doc__
+    report, count = failures(text, "lobpcg")
+    assert count
+    assert report == ""
+    arguments = text[text.index("Args:") : text.index("Returns:")]
+    code = torch.lobpcg.__code__
+    for parameter in code.co_varnames[: code.co_argcount]:
+        assert re.search(rf"^ +(\w+, )*{parameter}\b.*\(", arguments, re.MULTILINE), parameter
+
+
+def test_pictures_of_the_notes_exist():
+    for page in NOTES:
+        for name in re.findall(r"^\.\. (?:figure|image):: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert (page.parent / name).is_file(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("markup", ["rst", "md"])
+def test_pages_build_without_warnings(tmp_path, markup):
+    """The notes and the reference in a tree whose other pages have either markup, as PyTorch's versions do."""
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_parser")
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source)
+    extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+    (source / "conf.py").write_text(f"extensions = {extensions}\n", encoding="utf-8")
+    if markup == "rst":
+        text = "Pages\n=====\n\n.. toctree::\n   :glob:\n\n   notes/*\n\n.. autofunction:: torch.lobpcg\n"
+    else:
+        text = "# Pages\n\n```{toctree}\n:glob:\n\nnotes/*\n```\n\n```{eval-rst}\n.. autofunction:: torch.lobpcg\n```\n"
+    (source / f"index.{markup}").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", source, tmp_path / "build"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_features_are_there(monkeypatch, capsys):
+    """The column of torch.lobpcg in the README's table, measured."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    features = importlib.import_module("features")
+    assert features.main(["--peer", "lobpcg"]) == 0
+    rows = re.findall(r"^\| (\w[\w-]*) \| (.*?) \| ", capsys.readouterr().out, re.MULTILINE)
+    shown = re.findall(r"^\| `(\w[\w-]*)` \| (.*?) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown == rows
+
+
+def test_a_feature_that_fails_is_told(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    features = importlib.import_module("features")
+    right = torch.lobpcg
+    monkeypatch.setattr(torch, "lobpcg", lambda A, **options: [1.001 * M for M in right(A, **options)])
+    assert features.main(["--peer", "lobpcg", "--row", "sparse"]) == 1
+    assert " off |" in capsys.readouterr().out
+
+
+def test_plot_of_the_tolerance(plots):
+    """One order per order of tol without the Newton step, and more than two with it, down to rounding."""
+    without, newton = (plots.tolerance_curve(m, tolerances=(1e-3, 1e-7)) for m in (300, 200))
+    assert 0.8 < math.log10(without[0] / without[1]) / 4 < 1.2
+    assert newton[0] < without[0] ** 2
+    assert newton[1] < 1e-13
+
+
+def test_plot_of_the_gap(plots):
+    """eps / gap through eigh, nothing through lobpcg."""
+    gaps = (1e-2, 1e-6, 1e-12)
+    eigh, lobpcg = plots.gap_curve(plots.by_eigh, gaps=gaps), plots.gap_curve(plots.by_lobpcg, gaps=gaps)
+    assert eigh[2] > 1e3 * eigh[1] > 1e3 * eigh[0]
+    assert max(lobpcg) < 1e-13
+
+
+def test_gradient_in_closed_form(plots):
+    """The reference of the plots, against finite differences of the projector."""
+    e, Q, W = torch.linspace(0, 1, 12, dtype=torch.float64), plots.orthogonal(12, 0), plots.weights(12, 1)
+    A, direction, h = (Q * e) @ Q.mT, plots.weights(12, 5), 1e-5
+    values = []
+    for t in (h, -h):
+        X = torch.linalg.eigh(A + t * direction).eigenvectors[:, :3]
+        values.append(((W @ X) * X).sum())
+    assert torch.isclose((values[0] - values[1]) / (2 * h), (plots.exact_gradient(e, Q, W, 3) * direction).sum())
 
 
 @pytest.mark.parametrize("page", PAGES)

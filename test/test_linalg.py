@@ -101,6 +101,36 @@ class LobpcgTestCase(TestCase):
         return apply, columns
 
 
+class TestLobpcgSolver(LobpcgTestCase):
+    """The solver as torch.lobpcg calls it, with checked arguments and without autograd."""
+
+    def solve_with(self, solver, p, largest, method):
+        from torch._lobpcg_arguments import ortho_parameters, settle
+
+        dtype = torch.complex128 if p.is_complex else torch.float64
+        A, B = p.build(dtype)
+        tol = self.default_tol(dtype)
+        settings = settle(p.m, dtype, 3, None, None, None, tol, largest, method, False, False)
+        pairs = solver(A, B, None, None, [], p.m, settings, None, ortho_parameters(None, None, None))
+        E, X, exact = pairs.E[:3], pairs.X[:, :3], p.extreme(3, largest)
+        self.assertTrue(bool((pairs.residual[:3] <= tol * pairs.scale[:3]).all()))
+        self.assert_pairs(A, B, E, X, exact, tol, p.condition, p.error(dtype))
+
+    def test_catalogue(self):
+        from torch._lobpcg_solver import solve
+
+        for p, largest, method in itertools.product(self.problems.catalogue(), (False, True), (None, "ortho")):
+            with self.subTest(problem=p.name, largest=largest, method=method):
+                self.solve_with(solve, p, largest, method)
+
+    def test_scripted(self):
+        from torch._lobpcg_solver import solve
+
+        for name, method in itertools.product(("mikota60", "laplacian12x9"), (None, "basic")):
+            with self.subTest(problem=name, method=method):
+                self.solve_with(torch.jit.script(solve), self.problems.get(name), False, method)
+
+
 class TestLobpcgForward(LobpcgTestCase):
     """The wanted pairs of every problem whose spectrum is known."""
 

@@ -1,3 +1,4 @@
+# Owner(s): ["module: linear algebra"]
 """The displayed formulas of the derivative modules, each against a dense oracle that shares no code with it."""
 
 import itertools
@@ -12,6 +13,7 @@ from torch._lobpcg_iteration import EigenPairs
 from torch._lobpcg_pattern import _PatternValues, apply, hermitian_apply, hermitian_outer, is_symmetric_pattern, Pattern
 from torch._lobpcg_resolvent import reduced_resolvent, SolveOptions
 from torch._lobpcg_solver import hermitian_part
+from torch.testing._internal.common_utils import run_tests
 
 
 DTYPES = (torch.float64, torch.complex128)
@@ -61,7 +63,7 @@ def spectral(A, B):
 def exact(n, largest):
     """A forward that returns exact pairs."""
 
-    def solve(A, B, X, iK):
+    def solve(A, B, X, iK, differentiated=False):
         A = hermitian(A.to_dense())
         B = torch.eye(A.shape[-1], dtype=A.dtype) if B is None else hermitian(B.to_dense())
         E, U = spectral(A, B)
@@ -219,6 +221,13 @@ class EigenpairsTest(FormulaTest):
         exact_E, _ = spectral(A, B)
         for value, reference in zip((gA, gB), torch.autograd.grad(exact_E[-3:].square().sum(), (A, B))):
             self.assertRelative(value, hermitian(reference), 1e-12)
+
+    def test_pattern_that_is_not_symmetric(self):
+        index = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]])
+        values = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
+        S = torch.sparse_coo_tensor(index, values, (3, 3)).requires_grad_()
+        with self.assertRaisesRegex(ValueError, r"sparse A .* \(r, c\) without \(c, r\)"):
+            differentiable_eigenpairs(S, None, None, None, exact(1, False), 1, False, 1e-10)
 
     def test_hermitian_part_copies_only_what_is_not_hermitian(self):
         A, _ = pencil(6, torch.complex128)
@@ -402,12 +411,10 @@ class PatternTest(FormulaTest):
             self.assertRelative(hermitian_outer(S, U, V).to_dense(), hermitian(U @ V.mH).sum(0) * stored, 1e-14)
 
     def test_pattern_that_is_not_symmetric(self):
-        index = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]])
-        values = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
-        S = torch.sparse_coo_tensor(index, values, (3, 3)).requires_grad_()
-        with self.assertRaisesRegex(ValueError, r"sparse A .* \(r, c\) without \(c, r\)"):
-            differentiable_eigenpairs(S, None, None, None, exact(1, False), 1, False, 1e-10)
+        for index in ([[0, 1, 0], [0, 1, 1]], [[0, 1, 0, 2], [0, 1, 2, 1]]):
+            values = torch.ones(len(index[0]), dtype=torch.float64)
+            self.assertFalse(is_symmetric_pattern(torch.sparse_coo_tensor(index, values, (3, 3))))
 
 
 if __name__ == "__main__":
-    unittest.main()
+    run_tests()

@@ -156,6 +156,49 @@ def test_an_unknown_version_is_patched_and_called_untested(tmp_path, project):
     assert "untested: 2.99.0" in run("apply", project, wheel)
 
 
+def test_a_version_that_is_known_to_fit(tmp_path, project):
+    wheel = fake.make_wheel(tmp_path / "site-packages", version="2.14.1")
+    assert "2.14.1 is known to fit, but the tests ran on 2.13.0" in run("apply", project, wheel)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"from torch.autograd import nothing", "imports nothing from torch.autograd, which does not define it"),
+        (b"import torch.nowhere", "imports torch.nowhere, which is missing"),
+        (b"def f():\n    from torch.nowhere import x", "imports torch.nowhere, which is missing"),
+        (b"from torch.autograd import gradcheck", None),
+        (b"from torch import autograd", None),
+        (b"import torch._C._functorch", None),
+        (b"from torch._lobpcg_worker import answer", "which a later patch brings"),
+    ],
+)
+def test_what_the_new_files_import_must_be_there(project, wheel, line, message):
+    with open(project / "torch_patch/autograd/_symmetric.py", "ab") as file:
+        file.write(line + b"\n")
+    if message is None:
+        run("apply", project, wheel)
+    else:
+        assert message in unchanged_refusal("apply", project, wheel)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (b"__all__ = ['lobpcg']\ndef lobpcg(A, k, B): pass\n", None),
+        (b"__all__ = ['lobpcg']\ndef lobpcg(A, k, X): pass\n", "lobpcg has the parameters A, k, X"),
+        (b"__all__ = ['lobpcg', 'more']\ndef more(): pass\ndef lobpcg(A): pass\n", "torch/_lobpcg.py defines more"),
+    ],
+)
+def test_a_replaced_module_keeps_what_it_offers(monkeypatch, tmp_path, project, theirs, message):
+    monkeypatch.setattr(fake, "LOBPCG", theirs)
+    wheel = fake.make_wheel(tmp_path / "site-packages", version="2.99.0")
+    if message is None:
+        run("apply", project, wheel)
+    else:
+        assert message in unchanged_refusal("apply", project, wheel)
+
+
 def test_versions_must_agree(project, wheel):
     (wheel / "torch/version.py").write_bytes(b"__version__ = '2.12.0'\n")
     assert "2.12.0" in refusal("status", project, wheel)
@@ -332,6 +375,35 @@ def test_a_source_tree_without_git(tmp_path, project):
     assert fake.snapshot(tree) == before
 
 
+@pytest.mark.parametrize(("suffixes", "index"), [([".rst"], "md"), ([".md", ".rst"], "rst"), ([".md"], "rst")])
+def test_a_page_in_one_markup_or_both(tmp_path, project, suffixes, index):
+    for suffix in {".md", ".rst"} - set(suffixes):
+        (project / f"docs_patch/source/notes/lobpcg{suffix}").unlink()
+    tree = fake.make_checkout(tmp_path / "pytorch", suffix=index)
+    run("apply", project, tree)
+    wanted = f".{index}" if f".{index}" in suffixes else suffixes[0]
+    assert [path.suffix for path in (tree / "docs/source/notes").iterdir()] == [wanted]
+
+
+def test_a_page_that_exists_is_refused(tmp_path, project):
+    tree = fake.make_checkout(tmp_path / "pytorch", suffix="md")
+    fake.write_files(tree, {"docs/source/notes/lobpcg.rst": b"mine\n"})
+    assert "docs/source/notes/lobpcg.rst is already there" in unchanged_refusal("apply", project, tree)
+
+
+def test_pictures_and_scripts_of_a_page(tmp_path, project):
+    fake.write_files(project, {"docs_patch/source/notes/plot.svg": b"<svg/>"})
+    with pytest.raises(PatchError, match=r"docs/source/notes/plot is in no patch"):
+        check_classes(load_series(project))
+    manifest = project / "torch_patch/series.toml"
+    manifest.write_bytes(
+        manifest.read_bytes().replace(b'notes/lobpcg"]', b'notes/lobpcg", "docs/source/notes/plot.svg"]')
+    )
+    tree = fake.make_checkout(tmp_path / "pytorch")
+    run("apply", project, tree)
+    assert (tree / "docs/source/notes/plot.svg").read_bytes() == b"<svg/>"
+
+
 # --- the series
 
 
@@ -369,6 +441,7 @@ def test_the_series_of_this_project_names_its_files():
     """Both directions, files and test classes: what no patch names, and a name of nothing."""
     series = load_series(PROJECT_FOLDER)
     check_classes(series)
+    assert all(len(patch.subject) <= 72 and patch.subject.startswith("[") for patch in series.patches)
     for patch in series.patches:
         for path in patch.weave:
             assert series.edits(path)

@@ -133,6 +133,46 @@ def test_weave_refuses_a_faulty_edit(edit, message):
         weave(fake.GRADCHECK, [edit])
 
 
+TABLE = b"import math\n\n\nlist_of: list = [\n    math.pi,\n]  # numbers\nother = 1\n"
+AFTER = {"assignment": "list_of", "block": "import cmath\nlist_of += [cmath.pi]"}
+
+
+def test_weave_after_an_assignment():
+    woven = weave(TABLE, [AFTER])
+    assert woven == TABLE.replace(b"# numbers\n", b"# numbers\nimport cmath\nlist_of += [cmath.pi]\n")
+    plain = TABLE.replace(b"list_of: list", b"list_of")
+    assert weave(plain, [AFTER]) == woven.replace(b"list_of: list", b"list_of")
+    assert weave(TABLE.replace(b"\n", b"\r\n"), [AFTER]) == woven.replace(b"\n", b"\r\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"list_of", b"table", "0 assignments to list_of"),
+        (b"other = 1", b"list_of = 1", "2 assignments to list_of"),
+        (b"]  # numbers\nother", b"]; other", "after the assignment"),
+        (b"  # numbers\nother = 1\n", b"", "no end of line"),
+    ],
+)
+def test_weave_refuses_a_missing_or_ambiguous_assignment(old, new, message):
+    assert old in TABLE
+    with pytest.raises(PatchError, match=message):
+        weave(TABLE.replace(old, new), [AFTER])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"assignment": "list_of"}, "the keys"),
+        ({**AFTER, "function": "f"}, "the keys"),
+        ({**AFTER, "block": "x = ("}, "complete statements|expected Python"),
+    ],
+)
+def test_weave_refuses_a_faulty_edit_of_an_assignment(edit, message):
+    with pytest.raises(PatchError, match=message):
+        weave(TABLE, [edit])
+
+
 # --- test classes
 
 

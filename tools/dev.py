@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Set up an environment with a patched PyTorch and run the demo or the tests in it.
+"""Set up an environment with a patched PyTorch and run the demo, the tests or the linters in it.
 
 usage: python3 tools/dev.py demo [ARGUMENT ...]     the main job on real input; arguments go to the demo
        python3 tools/dev.py test [ARGUMENT ...]     the tests; arguments go to pytest
+       python3 tools/dev.py lint                    style and types; installs ruff and mypy
 
 The first call makes .venv in the repository, installs PyTorch and the test dependencies there and patches that
 PyTorch; a later call finds this done and starts at once. A set-up that was interrupted is begun anew, and a change of
@@ -37,6 +38,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "lobpcg-setup.json"
 PATCH = ROOT / "tools" / "patch.py"
 DEMO = ROOT / "docs_patch" / "source" / "scripts" / "lobpcg" / "demo.py"
+LINT = ROOT / "tools" / "lint.py"
 
 TORCH = "torch==2.13.0"
 # import name -> requirement; networkx comes with torch and is named because the demo imports it
@@ -49,6 +51,8 @@ PACKAGES = {
     "pytest": "pytest>=8",
     "xdist": "pytest-xdist>=3.2",
 }
+# installed where `lint` is asked for; pinned, for what they find changes from release to release
+LINTERS = {"ruff": "ruff==0.17.6", "mypy": "mypy==2.4.1"}
 # variables through which the caller's shell would put other packages in front of those of .venv
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "VIRTUAL_ENV")
 
@@ -111,8 +115,9 @@ def read_stamp() -> dict[str, str] | None:
     return stamp if isinstance(stamp, dict) else {}
 
 
-def write_stamp(state: str) -> None:
-    STAMP.write_text(json.dumps({"state": state, "fingerprint": fingerprint()}) + "\n", encoding="utf-8")
+def write_stamp(state: str, linters: str = "") -> None:
+    fields = {"state": state, "fingerprint": fingerprint(), "linters": linters}
+    STAMP.write_text(json.dumps(fields) + "\n", encoding="utf-8")
 
 
 def empty_venv() -> None:
@@ -126,11 +131,17 @@ def empty_venv() -> None:
             os.unlink(entry.path)
 
 
-def make_venv() -> list[str]:
-    """Create .venv; returns the command that runs pip for it."""
+def pip_command() -> list[str]:
+    """The command that runs pip for .venv."""
+    if importlib.util.find_spec("ensurepip") is not None:
+        return [str(venv_python()), "-m", "pip"]
+    return [sys.executable, "-m", "pip", "--python", str(venv_python())]
+
+
+def make_venv() -> None:
     if importlib.util.find_spec("ensurepip") is not None:
         run(sys.executable, "-m", "venv", VENV)
-        return [str(venv_python()), "-m", "pip"]
+        return
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("pip") is None:
         raise SetupError(
             f"{sys.executable} has neither ensurepip nor pip, so no environment can be filled; install the "
@@ -139,7 +150,6 @@ def make_venv() -> list[str]:
         )
     say("this Python has no ensurepip: filling .venv with the pip it has")
     run(sys.executable, "-m", "venv", "--without-pip", VENV)
-    return [sys.executable, "-m", "pip", "--python", str(venv_python())]
 
 
 def install() -> None:
@@ -150,7 +160,8 @@ def install() -> None:
             f"{VENV} was not made by this command; move it away, or use it as it is with "
             f"LOBPCG_PYTHON={shlex.quote(str(venv_python()))}"
         )
-    if stamp == {"state": "complete", "fingerprint": fingerprint()} and venv_python().exists():
+    stamp_holds = stamp is not None and (stamp.get("state"), stamp.get("fingerprint")) == ("complete", fingerprint())
+    if stamp_holds and venv_python().exists():
         return
     if stamp is None:
         say(f"making {VENV}")
@@ -162,11 +173,20 @@ def install() -> None:
     VENV.mkdir(exist_ok=True)
     write_stamp("started")
     empty_venv()
-    pip = make_venv()
+    make_venv()
     say("installing " + " ".join(requirements()))
-    run(*pip, "install", "--no-input", *requirements(), env=venv_environment())
+    run(*pip_command(), "install", "--no-input", *requirements(), env=venv_environment())
     write_stamp("complete")
     say(f"installed in {time.monotonic() - begin:.0f} s")
+
+
+def install_linters() -> None:
+    """Add the linters to .venv, unless its stamp says that they are there in these versions."""
+    wanted = " ".join(LINTERS.values())
+    if (read_stamp() or {}).get("linters") != wanted:
+        say("installing " + wanted)
+        run(*pip_command(), "install", "--no-input", *LINTERS.values(), env=venv_environment())
+        write_stamp("complete", linters=wanted)
 
 
 def patch_venv() -> None:
@@ -200,9 +220,10 @@ def one_at_a_time() -> Iterator[None]:
 # --- an interpreter that exists -----------------------------------------------------------------------------------
 
 
-def check_interpreter(python: str) -> None:
+def check_interpreter(python: str, linters: bool = False) -> None:
     """SetupError unless this interpreter has the packages and a PyTorch patched with torch_patch/ as it is now."""
-    names = ["torch", *PACKAGES]
+    packages = {**PACKAGES, **(LINTERS if linters else {})}
+    names = ["torch", *packages]
     probe = (
         "import importlib.util, json, sys; "
         f"print(json.dumps([n for n in {names!r} if importlib.util.find_spec(n) is None]))"
@@ -215,7 +236,7 @@ def check_interpreter(python: str) -> None:
         raise SetupError(f"LOBPCG_PYTHON={python} does not run as a Python 3: {answer.stderr.strip()[-500:]}")
     missing = json.loads(answer.stdout)
     if missing:
-        what = [PACKAGES.get(name, torch_requirement()) for name in missing]
+        what = [packages.get(name, torch_requirement()) for name in missing]
         raise SetupError(
             f"{python} lacks {', '.join(missing)}; install with: {command_line(python, '-m', 'pip', 'install', *what)}"
         )
@@ -231,17 +252,19 @@ def check_interpreter(python: str) -> None:
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
-def prepare() -> tuple[str, dict[str, str]]:
+def prepare(linters: bool = False) -> tuple[str, dict[str, str]]:
     """The interpreter to use, and the environment variables to run it with."""
     chosen = os.environ.get("LOBPCG_PYTHON")
     if chosen:
         # a path is taken from the caller's folder, a bare name from PATH
         python = os.path.abspath(chosen) if os.sep in chosen else shutil.which(chosen) or chosen
         say(f"using {python} as it is")
-        check_interpreter(python)
+        check_interpreter(python, linters)
         return python, dict(os.environ)
     with one_at_a_time():
         install()
+        if linters:
+            install_linters()
         patch_venv()
     return str(venv_python()), venv_environment()
 
@@ -259,13 +282,13 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip())
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
-    jobs = {"demo": [str(DEMO)], "test": ["-m", "pytest"]}
+    jobs = {"demo": [str(DEMO)], "test": ["-m", "pytest"], "lint": [str(LINT)]}
     if name not in jobs:
         print(f"dev.py: expected one of {', '.join(jobs)}, got {name!r}; --help says what each does", file=sys.stderr)
         return 2
     begin = time.monotonic()
     try:
-        python, env = prepare()
+        python, env = prepare(linters=name == "lint")
     except SetupError as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 2

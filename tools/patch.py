@@ -1,4 +1,4 @@
-"""Applies this patch set to a PyTorch: patch.py status|apply|verify|revert [TARGET]
+"""Applies this patch set to a PyTorch: patch.py status|apply|verify|revert|export [TARGET]
 
 TARGET is a PyTorch checkout, a virtual environment or a site-packages folder; without it, the torch that the running
 interpreter would import. Nothing is written before everything has been planned and checked, and a run that is killed is
@@ -17,6 +17,10 @@ if sys.version_info < (3, 10):
 
 from patchset.commands import patcher
 from patchset.errors import PatchError
+from patchset.steps import check_steps
+
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 COMMANDS = {
@@ -24,23 +28,39 @@ COMMANDS = {
     "apply": "patch TARGET (again: nothing changes)",
     "verify": "check that every patched byte is what the patch set produces",
     "revert": "restore every byte, permission and RECORD line",
+    "export": "write the series as mails for git am, with a cover letter, for the commit that TARGET has checked out",
+    "steps": "check the series: after each of its patches torch can be imported and the tests of that patch pass",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, purpose in COMMANDS.items():
-        commands.add_parser(name, help=purpose, description=purpose).add_argument("TARGET", nargs="?")
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    for name in ("status", "apply", "verify", "revert", "export"):
+        parsers[name].add_argument("TARGET", nargs="?")
+    parsers["apply"].add_argument("--commits", action="store_true", help="commit the series too, patch by patch")
+    parsers["export"].add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder to be made")
+    parsers["steps"].add_argument("PYTEST", nargs="*", help="further arguments of pytest, after --")
     options = parser.parse_args(arguments)
     try:
-        with patcher(Path(__file__).resolve().parent.parent, options.TARGET) as running:
-            status: int = getattr(running, options.command)()
-            return status
+        return run(options)
     except (PatchError, OSError) as error:
         for line in str(error).split("\n"):
             print("patch: " + line, file=sys.stderr)
         return 1
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.command == "steps":
+        return check_steps(PROJECT, options.PYTEST)
+    with patcher(PROJECT, options.TARGET) as running:
+        if options.command == "apply":
+            return running.apply(options.commits)
+        if options.command == "export":
+            return running.export(options.output)
+        status: int = getattr(running, options.command)()
+        return status
 
 
 if __name__ == "__main__":

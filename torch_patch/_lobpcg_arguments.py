@@ -21,6 +21,7 @@ class Settings(NamedTuple):
     largest: bool
     method: str
     iterate: bool  # method, niter or tracker given: never replaced by a dense solve
+    separate: bool  # a derivative may be asked for: go on until the distance to the next eigenvalue is known
 
 
 def check_matrix(A: Tensor, name: str) -> None:
@@ -114,7 +115,6 @@ def settle(
     largest: Optional[bool],
     method: Optional[str],
     tracked: bool,
-    preconditioned: bool,
 ) -> Settings:
     """Fill in the defaults; columns: those of X, if X was given. Raises ValueError on numbers that do not fit each
     other."""
@@ -126,12 +126,9 @@ def settle(
     elif n is not None:
         block = n
     else:
-        # Guard columns separate the wanted pairs from the rest: four of them halve the iterations at k = 4, and the
-        # time. With a preconditioner the iterations are few anyway, and on long vectors each column costs an
-        # application of it.
-        guards = 1 if preconditioned and m > 4096 else max(4, wanted // 2)
-        # Branches, not min and max: a traced m then leaves a bound on m behind and n a number.
-        block = wanted + guards
+        # Guard columns separate the wanted pairs from the rest: as many again, four at least, halve the iterations, and
+        # the time. Branches, not min and max: a traced m then leaves a bound on m behind and n a number.
+        block = wanted + max(4, wanted)
         if m // 3 < block:
             block = m // 3 if wanted < m // 3 else wanted
     steps = 1000 if niter is None else niter
@@ -149,7 +146,7 @@ def settle(
             f"have a dense "
             "solve, or use torch.linalg.eigh"
         )
-    return Settings(wanted, block, chosen, steps, tolerance, True if largest is None else largest, name, iterate)
+    return Settings(wanted, block, chosen, steps, tolerance, True if largest is None else largest, name, iterate, False)
 
 
 class OrthoParameters(NamedTuple):

@@ -16,26 +16,29 @@ from torch._lobpcg_function import (
     without_autocast,
 )
 from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
-from torch.autograd import Function
+from torch.autograd import forward_ad, Function
 
 
 class Problem:
-    """What an eigenproblem is besides its tensors: the number of pairs, which end, the tolerance, and how the pairs and
-    their derivatives are computed.  `solve(A, B, X, iK)` returns E (*, n), X (*, m, n), residual and scale (*, n)."""
+    """What an eigenproblem is besides its tensors: the number of pairs, which end, the tolerance, whether a derivative
+    may be asked for, and how the pairs and their derivatives are computed."""
 
-    def __init__(self, solve: Optional[Callable[..., Any]], k: int, largest: bool, tol: float) -> None:
-        self.solve, self.k, self.largest, self.tol = solve, k, largest, tol
+    def __init__(
+        self, solve: Optional[Callable[..., Any]], k: int, largest: bool, tol: float, differentiated: bool
+    ) -> None:
+        self.solve, self.k, self.largest, self.tol, self.differentiated = solve, k, largest, tol, differentiated
 
     def pairs(self, A: Any, B: Any, X: Optional[Tensor], iK: Any) -> Tuple[Tensor, ...]:
         """E (*, k), X (*, m, k), further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n)."""
         k = self.k
-        found = self.solve(A, B, X, iK)
+        found = self.solve(A, B, X, iK, self.differentiated)
         residual, scale = found.residual, found.scale
         wanted = (found.E[..., :k], found.X[..., :k], residual[..., :k], scale[..., :k])
         E, X, improved = corrected(A, B, *wanted, self.largest, self.tol)
         residual = torch.cat([improved, residual[..., k:]], -1)
+        last = found.E.shape[-1] if self.differentiated else k
         # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
-        parts = (E, X, found.E[..., k:], found.X[..., k:], residual, scale)
+        parts = (E, X, found.E[..., k:last], found.X[..., k:last], residual, scale)
         return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
 
     def reverse(self, pairs: ComputedPairs, gE: Optional[Tensor], gX: Optional[Tensor], need_A: bool, need_B: bool):
@@ -54,14 +57,16 @@ def differentiable_eigenpairs(
 
     A, B: dense (*, m, m) or sparse, Hermitian, or a callable on blocks (*, m, p), which is a constant; B may be None.
     X (start block) and iK (preconditioner) never get a gradient.
-    `solve(A, B, X, iK)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale (*, n), n >= k.
+    `solve(A, B, X, iK, differentiated)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale
+    (*, n), n >= k; differentiated: whether a derivative may be asked for.
     `tol` is its relative tolerance, to which the derivative's linear systems are solved as well.
 
     Raises ValueError if a sparse matrix whose gradient is asked for stores (r, c) but not (c, r).
     """
     A, B = with_gradients(A, B)
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
-    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, Problem(solve, k, largest, tol))
+    problem = Problem(solve, k, largest, tol, may_be_differentiated(A, B))
+    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, problem)
     return outputs[0], outputs[1]
 
 
@@ -77,6 +82,13 @@ def with_gradients(A: Any, B: Any) -> Tuple[Any, Any]:
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)
     return tuple(by_rows(M) if is_sparse(M) and M.requires_grad else M for M in (A, B))
+
+
+def may_be_differentiated(*operands: Any) -> bool:
+    """Whether autograd records, or a transform is active (which may be vmap alone)."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(M, Tensor) and M.requires_grad for M in operands)
 
 
 class LOBPCGAutogradFunction(Function):

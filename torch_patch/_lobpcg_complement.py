@@ -54,22 +54,25 @@ def solve_on_complement(
     tol: float,
     quiet: bool = False,
     T: Optional[Tensor] = None,
+    probe: bool = False,
 ) -> Tensor:
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, Y: (*, m, p) further approximate
     eigenvectors or None, T: (*, p) their eigenvalues.  Relative residual at most `tol` in every column, or the smallest
     that rounding allows; a column that misses both is reported by a RuntimeWarning unless `quiet`.
+    Components along which the operator is singular to rounding are left out, with a RuntimeWarning; with `probe` they
+    are divided by that rounding, and nothing is reported.
     """
     if E.dtype == torch.float32 and is_small_and_dense(A, B, X.shape[-2]):
-        z = _solve_in_double(A, B, X, b, largest, tol, quiet)
+        z = _solve_in_double(A, B, X, b, largest, tol, quiet, probe)
         return z.to(b.dtype)
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
     shifts = E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
     op = Complement(A, B, shifts, X, largest)
-    op.quiet = quiet
+    op.quiet, op.probe = quiet or probe, probe
     b = op.project_dual(b)
     size = _safe_norm(b)
     b = b / torch.where(size > 0, size, torch.ones_like(size))
@@ -89,14 +92,16 @@ def solve_on_complement(
     return _further_dimensions_of_columns(z, more, len(batch))
 
 
-def _solve_in_double(A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: float, quiet: bool) -> Tensor:
+def _solve_in_double(
+    A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: float, quiet: bool, probe: bool
+) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
 
     Eigenvalues are the Rayleigh quotients of X, whose error is the square of X's rounding.
     """
     A, B, X, b = (M if M is None else M.to(torch.promote_types(M.dtype, torch.float64)) for M in (A, B, X, b))
     E = inner(X, multiply(A, X)) / inner(X, multiply(B, X))
-    return solve_on_complement(A, B, E.squeeze(-2), X, b, None, None, largest, tol, quiet)
+    return solve_on_complement(A, B, E.squeeze(-2), X, b, None, None, largest, tol, quiet, probe=probe)
 
 
 def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, Tensor]:
@@ -106,14 +111,15 @@ def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, 
     remember = torch.empty(shape, device="meta")
     if further == 0:
         return b, remember
-    b = b.reshape((-1,) + tuple(b.shape[further:])).movedim(0, -2)  # (*, m, +, k)
-    return b.reshape(tuple(b.shape[:-2]) + (-1,)), remember
+    # Sizes in full: -1 cannot be inferred in an empty batch.
+    b = b.reshape((math.prod(shape[:-1]),) + tuple(b.shape[further:])).movedim(0, -2)  # (*, m, +, k)
+    return b.reshape(tuple(b.shape[:-2]) + (math.prod(shape),)), remember
 
 
 def _further_dimensions_of_columns(z: Tensor, remember: Tensor, batch_dims: int) -> Tensor:
     if remember.dim() == 1:
         return z
-    z = z.reshape(tuple(z.shape[:-1]) + (-1, remember.shape[-1])).movedim(-2, 0)
+    z = z.reshape(tuple(z.shape[:-1]) + (math.prod(remember.shape[:-1]), remember.shape[-1])).movedim(-2, 0)
     return z.reshape(tuple(remember.shape[:-1]) + tuple(z.shape[1:]))
 
 
@@ -136,7 +142,7 @@ class Complement:
         self.BX = multiply(self.B, X)
         self.sign = -1.0 if largest else 1.0
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
-        self.quiet = False
+        self.quiet = self.probe = False
         self.u: Optional[Tensor] = None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
 
     def set_scale(self, b: Tensor) -> None:
@@ -280,6 +286,8 @@ def _divide(op: Complement, b: Tensor, U: Tensor, gap: Tensor, size: Tensor, qui
     size = torch.maximum(size, op.shifts.abs().amax(-1) / op.scale[..., 0, 0])[..., None, None]
     lost = gap.abs() <= m * eps * size
     c = U.mH @ b
+    if op.probe:
+        return U @ (c / torch.where(lost, m * eps * size, gap))
     if bool(lost.any()):
         # Rounding of an inner product of length m with unit b.
         noise = 8 * math.sqrt(m) * eps * torch.linalg.vector_norm(U, dim=-2).unsqueeze(-1)
@@ -371,7 +379,7 @@ def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: State, pre
     eps = torch.finfo(op.shifts.dtype).eps
     amplification = (state.norm * torch.linalg.vector_norm(z, dim=-2)).reshape(-1, z.shape[-1]).amax(0)
     large = (amplification > eps**-0.5).nonzero()[:, 0]
-    if large.numel() == 0:
+    if large.numel() == 0 or op.probe:
         return z
     part = op.restrict(large)
     u = op.project(z)[..., large]

@@ -6,7 +6,7 @@ on the constructor's node replaces that gradient by an equal one that is differe
 for (create_graph=True) and does nothing otherwise.
 """
 
-from typing import Any, Optional
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ _MOST_NODES = 64
 
 def keep_graph_of_values(M: Tensor) -> None:
     """Hook every sparse constructor that M came from, once each."""
-    pending, seen = [M.grad_fn], 0
+    pending: List[Any] = [M.grad_fn]
+    seen = 0
     while pending and seen < _MOST_NODES:
         node = pending.pop()
         seen += 1
@@ -40,7 +41,7 @@ class _Replacement:
     def __init__(self, made: Tensor) -> None:
         self.made = made
 
-    def __call__(self, grad_inputs, grad_outputs) -> Any:
+    def __call__(self, grad_inputs: Any, grad_outputs: Any) -> Any:
         g, made = grad_outputs[0], self.made
         which = [i for i, h in enumerate(grad_inputs) if h is not None]
         if g is None or not g.requires_grad or not torch.is_grad_enabled() or len(which) != 1:
@@ -74,14 +75,14 @@ class _ValuesAt(Function):
         return torch.where(stored, pattern.values[where], torch.zeros_like(pattern.values[:1]))
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         G, indices = inputs
         ctx.pattern = Pattern(G.detach())
         ctx.where, ctx.stored = _find(ctx.pattern, indices)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, h: Optional[Tensor]):
+    def backward(ctx: Any, h: Optional[Tensor]) -> Tuple[Optional[Tensor], None]:
         if h is None:
             return None, None
         h = torch.where(ctx.stored, h, torch.zeros_like(h))
@@ -89,7 +90,7 @@ class _ValuesAt(Function):
         return _SparseFromValues.apply(values, ctx.pattern), None
 
 
-def _find(pattern: Pattern, indices: Tensor):
+def _find(pattern: Pattern, indices: Tensor) -> Tuple[Tensor, Tensor]:
     """Position of each index among the stored elements (coalesced, so sorted), and whether it is one of them."""
     ours, theirs = (_flat(i, pattern.shape) for i in (pattern.indices, indices))
     where = torch.searchsorted(ours, theirs).clamp(max=max(0, ours.numel() - 1))

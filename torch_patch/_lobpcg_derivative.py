@@ -32,21 +32,34 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_complement import is_small_and_dense, solve_on_complement
-from torch._lobpcg_gauge import CheckOptions, pair_factors, SecondOrderAtMost
+from torch._lobpcg_gauge import CheckOptions, generic_basis, is_late, pair_factors, SecondOrderAtMost
 from torch._lobpcg_pattern import apply, hermitian_apply, hermitian_outer, multiply
-from torch._lobpcg_resolvent import reduced_resolvent, SolveOptions
+from torch._lobpcg_resolvent import nearest_outside, rayleigh_quotient, reduced_resolvent, SolveOptions
 
 
 def corrected(
     A: Any, B: Any, E: Tensor, X: Tensor, residual: Tensor, scale: Tensor, largest: bool, tol: float
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """One Newton step on k converged pairs of a small dense pencil: E, X, residual, or the arguments as they were.
+    """k pairs fit for a derivative: one Newton step if the pencil is small and dense, and a generic basis of every
+    repeated eigenvalue (see `generic_basis`).  E, X, residual.
 
     Derivatives take the pairs as exact, so their error is |r| / gap.  The step x_j - R_j r_j, then Rayleigh-Ritz, makes
     that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Single precision is corrected in
     double, which leaves the rounding of the result: at m = 100, gap 1e-3, the gradient's error fell from 2e-4 to 1e-6.
     Pairs that have not converged stay as they are, to be reported as such.
     """
+    m, k = X.shape[-2:]
+    E, X, residual = _newton_step(A, B, E, X, residual, scale, largest, tol)
+    return E, generic_basis(E, X, scale, CheckOptions(m, k, tol, _pair_eps(A, B, E, m), largest)), residual
+
+
+def _pair_eps(A: Any, B: Any, E: Tensor, m: int) -> float:
+    """Unit rounding of the arithmetic that the pairs have gone through."""
+    return torch.finfo(torch.float64 if is_small_and_dense(A, B, m) else E.dtype).eps
+
+
+def _newton_step(A, B, E, X, residual, scale, largest: bool, tol: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """E, X, residual after the step, or as they were where it does not help."""
     m, k = X.shape[-2:]
     eps = torch.finfo(E.dtype).eps
     if A is None or k == m or not is_small_and_dense(A, B, m):
@@ -92,13 +105,50 @@ class ComputedPairs:
         shifts = self.E if E is None else E
         return reduced_resolvent(self.A, self.B, shifts, self.X, b, self.Y, self.iK, options, self.T)
 
+    @property
+    def all_known(self) -> bool:
+        return self.E.shape[-1] + self.T.shape[-1] == self.X.shape[-2]
+
     def factors(
-        self, G: Optional[Tensor], gE: Optional[Tensor], gX: Optional[Tensor], forward_mode: bool
+        self,
+        G: Optional[Tensor],
+        gE: Optional[Tensor],
+        b: Optional[Tensor],
+        Z: Optional[Tensor],
+        forward_mode: bool = False,
     ) -> Tuple[Tensor, bool]:
-        """F, and whether some of the pairs are a cluster to it."""
-        options = CheckOptions(self.X.shape[-2], self.E.shape[-1], self.tol, forward_mode)
-        F = pair_factors(self.E, self.X, G, gE, gX, self.T, self.residual, self.scale, options)
+        """F, and whether some of the pairs are a cluster to it.  Z = [R_j b_j]; without b, in reverse mode, gX is 0."""
+        m, k = self.X.shape[-2:]
+        eps = _pair_eps(self.A, self.B, self.E, m)
+        options = CheckOptions(m, k, self.tol, eps, self.largest, forward_mode)
+        gX = None if forward_mode else b
+        T, Y = self.T, self.Y
+        if not self.all_known:
+            T = self._with_values_outside(b, Z)
+            if self.B is not None and Z is not None:
+                # Longer than the others where B is small: residuals count for more there.
+                squared = (Z.conj() * apply(self.B, Z)).sum(-2, keepdim=True).abs().detach()
+                Z = Z.detach() / torch.sqrt(torch.where(squared > 0, squared, torch.ones_like(squared)))
+                Y = torch.cat([Y.expand(tuple(Z.shape[:-1]) + (Y.shape[-1],)), Z], -1)
+        F = pair_factors(self.E, self.X, G, gE, gX, T, Y, self.residual, self.scale, options)
         return F, options.clustered
+
+    def _with_values_outside(self, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:
+        """T with more Ritz values of the complement: guard columns may be missing, or miss an eigenvalue.
+
+        The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum: R_j amplifies that end most.
+        """
+        A, B, iK = (M.detach() if isinstance(M, Tensor) else M for M in (self.A, self.B, self.iK))
+        E, X = self.E.detach(), self.X.detach()
+        if b is None or Z is None:
+            residual, options = self.residual, SolveOptions(self.largest, self.tol)
+            late = is_late(residual, self.scale, X.shape[-2], E.shape[-1], self.tol)
+            distance = nearest_outside(A, B, E, X, self.Y, iK, self.T, residual, late, options)
+        else:
+            distance = rayleigh_quotient(B, Z.detach(), b.detach(), self.largest)
+        found = E[..., -distance.shape[-1] :] + distance
+        T = self.T.expand(tuple(found.shape[:-1]) + (self.T.shape[-1],))
+        return torch.cat([T, found], -1)
 
 
 def reverse_mode(
@@ -110,14 +160,17 @@ def reverse_mode(
     """
     E, X = pairs.E, pairs.X
     G = None if gX is None else X.mH @ gX  # (*, k, k)
-    F, clustered = pairs.factors(G, gE, gX, forward_mode=False)
+    Z = None if gX is None or pairs.all_known else pairs.resolvent(gX)
+    F, clustered = pairs.factors(G, gE, gX, Z)
     N = None
     if clustered and _may_be_differentiated():
         E, F, N = _in_cluster(pairs, F)
     W = None if gE is None else X * gE.unsqueeze(-2)
     if gX is not None:
         K = (G - G.mH) / 2
-        C, Z = K * F, pairs.resolvent(gX, E)
+        C = K * F
+        if Z is None or N is not None:
+            Z = pairs.resolvent(gX, E)
         if N is not None:
             C, Z = (K + N @ C - C @ N) * F, Z + pairs.resolvent(apply(pairs.B, Z @ N), E)
         W = X @ C - Z if W is None else W + X @ C - Z
@@ -167,9 +220,10 @@ def forward_mode(pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor
         b = b - dBX * E.unsqueeze(-2)
     S = X.mH @ b  # (*, k, k)
     H = (S + S.mH) / 2
-    F, _ = pairs.factors(H, None, None, forward_mode=True)
+    Z = pairs.resolvent(b)
+    F, _ = pairs.factors(H, None, b, Z, forward_mode=True)
     inside = H * F if dBX is None else H * F - X.mH @ dBX / 2
-    dX = X @ inside - pairs.resolvent(b)
+    dX = X @ inside - Z
     return _real_diagonal(S), dX
 
 

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import itertools
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 
-def save(ctx, **values) -> None:
+def save(ctx: Any, **values: Any) -> None:
     """Save tensors for backward and forward mode under their names, and everything else (callables, None) on ctx."""
     ctx.names = [name for name, value in values.items() if isinstance(value, Tensor)]
     tensors = [values[name] for name in ctx.names]
@@ -18,11 +18,11 @@ def save(ctx, **values) -> None:
     ctx.others = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
 
 
-def saved(ctx) -> Dict[str, Any]:
+def saved(ctx: Any) -> Dict[str, Any]:
     return {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors))}
 
 
-def without_autocast(like: Tensor):
+def without_autocast(like: Tensor) -> ContextManager[Any]:
     """Products inside run in the dtype of the input: an autocast half-precision product would lose the derivative."""
     device = like.device.type
     if not torch.amp.is_autocast_available(device):  # meta tensors, for one
@@ -38,7 +38,9 @@ def broadcast(*shapes: Sequence[int]) -> List[int]:
     return out[::-1]
 
 
-def batched_first(size: int, in_dims, values, trailing) -> Tuple[list, int]:
+def batched_first(
+    size: int, in_dims: Sequence[Any], values: Sequence[Any], trailing: Sequence[int]
+) -> Tuple[List[Any], int]:
     """Move mapped dimensions to the front and insert dimensions of size 1 so that all batch shapes broadcast.
 
     `trailing`: number of dimensions of each value that are not batch dimensions.  Values that are not mapped stay
@@ -66,7 +68,7 @@ def accepts_legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(rule)
-    def wrapped(ctx, *args):
+    def wrapped(ctx: Any, *args: Any) -> Any:
         mapped = [isinstance(a, Tensor) and torch._C._functorch.is_legacy_batchedtensor(a) for a in args]
         if not any(mapped):
             return rule(ctx, *args)

@@ -8,20 +8,23 @@ vmap; its result is the mask of the pairs (i, j) whose factor F_ij = 1 / (E_j - 
 
 import math
 import warnings
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_complement import warn_cut_cluster
 from torch._lobpcg_function import batched_first, broadcast
 from torch.autograd import Function
 
 
 class CheckOptions:
-    """Sizes and tolerance of the problem whose derivative is checked."""
+    """Sizes and tolerance of the problem whose derivative is checked.
 
-    def __init__(self, m: int, k: int, tol: float, forward_mode: bool = False) -> None:
-        self.m, self.k, self.tol, self.forward_mode = m, k, tol, forward_mode
+    `pair_eps`: unit rounding of the arithmetic in which the pairs were found, before they were rounded to their dtype.
+    """
+
+    def __init__(self, m: int, k: int, tol: float, pair_eps: float, largest: bool, forward_mode: bool = False) -> None:
+        self.m, self.k, self.tol, self.pair_eps = m, k, tol, pair_eps
+        self.largest, self.forward_mode = largest, forward_mode
         self.clustered = False  # set by the check: whether some F_ij between different pairs is 0
 
 
@@ -32,6 +35,7 @@ def pair_factors(
     gE: Optional[Tensor],
     gX: Optional[Tensor],
     T: Tensor,
+    Y: Tensor,
     residual: Tensor,
     scale: Tensor,
     options: CheckOptions,
@@ -39,14 +43,14 @@ def pair_factors(
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E.
 
     E: (*, k), X: (*, m, k), cotangents gE, gX and G = X^H gX with any further leading dimensions, or None; in
-    forward mode G is S = X^H (dA X - dB X E).  T: (*, p) further eigenvalues.  Raises RuntimeError where no derivative
-    exists; warns where it exists only in part or is inaccurate.
+    forward mode G is S = X^H (dA X - dB X E).  T: (*, q) further eigenvalues, Y: (*, m, p) vectors.
+    Raises RuntimeError where no derivative exists; warns where it exists only in part or is inaccurate.
     """
     mask = _PairMask.apply(
         E.detach(),
         None if G is None else G.detach(),
         None if gE is None else gE.detach(),
-        torch.linalg.vector_norm(X.detach(), dim=-2),
+        _lengths(X, Y),
         None if gX is None else torch.linalg.vector_norm(gX.detach(), dim=-2),
         T.detach(),
         residual,
@@ -55,6 +59,12 @@ def pair_factors(
     )
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     return mask / torch.where(mask > 0, difference, torch.ones_like(difference))
+
+
+def _lengths(X: Tensor, Y: Tensor) -> Tensor:
+    """Norms of the columns of (*, m, k) and (+, *, m, p), side by side."""
+    x, y = (torch.linalg.vector_norm(V.detach(), dim=-2) for V in (X, Y))
+    return torch.cat([x.expand(tuple(y.shape[:-1]) + (x.shape[-1],)), y], -1)
 
 
 class SecondOrderAtMost(Function):
@@ -129,19 +139,56 @@ def _first(condition: Tensor, dims: int) -> list:
     return condition.nonzero()[0, -dims:].tolist()
 
 
+def _pencil_size(x: Tensor, scale: Tensor) -> Tensor:
+    """(*, k, k): |x_i| (|A| + |E_j| |B|) |x_j|, the size of the pencil in units of an eigenvalue."""
+    size = x.unsqueeze(-1) * scale.unsqueeze(-2)
+    return torch.maximum(size, size.mT)
+
+
+def _rounding(E: Tensor, size: Tensor, options: CheckOptions) -> Tuple[Tensor, Tensor]:
+    """What rounding does to an eigenvalue, and up to which gap two are equal to rounding; (*, k, k)."""
+    eps = torch.finfo(E.dtype).eps
+    rounding = options.pair_eps * size
+    # sqrt(m) for sums of length m, times a modest factor.
+    blur = 16 * math.sqrt(options.m) * rounding
+    if options.pair_eps < eps:
+        # The pairs of a matrix given in single precision, found in double: E is rounded, and the data once per entry.
+        rounding = rounding + eps * E.abs().amax(-1)[..., None, None]
+        blur = torch.maximum(blur + rounding, 4 * eps * size)
+    return rounding, blur
+
+
+def generic_basis(E: Tensor, X: Tensor, scale: Tensor, options: CheckOptions) -> Tensor:
+    """X: (*, m, k) with the vectors of equal eigenvalues turned by fixed angles; they stay eigenvectors to rounding.
+
+    A loss tr(M X diag(E) X^H) has no gradient computable from gE and G at equal eigenvalues, only its diagonal in the
+    basis X.  It is recognised by the differences in gE, which vanish in a special basis: in that of unit vectors, which
+    a diagonal matrix leads to, if diag(M) = 0.  In a generic basis they do not.
+    """
+    k = E.shape[-1]
+    if k == 1 or E.numel() == 0:
+        return X
+    size = _pencil_size(torch.linalg.vector_norm(X, dim=-2), scale)
+    gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
+    equal = (gap <= _rounding(E, size, options)[1]) & ~torch.eye(k, dtype=torch.bool, device=E.device)
+    if not bool(equal.any()):
+        return X
+    t = torch.arange(1, k * k + 1, dtype=E.dtype, device=E.device).reshape(k, k)
+    angles = torch.triu(1 + torch.sin(t * t), 1) * equal
+    return X @ torch.linalg.matrix_exp(angles - angles.mT).to(X.dtype)
+
+
 def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     k, m = options.k, options.m
     eps = torch.finfo(E.dtype).eps
+    # B^-1 measures residuals; the longest of the B-orthonormal vectors stands for the root of its norm.
+    x, longest = x[..., :k], x.amax(-1, keepdim=True)
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()  # (*, k, k)
     distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)
-    # |x_i| (|A| + |E_j| |B|) |x_j|: the size of the pencil in units of an eigenvalue.
-    size = x.unsqueeze(-1) * scale[..., None, :k]
-    size = torch.maximum(size, size.mT)
-    # Rounding in eigenvalues: eps |A| times a modest factor, sqrt(m) for sums of length m.
-    equal = distinct & (gap <= 16 * math.sqrt(m) * eps * size)
-    _check_convergence(E, x, gap, equal, T, residual, scale, options)
-    if T.shape[-1] and gE is not None:
-        _check_cut(E, gE, x, T, scale, options)
+    size = _pencil_size(x, scale[..., :k])
+    rounding, blur = _rounding(E, size, options)
+    equal = distinct & (gap <= blur)
+    _check_outside(E, gE, longest, g, gap, equal, T, residual, scale, rounding, blur, options)
     amplitude = None
     if G is not None and g is not None:
         amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
@@ -152,16 +199,21 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     close = distinct & (gap <= eps ** (1 / 3) * size)
     if not bool(close.any()):
         return distinct.expand(gap.shape)
+    if options.forward_mode:
+        split = equal & (G.abs() > 16 * math.sqrt(m) * eps * size)
+        if bool(split.any()):
+            i, j = _first(split, 2)
+            _warn_cluster(i, j, gap, "the tangent splits them, so single tangents of these pairs do not exist")
+        return distinct & ~equal
+    used = torch.zeros_like(equal)
     if gE is not None:
         _check_weights(gE, gap, equal)
+        used = _weighs_differently(gE)
+    mixing = _mixing(E, longest, T, residual, rounding, options) / torch.where(gap > 0, gap, torch.ones_like(gap))
     if G is None:
         if gE is not None:
-            _check_blur(_weighs_differently(gE) & distinct & ~equal, E, x, gap, size, T, residual, options)
-        return distinct & ~equal
-    if options.forward_mode:
-        if bool((equal & (G.abs() > 16 * math.sqrt(m) * eps * size)).any()):
-            i, j = _first(equal & (G.abs() > 16 * math.sqrt(m) * eps * size), 2)
-            _warn_cluster(i, j, gap, "the tangent splits them, so single tangents of these pairs do not exist")
+            spread = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
+            _check_blur(used & close & ~equal, mixing * spread, _size(gE.abs()), gap, eps)
         return distinct & ~equal
     skew = (G - G.mH).abs() / 2
     # Rounding in G of a loss that does not see the gauge: inner products of length m.
@@ -176,9 +228,25 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
         _warn_cluster(i, j, gap, why)
     # A loss that is invariant in a cluster has a Hermitian block, skew part zero up to noise: the exact factor is zero.
     invariant = close & (skew <= noise)
-    used = skew > noise if gE is None else (skew > noise) | _weighs_differently(gE)
-    _check_blur(used & distinct & ~equal, E, x, gap, size, T, residual, options)
+    used = used | (skew > noise)
+    if gE is not None:
+        # With a loss of values too, a skew part beyond the usual rounding (4 eps for any m) may be more than rounding.
+        used = used | (skew > 4 * eps * amplitude)
+    used = used & distinct & ~equal
+    # What rounding and residuals change in C = Skew(G) o F, and the largest part of the gradient inside span X.
+    width = torch.where(used, gap, torch.full_like(gap, math.inf))
+    lost = torch.where(invariant, skew, mixing * skew + eps * amplitude)
+    error, total = lost / width, _size((skew / width).flatten(-2))
+    if gE is not None:
+        error = error + mixing * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
+        total = torch.maximum(total, _size(gE.abs()))
+    _check_blur(used & close, error, total, gap, eps)
     return distinct & ~equal & ~invariant
+
+
+def _size(parts: Tensor) -> Tensor:
+    """Largest of nonnegative numbers (*, p) as (*, 1, 1)."""
+    return parts.amax(-1)[..., None, None]
 
 
 _WELL_POSED = (
@@ -224,62 +292,104 @@ def _check_weights(gE: Tensor, gap: Tensor, equal: Tensor) -> None:
         _warn_cluster(i, j, gap, "the loss weighs them differently")
 
 
-def _check_blur(used: Tensor, E, x, gap, size, T, residual, options: CheckOptions) -> None:
-    """Warn where single vectors of a close pair matter and are not accurate to two digits.
+def _mixing(E, x, T, residual, rounding, options: CheckOptions) -> Tensor:
+    """How much two pairs mix, times their gap: rounding, and |r_i| |r_j| / (distance to the rest) by Rayleigh-Ritz."""
+    if not T.shape[-1]:
+        return rounding
+    r = residual[..., : options.k] * x
+    rest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
+    rest = torch.where(rest > 0, rest, torch.ones_like(rest))
+    return rounding + (r / rest).unsqueeze(-1) * r.unsqueeze(-2)
 
-    After Rayleigh-Ritz the vectors i and j mix by |r_i| |r_j| / (distance to the rest), plus rounding, over their gap.
-    """
-    k = options.k
-    r = residual[..., :k] * x
-    coupling = torch.finfo(E.dtype).eps * size
-    if T.shape[-1]:
-        rest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
-        rest = torch.where(rest > 0, rest, torch.ones_like(rest))
-        coupling = coupling + (r / rest).unsqueeze(-1) * r.unsqueeze(-2)
-    blurred = used & (coupling > 0.01 * gap)
+
+def _check_blur(used: Tensor, error: Tensor, total: Tensor, gap: Tensor, eps: float) -> None:
+    """Warn where the gradient between two close pairs lost more than half of the digits; (*, k, k) each."""
+    relative = error / torch.where(total > 0, total, torch.ones_like(total))
+    # 4e-7 in double precision, 1e-2 in single.
+    blurred = used & (relative > 30 * math.sqrt(eps))
     if bool(blurred.any()):
         i, j = _first(blurred, 2)
-        error = float((coupling / gap)[..., i, j].max())
+        gap, relative = torch.broadcast_tensors(gap, relative)
         warnings.warn(
             f"lobpcg: the loss distinguishes eigenpairs {i} and {j}, whose gap {float(gap[..., i, j].min()):.1e} is so "
-            f"small that their vectors, and the gradient, have a relative error of about {error:.1e}. Tighten tol, or "
-            "use a loss that treats the two alike.",
+            f"small that the gradient has a relative error of about {float(relative[..., i, j].max()):.1e}. Tighten "
+            "tol, or use a loss that treats the two alike.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
-def _check_cut(E: Tensor, gE: Tensor, x: Tensor, T: Tensor, scale: Tensor, options: CheckOptions) -> None:
-    gap = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs()  # (*, k, p)
-    rounding = 16 * math.sqrt(options.m) * torch.finfo(E.dtype).eps * (x * scale[..., : options.k]).unsqueeze(-1)
-    cut = (gap <= rounding).any(-1) & (gE != 0)
-    if bool(cut.any()):
-        (j,) = _first(cut, 1)
-        warn_cut_cluster(j, options.k, float(gap[..., j, :].min()))
-
-
-def _check_convergence(E, x, gap, equal, T, residual, scale, options) -> None:
-    """One warning where a pair missed the tolerance, with |r_j| |x_j| / gap as estimate of the gradient's error."""
-    k = options.k
-    eps = torch.finfo(E.dtype).eps
-    residual, scale = residual[..., :k], scale[..., :k]
+def is_late(residual: Tensor, scale: Tensor, m: int, k: int, tol: float) -> Tensor:
+    """(*, k): whether a pair has missed the tolerance."""
     # No iteration gets below the rounding of its own residual, however small tol is.
-    late = residual > max(options.tol, 16 * math.sqrt(options.m) * eps) * scale
-    if not bool(late.any()):
-        return
+    reachable = max(tol, 16 * math.sqrt(m) * torch.finfo(residual.dtype).eps)
+    return residual[..., :k] > reachable * scale[..., :k]
+
+
+def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, options) -> None:
+    """One warning where a pair that matters missed the tolerance or is close to the rest of the spectrum.
+
+    The estimate of the gradient's relative error is (|r_j| |x_j| + rounding) / (distance to the rest).
+    """
+    k = options.k
+    residual, scale = residual[..., :k], scale[..., :k]
     if T.shape[-1]:
         # Errors inside the block are of second order after Rayleigh-Ritz: the distance to the rest counts.
         nearest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
     else:
         eye = torch.eye(k, dtype=torch.bool, device=E.device)
         nearest = torch.where(equal | eye, torch.full_like(gap, math.inf), gap).amin(-2)
-    relative = residual / torch.where(scale > 0, scale, torch.ones_like(scale))
-    worst = torch.where(late, relative, torch.zeros_like(relative)).max()
-    error = torch.where(late, residual * x / nearest, torch.zeros_like(residual)).max()
+    error = (residual * x + torch.diagonal(rounding, dim1=-2, dim2=-1)) / nearest
+    late = is_late(residual, scale, options.m, k, options.tol)
+    if bool(late.any()):
+        relative = residual / torch.where(scale > 0, scale, torch.ones_like(scale))
+        worst = torch.where(late, relative, torch.zeros_like(relative)).max()
+        error = torch.where(late, error, torch.zeros_like(error)).max()
+        warnings.warn(
+            f"lobpcg: gradient of eigenpairs that have not converged: relative residual {float(worst):.1e} where "
+            f"tol={options.tol:.1e} was asked for; estimated relative error of the gradient (residual over gap) "
+            f"{float(error):.1e}. Raise niter or n, pass a preconditioner iK, or loosen tol if that "
+            "is accurate enough.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    if not T.shape[-1]:
+        return
+    matters = torch.zeros_like(error, dtype=torch.bool)
+    if gE is not None:
+        matters = matters | (gE != 0)
+    if g is not None:
+        matters = matters | (g != 0)
+    # The estimate is good to a factor of ten; two digits are the least that is returned without a word.
+    near = matters & ((error > 0.01) | (nearest <= torch.diagonal(blur, dim1=-2, dim2=-1)))
+    if bool(near.any()):
+        (j,) = _first(near, 1)
+        nearest, error = torch.broadcast_tensors(nearest, error)
+        _warn_near(j, k, float(nearest[..., j].min()), float(error[..., j].max()))
+        return
+    inaccuracy = residual * x + torch.diagonal(blur, dim1=-2, dim2=-1)
+    missed = (E.unsqueeze(-1) - T.unsqueeze(-2)) * (-1.0 if options.largest else 1.0) > inaccuracy.unsqueeze(-1)
+    if bool(missed.any()):
+        _warn_missed(float(T.max() if options.largest else T.min()), k, options.largest)
+
+
+def _warn_missed(value: float, k: int, largest: bool) -> None:
     warnings.warn(
-        f"lobpcg: gradient of eigenpairs that have not converged: relative residual {float(worst):.1e} where "
-        f"tol={options.tol:.1e} was asked for; estimated relative error of the gradient (residual over gap) "
-        f"{float(error):.1e}. Raise niter or n, pass a preconditioner iK, or loosen tol if that is accurate enough.",
+        f"lobpcg: an eigenvalue near {value:.6g} was missed, so the pairs are not the k={k} "
+        f"{'largest' if largest else 'smallest'} ones, and the gradient is that of the pairs returned. Tighten tol, "
+        "raise "
+        "n, or pass another start block X.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_near(j: int, k: int, gap: float, error: float) -> None:
+    warnings.warn(
+        f"lobpcg: the distance {gap:.1e} of eigenvalue {j} of the k={k} asked for to those that were not is so small "
+        f"that the gradient has an estimated relative error of {error:.1e} (residual over gap). Raise k until the "
+        "cluster is complete, tighten tol, or use a loss that does not depend on this pair.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -20,6 +20,8 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch._lobpcg_basis import Basis
+from torch._lobpcg_convergence import judge_batch, judge_one, settled, Verdict
 from torch._lobpcg_operator import epsilon, largest_entry, Operator, safe_scale, start_rows
 from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten_scaled
 
@@ -92,6 +94,9 @@ class LOBPCG:
             self.op_B = Operator(B, "B")
         if iK is not None:
             self.op_K = Operator(iK, "iK")
+        # Guard columns gain from the wanted ones' directions without directions of their own: a third of the work less
+        # for a tenth more iterations, which pays where work and not the number of kernels makes the time.
+        self.small = max(self.op_A.stored, self.op_K.stored, 100 * X[..., 0].numel()) <= 262144
         self.orthogonal_left = 0  # iterations for which W is projected explicitly
         self.drift = 0.0  # bound on the loss of the invariants since they were last enforced
         self.suspicious = False  # X0 was almost invariant: a wrong invariant subspace looks the same
@@ -105,13 +110,8 @@ class LOBPCG:
         one = torch.ones([], dtype=real.dtype, device=X.device)
         self.norm_A = torch.zeros(self.batch + [1], dtype=real.dtype, device=X.device)
         self.norm_B = torch.ones_like(self.norm_A)
-        # Rows X, then P, then W: (*, q, m), q <= 3 n; two buffers each, the next X and P are written beside the present
-        # ones.
-        self.q = self.n
-        self.S_rows, self.S_next = rows, rows
-        self.AS, self.AS_next = rows, rows
-        self.BS, self.BS_next = rows, rows
-        self.W = rows
+        self.basis = Basis(rows.narrow(-1, 0, 0), self.general)  # filled by start()
+        self.W = rows  # residuals, then new directions: (*, n, m)
         self.E = torch.zeros(self.batch + [self.n], dtype=real.dtype, device=X.device)
         self.G = torch.zeros(self.batch + [self.n, self.n], dtype=X.dtype, device=X.device)
         self.lost = torch.jit.annotate(Optional[Tensor], None)  # whether a vector of [X P] is zero
@@ -119,7 +119,8 @@ class LOBPCG:
         self.w_index = torch.zeros(self.batch + [0], dtype=torch.int64, device=X.device)
         self.w_valid = self.E
         self.least_B, self.least_K = one, one
-        self.d = self.E[..., :0]  # spectrum of the last W's Gram matrix
+        self.d = self.E[..., :0]  # of the last Ritz step
+        self.least = 1.0
         self.residual = torch.zeros_like(self.E)
         self.scale = torch.zeros_like(self.E)
         self.X = X
@@ -189,9 +190,10 @@ class LOBPCG:
 
     def expose(self) -> None:
         """X, R, S as columns, for whoever looks from outside; views, no copy."""
-        self.X = self.S_rows[..., : self.n, :].mT
+        basis = self.basis
+        self.X = basis.part(0, 0, self.n).mT
         self.R = self.W.mT
-        self.S = self.S_rows[..., : self.q, :].mT
+        self.S = basis.part(0, 0, basis.q).mT
 
     def result(self) -> EigenPairs:
         """The pairs in the scale of the problem as it was given."""
@@ -213,7 +215,7 @@ class LOBPCG:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
         self.estimate_norms()
-        self.complete_start(self.S_rows, 0)
+        self.complete_start(self.W, 0)
 
     def estimate_norms(self) -> None:
         """Root mean square eigenvalue of A and B: independent of X0. Of a callable, from a product with two fixed
@@ -232,7 +234,7 @@ class LOBPCG:
         real = self.E.dtype
         if not torch.jit.is_scripting():
             if op.call is not None:
-                V = start_rows(2, self.m, self.n + 7, self.S_rows).expand(self.batch + [2, self.m])
+                V = start_rows(2, self.m, self.n + 7, self.W).expand(self.batch + [2, self.m])
                 U = op.rows(V)
                 largest = torch.linalg.vector_norm(U, float("inf"), dim=[-2, -1])
                 scale = safe_scale(largest.to(torch.float64), U.dtype).to(real)
@@ -268,25 +270,14 @@ class LOBPCG:
                 fresh = start_rows(n, self.m, first + attempt * n, X)
                 X = torch.where(missing, fresh.expand(X.shape), X)
         self.n = n
-        self.allocate(X)
+        self.basis = Basis(X, self.general)
+        self.W = X.new_empty(X.shape)
         self.refresh()
 
     def unit_rows(self, X: Tensor) -> Tensor:
         """Rows of length one, or zero; twice, so that neither overflow nor underflow of a square is seen."""
         X = X / torch.linalg.vector_norm(X, float("inf"), dim=-1, keepdim=True).clamp_min(self.tiny)
         return X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(self.tiny)
-
-    def allocate(self, X: Tensor) -> None:
-        """Buffers for a block of n rows, X in front of S_rows. Cost: 3 n rows for each of S, A S, B S, twice."""
-        shape = self.batch + [3 * self.n, self.m]
-        self.S_rows, self.S_next = X.new_empty(shape), X.new_empty(shape)
-        self.AS, self.AS_next = X.new_empty(shape), X.new_empty(shape)
-        self.BS, self.BS_next = self.S_rows, self.S_next
-        if self.general:
-            self.BS, self.BS_next = X.new_empty(shape), X.new_empty(shape)
-        self.W = X.new_empty(self.batch + [self.n, self.m])
-        self.S_rows[..., : self.n, :] = X
-        self.q = self.n
 
     def check_rank(self, rank: int) -> None:
         """Error if the caller's X holds fewer independent columns than pairs are wanted."""
@@ -321,9 +312,8 @@ class LOBPCG:
             return
         extra = min(max(2, k // 4), self.m - self.n)
         if extra > 0 and self.n <= max(self.probe, k):
-            fresh = start_rows(extra, self.m, 3 * self.n + 11, self.S_rows).expand(self.batch + [extra, self.m])
-            X = self.S_rows[..., : self.n, :]
-            BX = self.BS[..., : self.n, :]
+            fresh = start_rows(extra, self.m, 3 * self.n + 11, self.W).expand(self.batch + [extra, self.m])
+            X, _, BX = self.basis.wanted()
             fresh = fresh - (fresh @ BX.mH) @ X
             self.complete_start(torch.cat([X, fresh], -2), 5 * self.n + 13)
             self.update_residual()
@@ -337,37 +327,39 @@ class LOBPCG:
     def new_directions(self) -> None:
         """Append W to S: the active residuals, preconditioned, where asked for projected, of length one; and their
         images."""
-        first, last = self.q, self.q + self.active
+        basis = self.basis
         W, length = self.W, self.residual
         if self.active < self.n:
             W, length = _take_rows(W, self.w_index), self.residual.gather(-1, self.w_index)
         if self.preconditioned:
-            R, W = W, self.op_K.rows(W)
-            product = length
-            length = torch.linalg.vector_norm(W, dim=-1)
-            # r^H K r < 0 proves that K is not positive definite, beyond the dot product's rounding error, m eps ||r||
-            # ||K r||.
-            inner = (R.conj() * W).sum(-1)
-            inner = torch.real(inner) if inner.is_complex() else inner
-            self.least_K = (inner + self.eps * self.m * product * length).min()
+            W, length = self.precondition(W, length)
         if self.orthogonal_left > 0:
             W = self.project(W, length)
             length = torch.linalg.vector_norm(W, dim=-1)
-        inverse = length.clamp_min(self.tiny).reciprocal()
+        length = length.clamp_min(self.tiny)
         if not self.host:
-            inverse = inverse * self.w_valid
-        slot = self.S_rows.narrow(-2, first, self.active)
-        torch.mul(W, inverse.unsqueeze(-1), out=slot)
-        self.AS.narrow(-2, first, self.active).copy_(self.op_A.rows(slot))
-        if self.general:
-            self.BS.narrow(-2, first, self.active).copy_(self.op_B.rows(slot))
-        self.q = last
+            length = length / self.w_valid  # masked rows become zero
+        first = basis.extend(self.active)
+        torch.div(W, length.unsqueeze(-1), out=basis.part(0, first, self.active))
+        basis.multiply(first, self.op_A, self.op_B)
+
+    def precondition(self, R: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """K R and its lengths; least_K < 0 if r^H K r < 0 proves that K is not positive definite, beyond the dot
+        product's rounding error, m eps ||r|| ||K r||."""
+        W = self.op_K.rows(R)
+        product = length
+        length = torch.linalg.vector_norm(W, dim=-1)
+        inner = (R.conj() * W).sum(-1)
+        inner = torch.real(inner) if inner.is_complex() else inner
+        self.least_K = (inner + self.eps * self.m * product * length).min()
+        return W, length
 
     def project(self, W: Tensor, length: Tensor) -> Tensor:
         """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik
         2005)."""
-        S = self.S_rows[..., : self.q, :]
-        BSH = self.BS[..., : self.q, :].mH
+        basis = self.basis
+        S = basis.part(0, 0, basis.q)
+        BSH = basis.part(basis.image_B, 0, basis.q).mH
         for _ in range(self.iparams.get("ortho_i_max", 2)):
             W = W / length.clamp_min(self.tiny).unsqueeze(-1)
             W = W - (W @ BSH) @ S
@@ -376,192 +368,118 @@ class LOBPCG:
 
     def ritz(self) -> None:
         """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on."""
-        q = self.q
-        known = q - self.active
-        S, AS, BS = self.S_rows.narrow(-2, 0, q), self.AS.narrow(-2, 0, q), self.BS.narrow(-2, 0, q)
-        W = S.narrow(-2, known, self.active).conj()
-        gram_A, gram_B = W @ AS.mT, W @ BS.mT  # (*, p, q)
+        first = self.basis.q - self.active
+        gram_A, gram_B = self.basis.gram(first)
         columns: Optional[Tensor] = None
         if self.active < self.n:
             columns = self.w_index
         step = ritz_step(self.G, self.lost, gram_A, gram_B, self.n, self.sign, columns, self.eps, self.tiny, self.host)
-        self.d = step.d
         if self.general:
-            self.least_B = real_diagonal(gram_B[..., known:]).min()
-        self.advance(step, S, AS, BS)
+            self.least_B = real_diagonal(gram_B.narrow(-1, first, self.active)).min()
+        self.advance(step)
 
-    def advance(self, step: Ritz, S: Tensor, AS: Tensor, BS: Tensor) -> None:
-        """Take a Ritz step: the new X, P and their images into the other buffers, which then become the present
-        ones."""
-        C = step.C
-        self.E, self.G, self.lost = step.e, step.G, step.lost
-        self.q = C.size(-2)
-        torch.matmul(C, S, out=self.S_next.narrow(-2, 0, self.q))
-        torch.matmul(C, AS, out=self.AS_next.narrow(-2, 0, self.q))
-        self.S_rows, self.S_next = self.S_next, self.S_rows
-        self.AS, self.AS_next = self.AS_next, self.AS
-        if self.general:
-            torch.matmul(C, BS, out=self.BS_next.narrow(-2, 0, self.q))
-            self.BS, self.BS_next = self.BS_next, self.BS
-        else:
-            self.BS, self.BS_next = self.S_rows, self.S_next
+    def advance(self, step: Ritz) -> None:
+        """Take a Ritz step."""
+        self.E, self.G, self.lost, self.d, self.least = step.e, step.G, step.lost, step.d, step.least
+        self.basis.combine(step.C)
 
     def refresh(self) -> None:
         """Enforce the invariants: fresh products with [X P], an orthonormal basis of its span, Rayleigh-Ritz in it.
 
         Cost: n + p products with A (and B). The span, and so what P remembers, is kept.
         """
-        q = self.q
-        S, AS, BS = self.S_rows.narrow(-2, 0, q), self.AS.narrow(-2, 0, q), self.BS.narrow(-2, 0, q)
-        AS[...] = self.op_A.rows(S)
-        if self.general:
-            BS[...] = self.op_B.rows(S)
-        conj = S.conj()
-        step = ritz_fresh(hermitian(conj @ AS.mT), hermitian(conj @ BS.mT), self.n, self.sign, self.eps, self.tiny)
-        self.d = self.E[..., :0]
-        self.advance(step, S, AS, BS)
+        self.basis.multiply(0, self.op_A, self.op_B)
+        gram_A, gram_B = self.basis.gram(0)
+        self.advance(ritz_fresh(hermitian(gram_A), hermitian(gram_B), self.n, self.sign, self.eps, self.tiny))
+        self.d = self.d[..., :0]
         self.drift = 4.0 * self.eps
 
     def update_residual(self) -> None:
         """W := A X - B X E of all n columns, their norms, and rerr."""
-        n = self.n
-        AX = self.AS.narrow(-2, 0, n)
-        torch.mul(self.BS.narrow(-2, 0, n), self.E.unsqueeze(-1), out=self.W)
-        torch.sub(AX, self.W, out=self.W)
+        X, AX, BX = self.basis.wanted()
+        torch.addcmul(AX, BX, self.E.unsqueeze(-1).to(AX.dtype), value=-1, out=self.W)
         self.residual = torch.linalg.vector_norm(self.W, dim=-1)
         size = self.E.abs()
-        norm_A = (
-            self.norm_A if self.general else torch.maximum(self.norm_A, size.amax(-1, keepdim=True))
-        )  # ||A|| >= |E_j|
-        self.scale = norm_A + size * self.norm_B
         if self.general:
-            self.scale = self.scale * torch.linalg.vector_norm(self.S_rows[..., :n, :], dim=-1)
+            self.scale = (self.norm_A + size * self.norm_B) * torch.linalg.vector_norm(X, dim=-1)
+        else:
+            # ||A|| >= |E_j|
+            self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size
         self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
 
     def update_converged_count(self) -> int:
-        """Active set and converged_count from rerr; the iteration's one transfer to the host is here.
-
-        One matrix: everything is decided on the host from the numbers transferred, which spares some twenty small
-        kernels.
-        """
+        """Active set and converged_count from rerr."""
+        rerr, k, tol, lock = self.tvars["rerr"], self.iparams["k"], self.fparams["tol"], self.lock_tolerance()
+        drop, loss = self.eps**0.5, self.loss()
+        definite: Optional[Tensor] = None
+        if self.general or self.preconditioned or not self.host:
+            definite = torch.stack([self.least_B, self.least_K])
+        settled: Optional[Tensor] = None
+        candidates = self.n if self.small else k
+        more = candidates
+        if self.suspicious:
+            settled = self.settled()
+            candidates, more = self.n, self.n
+        elif self.bparams.get("separate", False) and self.n > k:
+            settled, more = self.separated(), max(candidates, k + 1)
         if self.host:
-            self.count_one()
+            verdict = judge_one(
+                rerr, self.d, self.least, definite, settled, k, tol, lock, candidates, more, drop, loss, self.w_index
+            )
         else:
-            self.count_batch()
+            masked = self.d.size(-1) - self.w_valid.sum(-1)
+            assert definite is not None
+            verdict = judge_batch(rerr, self.d, masked, definite, settled, k, tol, lock, candidates, more, drop, loss)
+        self.check_verdict(verdict)
+        self.active, self.ivars["converged_count"], self.best_rerr = verdict.active, verdict.lead, verdict.worst
+        self.w_index, self.w_valid = verdict.index, verdict.valid
         # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.
         if self.best_rerr < 0.9 * self.best or self.best_rerr > 100.0 * self.best:
             self.best, self.best_step = self.best_rerr, self.ivars["istep"]
         return self.ivars["converged_count"]
+
+    def settled(self) -> Tensor:
+        """Whether a column that no caller chose shows that no pair was missed: (*).
+
+        Of the columns behind the wanted ones, up to one more than the caller chose, at least one is no caller's. Five
+        iterations carry even a weight of 1 / m on a missed eigenvector into view.
+        """
+        k = self.iparams["k"]
+        last = min(max(self.probe, k), self.n - 1)
+        small = max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
+        late = self.ivars["istep"] >= 5
+        return settled(self.tvars["rerr"], self.residual, self.E, self.norm_B, k, last, small, late)
+
+    def separated(self) -> Tensor:
+        """Whether the first guard column tells how far the next eigenvalue is, which a derivative depends on: (*)."""
+        k = self.iparams["k"]
+        small = max(100.0 * self.fparams["tol"], 8.0 * self.eps)
+        return settled(self.tvars["rerr"], self.residual, self.E, self.norm_B, k, k, small, True)
 
     def lock_tolerance(self) -> float:
         """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep
         them at first."""
         return 8.0 * self.eps if self.suspicious and self.ivars["istep"] < 5 else self.fparams["tol"]
 
-    def count_one(self) -> None:
-        n, k, tol = self.n, self.iparams["k"], self.fparams["tol"]
-        rerr = self.tvars["rerr"]
-        settled = torch.ones_like(self.least_B)
-        if self.suspicious:
-            settled = self.settled(rerr).to(rerr.dtype)
-        values: list[float] = torch.cat([rerr, torch.stack([self.least_B, self.least_K, settled]), self.d]).tolist()
-        self.judge(sum(values[:n]), values[n], values[n + 1])
-        lead = 0
-        while lead < k and values[lead] <= tol:
-            lead += 1
-        if values[n + 2] == 0.0:
-            lead = min(lead, k - 1)
-        lock = self.lock_tolerance()
-        running: list[int] = []
-        self.best_rerr = 0.0
-        for i in range(n):
-            if values[i] > lock and lead < k:
-                running.append(i)
-            if i < k and values[i] > tol:
-                self.best_rerr = max(self.best_rerr, values[i])
-        self.ivars["converged_count"] = lead
-        self.active = len(running)
-        if self.active < n:
-            self.w_index = torch.tensor(running, dtype=torch.int64, device=rerr.device)
-        least, drop = 1.0, self.eps**0.5
-        for d in values[n + 3 :]:
-            if d > drop:
-                least = min(least, d)
-        self.watch(least, len(values) > n + 3 and min(values[n + 3 :]) < self.loss())
-
-    def settled(self, rerr: Tensor) -> Tensor:
-        """Whether a column that no caller chose has found an eigenvalue of its own, so that none before it was missed:
-        (*).
-
-        Of the columns behind the wanted ones, up to one more than the caller chose, at least one is no caller's. Each
-        must have a residual, an error bound for its eigenvalue, of a tenth of its distance from the wanted ones, after
-        five iterations, which carry even a weight of 1 / m on a missed eigenvector into view; or a residual that is
-        small in itself.
-        """
-        k = self.iparams["k"]
-        last = min(max(self.probe, k), self.n - 1)
-        small = rerr[..., k : last + 1] <= max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
-        if self.ivars["istep"] >= 5:
-            distance = (self.E[..., k : last + 1] - self.E[..., k - 1 : k]).abs() * self.norm_B
-            small = small | (self.residual[..., k : last + 1] <= 0.1 * distance)
-        return small.all(-1)
-
-    def count_batch(self) -> None:
-        """The same decisions as masks over the batch; active is the largest count in it, and the rest of W is zero."""
-        k, tol = self.iparams["k"], self.fparams["tol"]
-        rerr = self.tvars["rerr"]
-        real = rerr.dtype
-        done = rerr[..., :k] <= tol
-        lead = torch.cumprod(done, -1).sum(-1)  # (*)
-        if self.suspicious:
-            lead = torch.where(self.settled(rerr), lead, lead.clamp_max(k - 1))
-        waiting = (rerr > self.lock_tolerance()) & (lead < k).unsqueeze(-1)  # (*, n)
-        drop = self.eps**0.5
-        least, losses = torch.ones_like(self.least_B), torch.zeros_like(self.least_B)
-        if self.d.size(-1) > 0:
-            least = self.d.masked_fill(self.d <= drop, 1.0).min()
-            # Masked rows of W show as zeros in d: more small ones than those are losses.
-            losses = ((self.d < self.loss()).sum(-1) + self.w_valid.sum(-1)).max() - self.d.size(-1)
-        values: list[float] = torch.stack(
-            [
-                waiting.sum(-1).max().to(real),
-                lead.min().to(real),
-                rerr[..., :k].masked_fill(done, 0.0).max(),
-                rerr.sum(),
-                self.least_B,
-                self.least_K,
-                least,
-                losses.to(real),
-            ]
-        ).tolist()
-        self.judge(values[3], values[4], values[5])
-        self.active, self.ivars["converged_count"], self.best_rerr = int(values[0]), int(values[1]), values[2]
-        order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
-        self.w_index = order[..., : self.active]
-        self.w_valid = waiting.gather(-1, self.w_index).to(real)
-        self.watch(values[6], values[7] > 0.0)
-
-    def judge(self, total: float, least_B: float, least_K: float) -> None:
-        if not total < float("inf"):
+    def check_verdict(self, verdict: Verdict) -> None:
+        """Errors that the numbers show; digits lost by the last Ritz step; from a loss on, ten iterations of the
+        orthogonal route."""
+        if not verdict.total < float("inf"):
             self.raise_not_finite()
-        if least_B < 0.0:
+        if verdict.least_B < 0.0:
             self.raise_not_positive("B")
-        if least_K < 0.0:
+        if verdict.least_K < 0.0:
             self.raise_not_positive("iK")
+        self.drift += 4.0 * self.eps + self.eps / verdict.least
+        if self.orthogonal_left > 0:
+            self.orthogonal_left -= 1
+        elif verdict.losses and self.method != "basic":
+            self.orthogonal_left = 10
 
     def loss(self) -> float:
         """Gram eigenvalues under this bound cost three digits (single precision: two), which the orthogonal route would
         keep."""
         return max(1e-3, self.eps**0.25)
-
-    def watch(self, least: float, losses: bool) -> None:
-        """Account for the digits that the last Ritz step lost; from a loss on, ten iterations of the orthogonal
-        route."""
-        self.drift += 4.0 * self.eps + self.eps / least
-        if self.orthogonal_left > 0:
-            self.orthogonal_left -= 1
-        elif losses and self.method != "basic":
-            self.orthogonal_left = 10
 
     def raise_not_positive(self, name: str) -> None:
         raise ValueError(

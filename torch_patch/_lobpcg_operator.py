@@ -6,6 +6,8 @@ updates of LOBPCG run 2 to 3 times faster than on columns. `Operator` hides the 
 block-diagonal matrix), and, outside TorchScript, any callable on blocks (*, m, p).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,67 +46,67 @@ def csr_matrix(crow: Tensor, col: Tensor, values: Tensor, m: int) -> Tensor:
     return torch.sparse_csr_tensor(crow, col, values, [m, m], dtype=values.dtype, device=values.device)
 
 
-def _compressed_rows(A: Tensor) -> Tensor:
+def compressed_rows(A: Tensor) -> Tensor:
     """A sparse Hermitian matrix (m, m) as CSR with 32-bit indices where they suffice.
 
     COO products are 7 to 16 times slower than CSR ones; 32-bit indices save another tenth to a quarter of the time.
-    A CSC matrix holds the transpose's rows: for Hermitian A that is conj(A), so nothing is sorted.
+    A CSC matrix holds the transpose's rows: for Hermitian A that is conj(A), so nothing is sorted. A itself if it is of
+    that form already.
     """
+    if A.layout == torch.sparse_csr:
+        if (A.crow_indices().dtype == torch.int32) == _few(A.values()) and not A.values().is_conj():
+            return A
     if A.layout == torch.sparse_csc:
         values = A.values().conj_physical() if A.is_complex() else A.values()  # a lazy conjugate asks CSC for strides
         crow, col = A.ccol_indices(), A.row_indices()
     else:
         if A.layout != torch.sparse_csr:
-            coo = (
-                A if A.layout == torch.sparse_coo else A.to_sparse()
-            )  # blocks convert to compressed rows by way of COO alone
+            # blocks convert to compressed rows by way of COO alone
+            coo = A if A.layout == torch.sparse_coo else A.to_sparse()
             A = coo.coalesce().to_sparse_csr()
         values, crow, col = A.values(), A.crow_indices(), A.col_indices()
-    if A.device.type == "cpu" and values.numel() < 2147483647:
+    if _few(values):
         crow, col = crow.to(torch.int32), col.to(torch.int32)
     return csr_matrix(crow, col, values.resolve_conj(), A.size(-1))
 
 
+def _few(values: Tensor) -> bool:
+    """Whether 32-bit indices are the better ones."""
+    return values.device.type == "cpu" and values.numel() < 2147483647
+
+
 def _block_diagonal(A: Tensor) -> Tensor:
     """A batch of sparse matrices (*, m, m) as one block-diagonal CSR matrix (b m, b m), batch in row-major order."""
-    m = A.size(-1)
-    if A.layout != torch.sparse_coo:
-        if A.layout != torch.sparse_csr:
-            raise ValueError(
-                f"lobpcg: a batch of sparse matrices in layout {A.layout}; batches must be COO or CSR: convert with "
-                f"to_sparse_csr()"
-            )
-        batch = A.shape[:-2]
-        parts: list[Tensor] = []
-        count = 1
-        for s in batch:
-            count *= s
-        if count == 0:
-            coo = torch.zeros([0, m, m], dtype=A.dtype, device=A.device).to_sparse()
-        else:
-            crow = A.crow_indices().reshape(count, -1)
-            col = A.col_indices().reshape(count, -1)
-            values = A.values().reshape(count, -1)
-            for i in range(count):
-                parts.append(csr_matrix(crow[i], col[i], values[i], m).to_sparse())
-            coo = torch.stack(parts)
-        coo = coo.coalesce()
-        index, values = coo.indices(), coo.values()
-        which = index[0]
-    else:
+    m, count = A.size(-1), 1
+    for size in A.shape[:-2]:
+        count *= size
+    if A.layout == torch.sparse_coo:
         coo = A.coalesce()
         index, values = coo.indices(), coo.values()
-        count = 1
         which = torch.zeros_like(index[0])
         for i in range(A.dim() - 2):
             which = which * A.size(i) + index[i]
-            count *= A.size(i)
-    row = which * m + index[-2]
-    col = which * m + index[-1]
-    flat = torch.sparse_coo_tensor(
-        torch.stack([row, col]), values, [count * m, count * m], dtype=values.dtype, device=values.device
-    )
-    return _compressed_rows(flat)
+        flat = torch.sparse_coo_tensor(
+            torch.stack([which * m + index[-2], which * m + index[-1]]),
+            values,
+            [count * m, count * m],
+            dtype=values.dtype,
+            device=values.device,
+        )
+        return compressed_rows(flat)
+    if A.layout != torch.sparse_csr:
+        raise ValueError(
+            f"lobpcg: a batch of sparse matrices in layout {A.layout}; batches must be COO or CSR: convert with "
+            "to_sparse_csr()"
+        )
+    # Every matrix of a CSR batch stores as many values as the others.
+    stored = A.values().size(-1)
+    which = torch.arange(count, device=A.device).unsqueeze(-1)
+    starts = A.crow_indices().to(torch.int64).reshape(count, m + 1)[:, :m] + which * stored
+    col = A.col_indices().to(torch.int64).reshape(count, stored) + which * m
+    end = torch.full([1], count * stored, dtype=torch.int64, device=A.device)
+    crow = torch.cat([starts.reshape(-1), end])
+    return compressed_rows(csr_matrix(crow, col.reshape(-1), A.values().reshape(-1), count * m))
 
 
 class Operator:
@@ -119,6 +121,7 @@ class Operator:
         self.scale = torch.ones([], dtype=torch.float64)
         self.scaled = False
         self.columns = 0
+        self.stored = 0  # numbers held; a callable's are not known
         self.call: None = None
         self.matrix = torch.empty([0])
         self.sparse = False
@@ -132,9 +135,10 @@ class Operator:
         if self.blocks:
             self.matrix = _block_diagonal(matrix)
         elif self.sparse:
-            self.matrix = _compressed_rows(matrix)
+            self.matrix = compressed_rows(matrix)
         else:
             self.matrix = matrix
+        self.stored = self.matrix.values().numel() if self.sparse else self.matrix.numel()
 
     def rows(self, V: Tensor) -> Tensor:
         self.columns += V.size(-2)
@@ -152,7 +156,7 @@ class Operator:
         """||scale * matrix||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
         factor = self.scale.squeeze(-1).squeeze(-1)
         if self.blocks:
-            values = (self.matrix.values() * self.matrix.values().conj()).real
+            values = self.matrix.values().abs().square()  # .conj() fails on values of a batch in CSR
             square = csr_matrix(self.matrix.crow_indices(), self.matrix.col_indices(), values, self.matrix.size(1))
             ones = torch.ones([self.matrix.size(1), 1], dtype=values.dtype, device=values.device)
             return (square @ ones).reshape(batch + [m]).sum(-1) / m
@@ -191,7 +195,7 @@ def _dense_rows(A: Tensor, V: Tensor) -> Tensor:
 
 
 @torch.jit.unused
-def _called(call, name: str, V: Tensor) -> Tensor:
+def _called(call: Any, name: str, V: Tensor) -> Tensor:
     block = V.mT  # (*, m, p)
     U = call(block)
     if not isinstance(U, Tensor):
@@ -246,7 +250,7 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
 def sparse_diagonal_is_positive(B: Tensor) -> bool:
     """Whether every diagonal entry of sparse B (*, m, m) is stored and positive. Cost: a few passes over the stored
     values."""
-    M = _block_diagonal(B) if B.dim() > 2 else _compressed_rows(B)
+    M = _block_diagonal(B) if B.dim() > 2 else compressed_rows(B)
     crow, col, values = M.crow_indices(), M.col_indices(), M.values()
     values = (
         torch.real(values.clone()) if values.is_complex() else values

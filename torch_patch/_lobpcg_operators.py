@@ -18,7 +18,7 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_autograd import LOBPCGAutogradFunction, mapped_operands, Problem, with_gradients
+from torch._lobpcg_autograd import LOBPCGAutogradFunction, mapped_operands, may_be_differentiated, Problem, with_gradients
 from torch._lobpcg_derivative import ComputedPairs, forward_mode, reverse_mode
 from torch._lobpcg_function import batched_first, broadcast, without_autocast
 from torch._lobpcg_pattern import is_sparse
@@ -78,6 +78,21 @@ def _apply(function: Any, *arguments) -> Tuple[Tensor, ...]:
         functorch.set_single_level_autograd_function_allowed(allowed)
 
 
+# Among the numbers of the operator solve, which are k, n, chosen, niter, tol, largest, method, iterate, differentiated.
+_DIFFERENTIATED = 8
+
+
+def _of_problem(settings: tuple) -> tuple:
+    """The arguments of Problem, without the first."""
+    return settings[0], settings[5], settings[4], settings[_DIFFERENTIATED]
+
+
+def _differentiated(settings: tuple, A: Tensor, B: Optional[Tensor]) -> tuple:
+    """The settings, told whether a derivative may be asked for."""
+    known = settings[_DIFFERENTIATED] or may_be_differentiated(A, B)
+    return (*settings[:_DIFFERENTIATED], known, *settings[_DIFFERENTIATED + 1 :])
+
+
 class _Below:
     """Calls an operator from inside a Function's forward: below autograd on this level, and on the levels of torch.func
     beneath in the modes that the Function was applied in, which would otherwise lose their graph."""
@@ -95,7 +110,7 @@ class _GraphProblem(Problem):
     """The same problem, computed by operators.  `settings`: the numbers that the operator solve takes."""
 
     def __init__(self, settings: tuple) -> None:
-        super().__init__(None, settings[0], settings[5], settings[4])
+        super().__init__(None, *_of_problem(settings))
         self.settings, self.below = settings, _Below()
 
     def pairs(self, A, B, X, iK):
@@ -295,7 +310,7 @@ _PAIRS = "Tensor A, Tensor? B, Tensor? iK, Tensor E, Tensor X, Tensor T, Tensor 
 _TANGENTS = "Tensor? tA, Tensor? tB, Tensor? tE, Tensor? tX"
 _SETTINGS = (
     "SymInt k, SymInt n, SymInt chosen, SymInt niter, float tol, bool largest, str method, bool iterate, "
-    "str[] ortho_names, int[] ortho_values"
+    "bool differentiated, str[] ortho_names, int[] ortho_values"
 )
 _SCHEMAS = {
     "lobpcg": "(Tensor A, SymInt? k, Tensor? B, Tensor? X, SymInt? n, Tensor? iK, SymInt? niter, float? tol, "
@@ -330,14 +345,15 @@ def define_operators(
     """
 
     def solve(A, B, X, iK, *settings):
-        problem = Problem(solver(*settings), settings[0], settings[5], settings[4])
+        problem = Problem(solver(*settings), *_of_problem(settings))
         with torch.no_grad(), without_autocast(A):
             return problem.pairs(hermitian_part(A), hermitian_part(B), X, iK)
 
     def solve_differentiably(A, B, X, iK, *settings):
+        settings = _differentiated(settings, A, B)
         if _by_operators(A, B, X, iK):
             return _apply(LOBPCGAutogradFunction, A, B, X, iK, _GraphProblem(settings))
-        problem = Problem(solver(*settings), settings[0], settings[5], settings[4])
+        problem = Problem(solver(*settings), *_of_problem(settings))
         return _apply(LOBPCGAutogradFunction, *with_gradients(hermitian_part(A), hermitian_part(B)), X, iK, problem)
 
     def solve_mapped(info, in_dims, A, B, X, iK, *settings):
@@ -346,6 +362,7 @@ def define_operators(
     def solve_without_values(A, B, X, iK, *settings):
         batch, found, n = sizes(A, B, X, iK, *settings)
         k, m = settings[0], A.shape[-1]
+        found = found if settings[_DIFFERENTIATED] else k
         E, T, residual, scale = (_empty(A, batch + [p], A.dtype.to_real()) for p in (k, found - k, n, n))
         X, Y = (_empty(A, batch + [m, p], A.dtype) for p in (k, found - k))
         return E, X, T, Y, residual, scale

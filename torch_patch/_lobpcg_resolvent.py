@@ -16,6 +16,7 @@ Forward mode:
     dz_j = R_j (db_j - (dA - E_j dB) z_j + dE_j B z_j - d(B X) c_j) - X d(B X)^H z_j
 """
 
+import math
 from typing import Any, Optional
 
 import torch
@@ -118,18 +119,85 @@ class ReducedResolvent(Function):
 
     @staticmethod
     def vmap(info, in_dims, A, B, E, X, b, Y, iK, T, options):
-        tensors = [A, B, E, X, b, Y, iK, T]
-        size = info.batch_size
-        (A, B, E, X, b, Y, iK, T), _ = batched_first(size, in_dims[:-1], tensors, trailing=(2, 2, 1, 2, 2, 2, 2, 1))
-        # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
-        operator_mapped = any(dim is not None for i, dim in enumerate(in_dims[:-1]) if i != 4)
-        if in_dims[4] is None:
-            b = b.expand((size,) + tuple(b.shape))
-        if operator_mapped and in_dims[2] is None:
-            E = E.expand((size,) + tuple(E.shape))
-        if operator_mapped and in_dims[3] is None:
-            X = X.expand((size,) + tuple(X.shape))
+        A, B, E, X, Y, iK, T, b = _mapped(info, in_dims[:4] + in_dims[5:8] + in_dims[4:5], A, B, E, X, Y, iK, T, b)
         return ReducedResolvent.apply(A, B, E, X, b, Y, iK, T, options), 0
+
+
+def _mapped(info, in_dims, A, B, E, X, Y, iK, T, b):
+    """The arguments with the mapped dimension first, in such a way that they broadcast."""
+    size = info.batch_size
+    tensors, _ = batched_first(size, in_dims, (A, B, E, X, Y, iK, T, b), trailing=(2, 2, 1, 2, 2, 2, 1, 2))
+    A, B, E, X, Y, iK, T, b = tensors
+    # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
+    operator_mapped = any(dim is not None for dim in in_dims[:-1])
+    if b is not None and in_dims[-1] is None:
+        b = b.expand((size,) + tuple(b.shape))
+    if operator_mapped and in_dims[2] is None:
+        E = E.expand((size,) + tuple(E.shape))
+    if operator_mapped and in_dims[3] is None:
+        X = X.expand((size,) + tuple(X.shape))
+    return A, B, E, X, Y, iK, T, b
+
+
+def rayleigh_quotient(B: Any, Z: Tensor, b: Tensor, largest: bool) -> Tensor:
+    """(+, *, k): z^H (A - E_j B) z / z^H B z for z = R_j b_j, without a product with A; infinitely far where z = 0."""
+    length = Z.abs().amax(-2)  # divided out first: squares of 1e200 leave the range
+    there = length > 0
+    length = torch.where(there, length, torch.ones_like(length))
+    Z = Z / length.unsqueeze(-2)
+    top, bottom = _real((Z.conj() * b).sum(-2)), _real((Z.conj() * apply(B, Z)).sum(-2))
+    far = -math.inf if largest else math.inf
+    return torch.where(there, top / length / torch.where(there, bottom, torch.ones_like(bottom)), far)
+
+
+def nearest_outside(A: Any, B: Any, E, X, Y, iK, T, residual, late: Tensor, options: SolveOptions) -> Tensor:
+    """(*, 1): distance from E_k to a Ritz value of the complement close to it.  A constant to autograd.
+
+    Infinity where that is known: the guard T nearest to E_k, with its residual (*, k + p), shows that none is there, or
+    a pair is late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column.
+    """
+    return _NearestOutside.apply(A, B, E, X, Y, iK, T, residual, late, options)
+
+
+class _NearestOutside(Function):
+    @staticmethod
+    def forward(A, B, E, X, Y, iK, T, residual, late, options):
+        k, m, p = E.shape[-1], X.shape[-2], T.shape[-1]
+        last, far = E[..., -1:], -math.inf if options.largest else math.inf
+        if bool(late.any()):
+            return torch.full_like(last, far)
+        # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
+        if 0 < p and 16 * (k + p) <= m:
+            nearest, column = (T - last).abs().min(-1, keepdim=True)
+            spread = (residual[..., k:] * torch.linalg.vector_norm(Y, dim=-2)).gather(-1, column)
+            # The eigenvalue meant by the guard is within `spread` of it.
+            if bool((spread <= nearest / 2).all()):
+                return torch.full_like(last, far)
+        t = torch.arange(1, m + 1, dtype=E.dtype, device=E.device)
+        probe = torch.sin(t * t).unsqueeze(-1).to(X.dtype)  # incommensurable with 2 pi: without symmetry
+        b = torch.cat([torch.zeros_like(X[..., :-1]), probe.expand_as(X[..., -1:])], -1)
+        with without_autocast(X):
+            # The component along one eigenvector is about 1 / sqrt(m) of the whole.
+            z = solve_on_complement(A, B, E, X, b, Y, iK, options.largest, 0.1 / math.sqrt(m), T=T, probe=True)
+            return rayleigh_quotient(B, z, b, options.largest)[..., -1:]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * 10
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return None
+
+    @staticmethod
+    def vmap(info, in_dims, A, B, E, X, Y, iK, T, residual, late, options):
+        A, B, E, X, Y, iK, T, _ = _mapped(info, in_dims[:7] + (None,), A, B, E, X, Y, iK, T, None)
+        tested, _ = batched_first(info.batch_size, in_dims[7:9], (residual, late), trailing=(1, 1))
+        return _NearestOutside.apply(A, B, E, X, Y, iK, T, *tested, options), 0
 
 
 def _real(x: Tensor) -> Tensor:

@@ -13,15 +13,18 @@ from torch import Tensor
 
 class Ritz(NamedTuple):
     """e: (*, n) eigenvalues, wanted ones first; C: (*, n + p, q) rows are the coordinates of the new X, then P, in [X P
-    W];
-    G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is; d: (*, p)
-    spectrum of W's Gram matrix."""
+    W]; G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is.
+
+    d: (*, p) squared sines of the angles that W's directions make with [X P] and with each other, or empty and least
+    the smallest of them, where the host has looked at it.
+    """
 
     e: Tensor
     C: Tensor
     G: Tensor
     lost: Optional[Tensor]
     d: Tensor
+    least: float
 
 
 def hermitian(M: Tensor) -> Tensor:
@@ -54,12 +57,16 @@ def whiten_scaled(M: Tensor, drop: float, tiny: float) -> tuple[Tensor, Tensor, 
     return s.unsqueeze(-1) * T, d, dropped
 
 
-def extreme(G: Tensor, lost: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+def extreme(G: Tensor, lost: Optional[Tensor], tiny: float) -> tuple[Tensor, Tensor]:
     """Eigenpairs of G (lower triangle read; overwritten), ascending, coordinates marked in lost (*, q) last."""
     if lost is not None:
-        beyond = 2.0 * G.abs().sum([-2, -1]) + 1.0  # more than the largest eigenvalue, and not zero
+        beyond = 2.0 * G.abs().sum([-2, -1]).clamp_min(tiny)  # more than the largest eigenvalue, and not zero
         G.diagonal(0, -2, -1).add_(lost * beyond.unsqueeze(-1))
     return torch.linalg.eigh(G)
+
+
+def none_lost(G: Tensor, count: int) -> Tensor:
+    return torch.zeros(list(G.shape[:-2]) + [count], dtype=torch.bool, device=G.device)
 
 
 def next_P(
@@ -92,27 +99,41 @@ def next_P(
     return Q.masked_fill(lost.unsqueeze(-2), 0.0), lost
 
 
-def span_of_W(
-    gram_W: Tensor, HH: Tensor, eps: float, tiny: float, host: bool
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """V (*, q, p) with W_o = [X P W] V B-orthonormal and B-orthogonal to [X P]; its spectrum d (*, p); what was
-    dropped.
+class Coordinates(NamedTuple):
+    """T: (*, q, q) with S T = [X P W_o] orthonormal, W_o = 0 where dropped (*, p) says so; d and least as in Ritz."""
 
-    gram_W = W^H B W, HH = W^H B [X P]. By Cholesky where the host may look (one matrix on the CPU) and sees no loss,
-    since that costs a third; else by eigenvalues, which drop dependent directions. d: squared sines of the angles that
-    W's directions make with [X P] and with each other (Cholesky: pivots, p times the least eigenvalue at most).
+    T: Tensor
+    dropped: Optional[Tensor]
+    d: Tensor
+    least: float
+
+
+def orthonormal_coordinates(gram_B: Tensor, eps: float, tiny: float, host: bool) -> Coordinates:
+    """Coordinates that make S = [X P W] B-orthonormal, from gram_B = W^H B S (*, p, q); [X P] is so already.
+
+    By Cholesky where the host may look (one matrix on the CPU) and sees no loss, since that costs a third; else by
+    eigenvalues, which drop dependent directions.
     """
-    H = HH.mH
-    M = gram_W - HH @ H
+    p, q = gram_B.size(-2), gram_B.size(-1)
+    unit = torch.eye(q, dtype=gram_B.dtype, device=gram_B.device)
     if host:
-        L, info = torch.linalg.cholesky_ex(M)
-        length, pivots = real_diagonal(gram_W), real_diagonal(L)
-        d = (pivots * pivots) / (length * pivots.size(-1))
-        if info.item() == 0 and d.min().item() > 1e-3:
-            unit = torch.eye(M.size(-1), dtype=M.dtype, device=M.device)
-            return torch.linalg.solve_triangular(L.mH, torch.cat([-H, unit], -2), upper=True, left=False), d, None
-    T, d, dropped = whiten_scaled(M, eps**0.5, tiny)
-    return torch.cat([-(H @ T), T], -2), d, dropped
+        L, info = torch.linalg.cholesky_ex(torch.cat([unit.narrow(0, 0, q - p), gram_B]))
+        # Pivots are at most p times the least eigenvalue.
+        numbers: list[float] = torch.cat([real_diagonal(L), real_diagonal(gram_B.narrow(-1, q - p, p))]).tolist()
+        least = 1.0
+        for i in range(p):
+            pivot = numbers[q - p + i]
+            least = min(least, pivot * pivot / (p * max(numbers[q + i], tiny)))
+        if info.item() == 0 and least > 1e-3:
+            return Coordinates(
+                torch.linalg.solve_triangular(L.mH, unit, upper=True), None, real_diagonal(L).narrow(0, 0, 0), least
+            )
+    HH, gram_W = gram_B.split([q - p, p], -1)
+    H = HH.mH
+    whitened, d, dropped = whiten_scaled(gram_W - HH @ H, eps**0.5, tiny)
+    V = torch.cat([-(H @ whitened), whitened], -2)
+    unit = unit.narrow(-1, 0, q - p).expand(list(gram_B.shape[:-2]) + [q, q - p])
+    return Coordinates(torch.cat([unit, V], -1), dropped, d, 1.0)
 
 
 def ritz_step(
@@ -130,54 +151,38 @@ def ritz_step(
     """Rayleigh-Ritz on S = [X P W] from W^H A S and W^H B S, (*, p, q), when [X P] is B-orthonormal with [X P]^H A [X
     P] = G.
 
-    W enters through W_o = (W - [X P] H) T, H = [X P]^H B W and T whitening the Gram matrix of W - [X P] H, so that [X P
-    W_o] is orthonormal and the Ritz problem a standard one. Loses eps / d digits, d the smallest kept value of Ritz.d.
-    host: one matrix in host memory, where looking at a number costs less than masking.
+    In the orthonormal basis S T the Ritz problem is a standard one. Loses eps / d digits, d the smallest kept value of
+    Ritz.d. host: one matrix in host memory, where looking at a number costs less than masking.
     """
     known, p, q = G.size(-1), gram_B.size(-2), gram_B.size(-1)
-    HH, gram_W = gram_B.split([known, p], -1)
-    V, d, dropped = span_of_W(gram_W, HH, eps, tiny, host)
-    top = torch.cat([G, gram_A.narrow(-1, 0, known).mH], -1)
-    rows = V.mH @ torch.cat([top, gram_A], -2)  # W_o^H A S
-    full = torch.cat([top, torch.cat([rows.narrow(-1, 0, known), rows @ V], -1)], -2)
+    T, dropped, d, least = orthonormal_coordinates(gram_B, eps, tiny, host)
+    full = torch.cat([torch.cat([G, gram_A.narrow(-1, 0, known).mH], -1), gram_A], -2)
+    full = T.mH @ full @ T
     if sign < 0:
         full = -full
     if lost is not None or dropped is not None:
-        before = torch.zeros_like(G.narrow(-1, 0, 1).squeeze(-1), dtype=torch.bool) if lost is None else lost
-        after = torch.zeros_like(d, dtype=torch.bool) if dropped is None else dropped
-        lost = torch.cat([before, after], -1)
-    e, C = extreme(full, lost)
-    e, e_rest = e.split([n, q - n], -1)
+        before = none_lost(G, known) if lost is None else lost
+        lost = torch.cat([before, none_lost(G, p) if dropped is None else dropped], -1)
+    e, C = extreme(full, lost, tiny)
     C_X, C_rest = C.split([n, q - n], -1)
     Q, gone = next_P(C_X, C_rest, columns, 8.0 * q * eps, host)
     lost_P: Optional[Tensor] = None
     if gone is not None:
-        lost_P = torch.cat([torch.zeros_like(e, dtype=torch.bool), gone], -1)
-    new_G = block_diagonal(e, Q.mH @ (e_rest.unsqueeze(-1) * Q))
+        lost_P = torch.cat([none_lost(G, n), gone], -1)
+    coordinates = torch.cat([C_X, C_rest @ Q], -1)
+    new_G = coordinates.mH @ (full @ coordinates)
+    e = e.narrow(-1, 0, n)
     if sign < 0:
         e, new_G = -e, -new_G
-    coordinates = torch.cat([C_X, C_rest @ Q], -1)
-    top, bottom = coordinates.split([known, p], -2)
-    raw = V @ bottom
-    raw.narrow(-2, 0, known).add_(top)
-    return Ritz(e, raw.mT, new_G, lost_P, d)
-
-
-def block_diagonal(e: Tensor, inner: Tensor) -> Tensor:
-    """diag(e) (+) inner."""
-    n, p = e.size(-1), inner.size(-1)
-    G = torch.zeros(list(e.shape[:-1]) + [n + p, n + p], dtype=inner.dtype, device=inner.device)
-    G.diagonal(0, -2, -1).narrow(-1, 0, n).copy_(e)
-    G.narrow(-2, n, p).narrow(-1, n, p).copy_(inner)
-    return G
+    return Ritz(e, (T @ coordinates).mT, new_G, lost_P, d, least)
 
 
 def ritz_fresh(gram_A: Tensor, gram_B: Tensor, n: int, sign: float, eps: float, tiny: float) -> Ritz:
     """The same from the full Gram matrices of [X P], (*, q, q): its span is kept, X the n wanted Ritz vectors, P the
     others."""
     T, d, dropped = whiten_scaled(gram_B, eps**0.5, tiny)
-    e, C = extreme(hermitian(T.mH @ gram_A @ T) * sign, dropped)
+    e, C = extreme(hermitian(T.mH @ gram_A @ T) * sign, dropped, tiny)
     lost = torch.sort(dropped.to(torch.int8), -1)[0].to(torch.bool)
-    inner = torch.diag_embed(e[..., n:].masked_fill(lost[..., n:], 0.0).to(C.dtype))
-    e = e[..., :n]
-    return Ritz(e * sign, (T @ C).mT, block_diagonal(e, inner) * sign, lost, d)
+    kept = e.masked_fill(lost, 0.0)
+    G = torch.diag_embed(torch.cat([e[..., :n], kept[..., n:]], -1).to(C.dtype))
+    return Ritz(e[..., :n] * sign, (T @ C).mT, G * sign, lost, d, 1.0)

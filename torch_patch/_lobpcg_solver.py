@@ -3,13 +3,14 @@
 Checks of values, the choice between a dense solve and iterations, batches under a tracker.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch._lobpcg_arguments import OrthoParameters, Settings
 from torch._lobpcg_iteration import EigenPairs, LOBPCG
 from torch._lobpcg_operator import (
+    compressed_rows,
     epsilon,
     is_sparse_layout,
     largest_entry,
@@ -41,9 +42,10 @@ def solve(
     if not torch.jit.is_scripting():
         if not isinstance(A, Tensor):
             like = _first_tensor(A, B, X, iK)
-    _check_values(A, "A", m, like)
+    A, sA = _checked(A, "A", m, like)
+    sB = sA
     if B is not None:
-        _check_values(B, "B", m, like)
+        B, sB = _checked(B, "B", m, like)
     if iK is not None:
         check_finite(iK, "iK")
     if X is not None:
@@ -51,7 +53,7 @@ def solve(
     if 0 in batch:
         return _no_pairs(batch, m, settings.n, like)
     if dense_is_cheaper(A, B, iK, settings, m):
-        return dense_solve(A, B, settings, batch)
+        return dense_solve(A, B, sA, sB, settings, batch)
     start = X if X is not None else start_rows(settings.n, m, 0, like).mT
     start = start.expand(batch + [m, settings.n])
     if not torch.jit.is_scripting():
@@ -72,7 +74,7 @@ def iterate(
     """Run the worker on one problem or on a batch in lockstep; extremes of scale are taken out by powers of two."""
     iparams = {"m": X.size(-2), "n": settings.n, "k": settings.k, "niter": settings.niter, "chosen": settings.chosen}
     fparams = {"tol": settings.tol}
-    bparams = {"largest": settings.largest}
+    bparams = {"largest": settings.largest, "separate": settings.separate}
     iparams.update(ortho.integers)
     fparams.update(ortho.floats)
     bparams.update(ortho.flags)
@@ -82,24 +84,23 @@ def iterate(
     return worker.result()
 
 
-def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[int]) -> EigenPairs:
-    """All m pairs by Cholesky of B and eigh, E (*, m), X (*, m, m), residuals of the first n. Cost: about 9 m^3.
+def dense_solve(
+    A: Tensor, B: Optional[Tensor], sA: Tensor, sB: Tensor, settings: Settings, batch: list[int]
+) -> EigenPairs:
+    """All m pairs by Cholesky of B and eigh, E (*, m), X (*, m, m), residuals of the first k. Cost: about 9 m^3.
 
-    The pairs beyond k cost nothing here, and with them the backward solve is a sum.
+    sA, sB: powers of four that bring A and B near one. The pairs beyond k cost nothing here, and with them the backward
+    solve is a sum.
     """
     m = A.size(-1)
-    A = A.to_dense() if is_sparse_layout(A) else A
-    sA = safe_scale(largest_entry(A), A.dtype)
-    S = A * sA.to(_real(A.dtype)).unsqueeze(-1).unsqueeze(-1)
+    S = _times(A.to_dense() if is_sparse_layout(A) else A, sA)
     if B is None:
         E, X = torch.linalg.eigh(S)
         BX = X
         sB = torch.ones_like(sA)
-        norm_B = torch.ones_like(E[..., :1])
+        norm_A, norm_B = torch.linalg.vector_norm(E, dim=-1, keepdim=True) / m**0.5, torch.ones_like(E[..., :1])
     else:
-        B = B.to_dense() if is_sparse_layout(B) else B
-        sB = safe_scale(largest_entry(B), A.dtype)
-        T = B * sB.to(_real(A.dtype)).unsqueeze(-1).unsqueeze(-1)
+        T = _times(B.to_dense() if is_sparse_layout(B) else B, sB)
         L, info = torch.linalg.cholesky_ex(T)
         if bool((info > 0).any()):
             raise ValueError(
@@ -111,25 +112,32 @@ def dense_solve(A: Tensor, B: Optional[Tensor], settings: Settings, batch: list[
         E, V = torch.linalg.eigh(hermitian(C))
         X = torch.linalg.solve_triangular(L.mH, V, upper=True)
         BX = T @ X
+        norm_A = torch.linalg.matrix_norm(S).unsqueeze(-1) / m**0.5
         norm_B = torch.linalg.matrix_norm(T).unsqueeze(-1) / m**0.5
     if settings.largest:
         E, X, BX = E.flip([-1]), X.flip([-1]), BX.flip([-1])
     # The residual costs a product with A a column: of the pairs that are asked for, not of all m.
-    n = min(settings.n, m)
+    n = settings.k
     first = X[..., :n]
     residual = torch.linalg.vector_norm(S @ first - BX[..., :n] * E[..., None, :n], dim=-2)
-    norm_A = torch.linalg.matrix_norm(S).unsqueeze(-1) / m**0.5
     if B is None:
         norm_A = norm_A.maximum(E.abs().amax(-1, keepdim=True))
     scale = (norm_A + E[..., :n].abs() * norm_B) * torch.linalg.vector_norm(first, dim=-2)
     up = (1.0 / sA).to(E.dtype).unsqueeze(-1)
     root = sB.sqrt().to(E.dtype).unsqueeze(-1)
     E = E * up * root.square()
-    X = X * root.unsqueeze(-1)
     residual, scale = residual * up * root, scale * up * root
+    X = _times(X, sB.sqrt())
     return EigenPairs(
         E.expand(batch + [m]), X.expand(batch + [m, m]), residual.expand(batch + [n]), scale.expand(batch + [n])
     )
+
+
+def _times(A: Tensor, scale: Tensor) -> Tensor:
+    """scale * A, scale (*) or (); A itself where every scale is one."""
+    if bool((scale == 1.0).all()):
+        return A
+    return A * scale.to(_real(A.dtype)).unsqueeze(-1).unsqueeze(-1)
 
 
 def _no_pairs(batch: list[int], m: int, n: int, like: Tensor) -> EigenPairs:
@@ -142,10 +150,17 @@ def check_finite(A: Tensor, name: str) -> None:
     if not torch.jit.is_scripting():
         if not isinstance(A, Tensor):
             return
-    if not bool(torch.isfinite(largest_entry(A)).all()):
+    _finite_size(A, name)
+
+
+def _finite_size(A: Tensor, name: str) -> Tensor:
+    """The largest entry of each matrix; ValueError if one is not finite."""
+    largest = largest_entry(A)
+    if not bool(torch.isfinite(largest).all()):
         raise ValueError(
             f"lobpcg: {name} has NaN or infinite entries; every entry must be finite: check what produced {name}"
         )
+    return largest
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -173,16 +188,23 @@ def dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], setti
     return dense and m <= (512 if iK is None else 128)
 
 
-def _check_values(A: Tensor, name: str, m: int, like: Tensor) -> None:
-    """ValueError unless A is finite, Hermitian where it is sparse, and positive definite where it is B."""
+def _checked(A: Tensor, name: str, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A, and powers of four that bring it near one, (*) or (); a sparse A as what is fastest to multiply.
+
+    ValueError unless A is finite, Hermitian where it is sparse, and positive definite where it is B. A callable is
+    trusted.
+    """
     if not torch.jit.is_scripting():
         if not isinstance(A, Tensor):
-            return
-    check_finite(A, name)
+            return A, torch.ones([], dtype=torch.float64)
+    if is_sparse_layout(A) and A.dim() == 2:
+        A = compressed_rows(A)
+    scale = safe_scale(_finite_size(A, name), A.dtype)
     if is_sparse_layout(A):
-        check_symmetry(A, name, m, like)
+        check_symmetry(A, name, m, scale, like)
     if name == "B":
         check_positive(A)
+    return A, scale
 
 
 def hermitian_part(A: Tensor) -> Tensor:
@@ -212,14 +234,14 @@ def _is_hermitian(A: Tensor) -> bool:
     return True
 
 
-def check_symmetry(A: Tensor, name: str, m: int, like: Tensor) -> None:
+def check_symmetry(A: Tensor, name: str, m: int, scale: Tensor, like: Tensor) -> None:
     """ValueError if sparse A is seen not to be Hermitian: |u^H A v - conj(v^H A u)| for fixed random u, v.
 
     A single unequal pair of entries shows with probability one, at the cost of one product with two columns. The
     rounding error of the two forms is at most 2 m eps ||A||_F / sqrt(m) |u| |v|, and sqrt(m) times smaller as a rule.
     """
     op = Operator(A, name)
-    op.set_scale(safe_scale(largest_entry(A), A.dtype).to(_real(A.dtype)))
+    op.set_scale(scale.to(_real(A.dtype)))
     shape = list(A.shape[:-2]) + [2, m]
     rows = start_rows(2, m, 1 << 20, like).expand(shape)
     forms = rows @ op.rows(rows).mT  # (*, 2, 2): entry (i, j) is u_i . A u_j, for real u
@@ -261,7 +283,7 @@ def check_positive(B: Tensor) -> None:
 
 
 @torch.jit.unused
-def _first_tensor(A, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor]) -> Tensor:
+def _first_tensor(A: Any, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor]) -> Tensor:
     for T in (X, B, iK):
         if isinstance(T, Tensor):
             return T
@@ -269,10 +291,12 @@ def _first_tensor(A, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tens
 
 
 @torch.jit.unused
-def _solve_each(A, B, X: Tensor, iK, batch: list[int], m: int, settings: Settings, tracker, ortho) -> EigenPairs:
+def _solve_each(
+    A: Any, B: Any, X: Tensor, iK: Any, batch: list[int], m: int, settings: Settings, tracker: Any, ortho: Any
+) -> EigenPairs:
     """One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order."""
 
-    def part(T, position):
+    def part(T: Any, position: Any) -> Any:
         if not isinstance(T, Tensor) or T.dim() == 2:
             return T
         if is_sparse_layout(T):
@@ -284,7 +308,7 @@ def _solve_each(A, B, X: Tensor, iK, batch: list[int], m: int, settings: Setting
             return T
         return T.expand(batch + list(T.shape[-2:]))[position]
 
-    positions = [()]
+    positions: list[Any] = [()]
     for size in batch:
         positions = [p + (i,) for p in positions for i in range(size)]
     pairs = [iterate(part(A, p), part(B, p), X[p], part(iK, p), settings, tracker, ortho) for p in positions]

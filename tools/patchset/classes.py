@@ -6,21 +6,24 @@ that mention them. Nothing else travels: a definition that needs a helper must h
 
 import ast
 import builtins
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .errors import PatchError
 from .source import decoded, end_of, parsed
 from .text import comma_list, newline_of, split_lines
 
 
-def insert_classes(theirs: bytes, ours: bytes, names: list[str], name: str = "<test>") -> bytes:
-    """`theirs` with the definitions `names` of `ours`. Raises PatchError on a clash of names or an unmet need."""
+def insert_classes(
+    theirs: bytes, ours: bytes, names: list[str], name: str = "<test>", earlier: Sequence[str] = ()
+) -> bytes:
+    """`theirs`, which has the definitions `earlier` of `ours` already, with `names` too. Raises PatchError on a clash
+    of names or an unmet need."""
     upstream, own = parsed(theirs, name), parsed(ours, name)
     lines = split_lines(decoded(theirs, name))
     place = _main_line(upstream, name)
     newline = newline_of(lines[place])
     selected = _selected(own, names, name)
-    imports = _needed_imports(upstream, own, selected, names, name)
+    imports = _needed_imports(upstream, own, selected, names, name, earlier)
     own_lines = split_lines(decoded(ours, name).replace("\r\n", "\n"))
     texts = ["\n".join(ast.unparse(node) for node in imports)] if imports else []
     texts += [_text(own_lines, node) for node in selected]
@@ -29,6 +32,47 @@ def insert_classes(theirs: bytes, ours: bytes, names: list[str], name: str = "<t
     result = "".join(lines[:place] + [inserted.replace("\n", newline)] + lines[place:]).encode("utf-8")
     _prove(upstream, parsed(result, name), place, inserted.count("\n"), name)
     return result
+
+
+def part_of(ours: bytes, names: list[str], name: str = "<test>") -> bytes:
+    """The test file `ours` reduced to the classes `names` and to what these use; whole where it names every class."""
+    tree = parsed(ours, name)
+    if set(class_names(ours, name)) <= set(names):
+        return ours
+    kept = _closure(tree, names)
+    lines, chosen, start = split_lines(decoded(ours, name)), [], 0
+    blank: list[str] = []  # lines above what is left out
+    for node in tree.body:
+        first, end = node.lineno - 1, end_of(node)[0]
+        above, text = lines[start:first], lines[first:end]
+        start = end
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            used = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in kept]
+            if used and used != node.names:
+                node.names = used
+                text = [ast.unparse(node) + "\n"]
+        if _stays(node, kept, names):
+            chosen += (above if "".join(above).strip() else max(blank, above, key=len)) + text
+            blank = []
+        elif not "".join(above).strip():
+            blank = max(blank, above, key=len)
+    return "".join(chosen).encode("utf-8")
+
+
+def _closure(tree: ast.Module, names: list[str]) -> set[str]:
+    """`names`, what the file always needs, and what these use of its own definitions and imports."""
+    own, kept = _bound(tree.body), set(names)
+    kept |= _used([node for node in tree.body if not _bound([node]) and not _is_call(node)])
+    while more := _used([node for node in tree.body if _defines(node, kept) or _calls_with(node, names)]) & own - kept:
+        kept |= more
+    return kept
+
+
+def _stays(node: ast.stmt, kept: set[str], names: list[str]) -> bool:
+    if _is_call(node):
+        return _calls_with(node, names)
+    bound = _bound([node])
+    return not bound or bool(bound & kept)
 
 
 def class_names(data: bytes, name: str) -> list[str]:
@@ -59,19 +103,28 @@ def _defines(node: ast.stmt, names: Iterable[str]) -> bool:
     return not isinstance(node, (ast.Import, ast.ImportFrom)) and bool(_bound([node]) & set(names))
 
 
+def _is_call(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+
+
 def _calls_with(node: ast.stmt, names: Iterable[str]) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and bool(_used([node]) & set(names))
+    return _is_call(node) and bool(_used([node]) & set(names))
 
 
 def _needed_imports(
-    upstream: ast.Module, own: ast.Module, selected: list[ast.stmt], names: list[str], name: str
+    upstream: ast.Module,
+    own: ast.Module,
+    selected: list[ast.stmt],
+    names: list[str],
+    name: str,
+    earlier: Sequence[str],
 ) -> list[ast.stmt]:
     theirs, there = _imports(upstream), _bound(upstream.body)
     clash = sorted(there & set(names))
     if clash:
         raise PatchError(f"{name} already defines {comma_list(clash)}", "an unpatched file", "restore the file")
     used = _used(selected) - _stored(selected) - set(dir(builtins))
-    unnamed = sorted(used & _bound(own.body) - set(_imports(own)) - set(names))
+    unnamed = sorted(used & _bound(own.body) - set(_imports(own)) - set(names) - set(earlier))
     if unnamed:
         raise PatchError(
             f"{name}: {comma_list(names)} need {comma_list(unnamed)}", "it named too", "add it to series.toml"

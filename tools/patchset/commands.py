@@ -1,4 +1,4 @@
-"""status, apply, verify and revert: each rolls an interrupted run back first, then looks, then acts."""
+"""status, apply, verify, revert and export: each rolls an interrupted run back first, then looks, then acts."""
 
 import contextlib
 import functools
@@ -6,14 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import disk
+from . import commits, disk
 from .errors import PatchError, raise_all
+from .git import ancestor, changed_in_git, head, is_working_tree
 from .lock import locked
-from .plan import make_plan, originals, Plan
+from .plan import make_plan, make_stages, originals, Plan, Stage
 from .record import Record
 from .series import load_series, Series
 from .store import inverse, Step, Store, Transaction
-from .target import changed_in_git, find_target, Target
+from .target import find_target, Target
 from .text import comma_list
 
 
@@ -43,26 +44,45 @@ class Patcher:
             self.say("  " + detail)
         return 0
 
-    def apply(self) -> int:
+    def apply(self, commit: bool = False) -> int:
+        base = self.base(commit)
         if self.applied and self.superseded():
             self.clear()
             self.say("torch was reinstalled or restored since it was patched: applying anew")
         if self.applied:
             self.refuse_edits()
+        if not self.applied and self.committed() is not None:
+            self.say(f"the last commits are the series, nothing to do: {self.target}")
+            return 0
         plan = self.plan()
-        if self.applied and plan.transaction == self.applied:
+        if self.applied and plan.transaction == self.applied._replace(commits=()):
+            if self.applied.commits and commit:  # perhaps killed before HEAD moved
+                self.move_head(forward=True)
             self.say(f"already patched, nothing to do: {self.target}")
             return 0
+        if self.applied and self.applied.commits:
+            raise PatchError(f"{self.target} has an earlier state of the series in its commits", "none", "revert first")
         self.refuse_unready(plan.transaction)
+        transaction = plan.transaction
+        if base is not None:
+            built = commits.build(self.store.root, base, self.stages(base))
+            transaction = transaction._replace(commits=(base, built[-1]))
         if self.applied:  # by another state of this patch set: the unpatched PyTorch lies between the two
             self.store.run(inverse(self.applied), {})
-        self.store.run(plan.transaction, plan.contents)
+        self.store.run(transaction, plan.contents)
         self.say(f"patched {len(plan.transaction.steps)} files: {self.target}")
-        if not plan.tested:
-            self.say(self.untested())
+        if base is not None:
+            self.applied = transaction
+            self.move_head(forward=True)
+            self.say(f"{len(self.series.patches)} commits on top of {base}")
+        if plan.caution:
+            self.say(plan.caution)
         return 0
 
     def verify(self) -> int:
+        if not self.applied and (committed := self.committed()) is not None:
+            self.say(f"verified {committed} files of the last {len(self.series.patches)} commits: {self.target}")
+            return 0
         if not self.applied:
             raise PatchError(f"{self.target} is not patched", "a patched PyTorch", "run apply")
         if self.superseded():
@@ -76,6 +96,9 @@ class Patcher:
 
     def revert(self) -> int:
         if not self.applied:
+            if self.target.is_checkout and self.committed() is not None:
+                remedy = f"leave it to git: git reset --keep HEAD~{len(self.series.patches)}"
+                raise PatchError(f"{self.target} was patched by its commits, not by this tool", "the latter", remedy)
             self.say(f"not patched, nothing to do: {self.target}")
             return 0
         if self.superseded():
@@ -84,9 +107,67 @@ class Patcher:
             return 0
         self.refuse_edits()
         self.refuse_unwritable(self.steps)
+        if self.applied.commits:
+            self.move_head(forward=False)
         self.store.run(inverse(self.applied), {})
         self.say(f"restored {len(self.steps)} files: {self.target}")
         return 0
+
+    def export(self, output: Path) -> int:
+        """Write the series as mails for `git am`, made for the commit that is checked out."""
+        output = output.resolve()
+        if output.is_relative_to(self.project.resolve()) or output.is_relative_to(self.store.root.resolve()):
+            remedy = "name a folder elsewhere: these diffs carry lines of PyTorch, and neither repository stores them"
+            raise PatchError(f"{output} lies in {self.project} or in {self.store.root}", "a folder outside", remedy)
+        base = head(self.store.root)
+        if self.applied and self.applied.commits[1:] == (base,):
+            base = self.applied.commits[0]
+        names = commits.export(self.store.root, base, self.stages(base), self.series.cover, output)
+        self.say(f"{len(names) - 1} patches on top of {base}, and a cover letter: {output}")
+        self.say(f"to have them on another clone: git am --keep-non-patch {output}/000[1-9]*.patch")
+        return 0
+
+    # --- commits
+
+    def base(self, commit: bool) -> str | None:
+        """The commit that the series goes on top of, if it is to be committed."""
+        if not commit:
+            return None
+        if not self.target.is_checkout:
+            raise PatchError(f"{self.target} is installed", "a git checkout for --commits", "apply without --commits")
+        if self.applied and not self.applied.commits:
+            raise PatchError(f"{self.target} is patched without commits", "an unpatched checkout", "revert first")
+        return head(self.store.root)
+
+    def stages(self, base: str) -> list[Stage]:
+        return make_stages(self.series, self.target, commits.originals_at(self.store.root, base))
+
+    def committed(self) -> int | None:
+        """How many files the series has in the last commits, as `git am` leaves them; None if these are others."""
+        root, count = self.store.root, len(self.series.patches)
+        if not self.target.is_checkout or not is_working_tree(root):
+            return None
+        if not all((root / path).exists() for patch in self.series.patches for path in patch.new):
+            return None
+        try:
+            files = {path: data for stage in self.stages(ancestor(root, count)) for path, data in stage.files.items()}
+        except PatchError:
+            return None
+        return len(files) if all(disk.read(root / path) == data for path, data in files.items()) else None
+
+    def move_head(self, forward: bool) -> None:
+        """From the commit before the series to the one after it, or back; done again, it changes nothing."""
+        assert self.applied is not None
+        before, after = self.applied.commits
+        found = head(self.store.root)
+        if found not in (before, after):
+            remedy = f"leave it to git: git revert {before}..{after}, or git reset --keep {before}"
+            raise PatchError(f"{self.target}: HEAD is {found}", f"{after}, the last commit of the series", remedy)
+        paths = [step.path for step in self.steps]
+        if forward:
+            commits.move_head(self.store.root, after, before, paths)
+        else:
+            commits.move_head(self.store.root, before, after, paths)
 
     # --- looking
 
@@ -96,12 +177,14 @@ class Patcher:
 
     def look(self) -> tuple[str, list[str]]:
         """One word for the state, and what belongs to it."""
+        if self.applied is None and self.committed() is not None:
+            return "committed", [f"the last {len(self.series.patches)} commits are the series; git can take them back"]
         if self.applied is None:
             try:
                 plan = self.plan()
             except PatchError as error:
                 return "unpatchable", str(error).split("\n")
-            return "unpatched", [] if plan.tested else [self.untested()]
+            return "unpatched", [plan.caution] if plan.caution else []
         if self.superseded():
             return "superseded", ["torch was reinstalled or restored since it was patched; apply patches it again"]
         edited = self.edited()
@@ -161,11 +244,6 @@ class Patcher:
         if state.sha256 == step.after.sha256:
             return PatchError(f"{step.path} has mode {state.mode:o}", f"{step.after.mode:o}", "restore it with chmod")
         return PatchError(f"{step.path} was changed in line {line}", "the patched bytes", REINSTALL)
-
-    def untested(self) -> str:
-        return (
-            f"untested: {self.target.version} has every anchor, but the tests ran on {comma_list(self.series.tested)}"
-        )
 
     # --- refusing
 

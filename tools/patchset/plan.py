@@ -6,24 +6,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import disk
-from .classes import insert_classes
+from .classes import insert_classes, part_of
 from .disk import FileState
 from .errors import PatchError, raise_all
 from .record import Record
 from .series import check_classes, Patch, Series
 from .store import Step, Store, Transaction
+from .symbols import lost, missing, Names
 from .target import Target, version_numbers
-from .text import sha256
+from .text import comma_list, sha256
 from .weave import weave
 
 
 Original = Callable[[str], tuple[FileState | None, bytes | None]]
 
 
+class Stage(NamedTuple):
+    """One patch of the series and the whole contents of the files that it changes."""
+
+    patch: Patch
+    files: dict[str, bytes]
+
+
 class Plan(NamedTuple):
     transaction: Transaction
     contents: dict[str, bytes]  # by sha256: before and after
-    tested: bool  # whether the series was tested on this version
+    caution: str | None  # what to say of a version that the tests did not run on
 
 
 def make_plan(series: Series, target: Target, original: Original, created: Sequence[str] = ()) -> Plan:
@@ -33,17 +41,46 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     Raises PatchError with everything that stands in the way: a version too old, a file that is not as installed, a
     new file that exists, an anchor that is missing.
     """
-    numbers = version_numbers(target.version)
-    if numbers < version_numbers(series.oldest):
+    planner, _ = _staged(series, target, original, created)
+    return Plan(planner.transaction(), planner.contents, _caution(series, target.version))
+
+
+def _caution(series: Series, version: str) -> str | None:
+    tested, fits = ([version_numbers(known) for known in versions] for versions in (series.tested, series.fits))
+    if version_numbers(version) in tested:
+        return None
+    ran = f"the tests ran on {comma_list(series.tested)}"
+    if version_numbers(version) in fits:
+        return f"{version} is known to fit, but {ran}"
+    return f"untested: {version} has every anchor and every name that is needed, but {ran}"
+
+
+def make_stages(series: Series, target: Target, original: Original) -> list[Stage]:
+    """The series one patch at a time; raises as make_plan does."""
+    return _staged(series, target, original, ())[1]
+
+
+def _staged(
+    series: Series, target: Target, original: Original, created: Sequence[str]
+) -> tuple["_Planner", list[Stage]]:
+    if version_numbers(target.version) < version_numbers(series.oldest):
         raise PatchError(f"{target}", f"version {series.oldest} or newer", "patch a newer PyTorch")
     if target.is_checkout:
         check_classes(series)
-    planner = _Planner(series, target, original, created)
+    planner, stages = _Planner(series, target, original, created), []
+    before: dict[str, bytes] = {}
     for patch in series.patches:
         planner.add(patch)
+        after = planner.files()
+        stages.append(Stage(patch, {path: data for path, data in after.items() if before.get(path) != data}))
+        before = after
+    later: set[str] = set()
+    names: Names = {}
+    for stage in reversed(stages):
+        planner.errors += missing(stage.files, later, planner.exists, planner.read, names)
+        later |= {path for path in stage.files if original(path)[0] is None}
     raise_all(planner.errors)
-    tested = numbers in [version_numbers(version) for version in series.tested]
-    return Plan(planner.transaction(), planner.contents, tested)
+    return planner, stages
 
 
 class _Planner:
@@ -51,6 +88,7 @@ class _Planner:
         self.series, self.target, self.original, self.created = series, target, original, created
         self.groups: dict[str, dict[str, bytes]] = {"new": {}, "record": {}, "replace": {}, "weave": {}}
         self.contents: dict[str, bytes] = {}
+        self.classes: dict[str, list[str]] = {}  # named so far, by test file
         self.errors: list[PatchError] = []
         self.record = Record(original(target.record)[1] or b"") if target.record else None
 
@@ -84,31 +122,43 @@ class _Planner:
         self.groups["new"][path] = self.series.source(path).read_bytes()
 
     def replace(self, path: str) -> None:
-        self.pristine(path)
-        self.groups["replace"][path] = self.series.source(path).read_bytes()
+        ours = self.series.source(path).read_bytes()
+        raise_all(lost(self.pristine(path), ours, path))
+        self.groups["replace"][path] = ours
 
     def woven(self, path: str) -> None:
         self.groups["weave"][path] = weave(self.pristine(path), self.series.edits(path), path)
 
     def test_classes(self, path: str, names: list[str]) -> None:
-        before = self.groups["new"].get(path) or self.pristine(path)
-        self.groups["new"][path] = insert_classes(before, self.series.source(path).read_bytes(), names, path)
+        ours = self.series.source(path).read_bytes()
+        earlier = list(self.classes.get(path, []))
+        self.classes[path] = earlier + names
+        if self.original(path)[0] is None:
+            self.groups["new"][path] = part_of(ours, self.classes[path], path)
+        else:
+            before = self.groups["new"].get(path) or self.pristine(path)
+            self.groups["new"][path] = insert_classes(before, ours, names, path, earlier)
 
     def page(self, page: str) -> None:
-        """A page has the suffix that this PyTorch gives it, or gives its index where the page is new."""
+        """A new page, in the markup of this PyTorch's index if it is there in both: Sphinx reads either in any tree."""
+        if Path(page).suffix:
+            return self.new(page)
         ours = [suffix for suffix in (".md", ".rst") if self.series.source(page + suffix).is_file()]
-        for place in (page, "docs/source/index"):
-            theirs = [suffix for suffix in (".md", ".rst") if self.original(place + suffix)[0] is not None]
-            if theirs:
-                break
-        suffix = next((suffix for suffix in theirs if suffix in ours), None)
-        if suffix is None:
-            raise PatchError(
-                f"{page}: the tree has {theirs}, docs_patch {ours}", "one suffix in common", "add the page"
-            )
-        self.groups["new"][page + suffix] = self.series.source(page + suffix).read_bytes()
+        present = [page + suffix for suffix in (".md", ".rst") if self.original(page + suffix)[0] is not None]
+        if present:
+            raise PatchError(f"{present[0]} is already there", "a PyTorch without it", "restore the checkout")
+        theirs = [suffix for suffix in ours if self.original("docs/source/index" + suffix)[0] is not None]
+        return self.new(page + (theirs or ours)[0])
 
     # --- checks and results
+
+    def read(self, path: str) -> bytes | None:
+        """What the patched PyTorch has at `path`, if it lies there to be read."""
+        return self.files().get(path) or self.original(path)[1]
+
+    def exists(self, path: str) -> bool:
+        """Whether the patched PyTorch has `path`, if only by RECORD."""
+        return self.read(path) is not None or (self.record is not None and path in self.record)
 
     def pristine(self, path: str) -> bytes:
         """The unpatched bytes of `path`."""
@@ -120,11 +170,14 @@ class _Planner:
             raise PatchError(found, "an unmodified file", "reinstall torch: pip install --force-reinstall --no-deps")
         return data
 
+    def files(self) -> dict[str, bytes]:
+        """Every file changed so far, in the order of writing; RECORD aside."""
+        return {path: data for group in self.groups.values() for path, data in group.items()}
+
     def transaction(self) -> Transaction:
         """New files first (nothing imports them yet), then RECORD, then what imports them; woven modules last."""
         if self.record and self.target.record:
-            changed = {path: data for group in self.groups.values() for path, data in group.items()}
-            self.groups["record"][self.target.record] = self.record.updated(changed)
+            self.groups["record"][self.target.record] = self.record.updated(self.files())
         steps = [self.step(path, data) for group in self.groups.values() for path, data in group.items()]
         return Transaction("apply", self.target.version, steps, self.missing_folders(steps))
 

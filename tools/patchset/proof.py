@@ -4,7 +4,7 @@ import ast
 from typing import Any
 
 from .errors import PatchError
-from .source import docstring_of, find_function, parsed, text_of
+from .source import docstring_of, find_assignment, find_function, parsed, text_of
 
 
 def prove_insertions(old: bytes, new: bytes, edits: list[dict[str, Any]], name: str) -> None:
@@ -12,6 +12,11 @@ def prove_insertions(old: bytes, new: bytes, edits: list[dict[str, Any]], name: 
     before, after = parsed(old, name), parsed(new, name)
     compile(new, name, "exec", dont_inherit=True)
     for edit in edits:
+        if "assignment" in edit:
+            find_assignment(before, edit["assignment"], name)
+            anchor = after.body.index(find_assignment(after, edit["assignment"], name))
+            _take_statements(after.body, anchor + 1, edit["block"], f"{name}: {edit['assignment']}")
+            continue
         original = find_function(before, edit["function"], name)
         function = find_function(after, edit["function"], name)
         _take_parameters(function, len(edit.get("parameters", [])))
@@ -44,18 +49,20 @@ def _take_entry(function: ast.FunctionDef, original: ast.FunctionDef, text: str,
 
 
 def _take_block(function: ast.FunctionDef, block: str, name: str) -> None:
+    start = 1 if docstring_of(function) is not None else 0
+    _take_statements(function.body, start, block, f"{name}: {function.name}")
+
+
+def _take_statements(body: list[ast.stmt], start: int, block: str, place: str) -> None:
     try:
         statements = ast.parse(block).body
     except SyntaxError as error:
-        raise PatchError(
-            f"{name}: {function.name}: block: {error}", "complete statements", "correct the edit"
-        ) from None
-    start = 1 if docstring_of(function) is not None else 0
-    inserted = function.body[start : start + len(statements)]
+        raise PatchError(f"{place}: block: {error}", "complete statements", "correct the edit") from None
+    inserted = body[start : start + len(statements)]
     if [ast.dump(node) for node in inserted] != [ast.dump(node) for node in statements]:
         raise PatchError(
-            f"{name}: {function.name}: the block changed its meaning when indented",
+            f"{place}: the block changed its meaning when indented",
             "no string over several lines in a block",
             "correct the edit",
         )
-    del function.body[start : start + len(statements)]
+    del body[start : start + len(statements)]

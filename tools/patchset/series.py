@@ -10,7 +10,7 @@ from .text import comma_list
 from .weave import check_edit, Edit
 
 
-_LISTS = ("resolves", "tests", "new", "replace", "weave", "classes", "docs")
+_LISTS = ("resolves", "new", "replace", "weave", "classes", "docs")
 _HERE = "torch_patch/series.toml"
 
 
@@ -19,19 +19,27 @@ class Patch(NamedTuple):
 
     subject: str
     why: str
-    resolves: list[str]
-    tests: list[str]  # that show it works, as arguments of pytest
+    resolves: list[int]  # upstream's issues
     new: list[str]  # whole files that upstream does not have
     replace: list[str]  # whole files that take the place of upstream's
     weave: list[str]  # upstream modules that receive insertions
-    classes: list[str]  # test/FILE.py::Name, for upstream's test files
-    docs: list[str]  # documentation pages
+    classes: list[str]  # test/FILE.py::Name: its tests, for upstream's test files
+    docs: list[str]  # documentation: pages without their suffix, other files with it
+
+
+class Cover(NamedTuple):
+    """The letter that goes with an export."""
+
+    subject: str
+    text: str
 
 
 class Series(NamedTuple):
     folder: Path  # of this project
+    cover: Cover
     oldest: str
-    tested: list[str]
+    tested: list[str]  # versions that the tests ran on
+    fits: list[str]  # versions that were patched, verified and reverted
     patches: list[Patch]
 
     def source(self, path: str) -> Path:
@@ -54,12 +62,13 @@ def load_series(folder: Path) -> Series:
     """Read and check the series of the project in `folder`."""
     fields = _parsed(folder / _HERE)
     supported = fields.pop("supported", {})
+    cover = fields.pop("cover", {})
     rows = fields.pop("patch", [])
-    if fields or sorted(supported) != ["oldest", "tested"] or not rows:
-        raise PatchError(
-            f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'}", "[supported] and [[patch]]", "see there"
-        )
-    series = Series(folder, supported["oldest"], supported["tested"], [_patch(row) for row in rows])
+    if fields or sorted(supported) != ["fits", "oldest", "tested"] or sorted(cover) != ["subject", "text"] or not rows:
+        found = f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'} beside [supported], [cover] and [[patch]]"
+        raise PatchError(found, "oldest, tested and fits, subject and text, and patches", "see its first lines")
+    patches = [_patch(row) for row in rows]
+    series = Series(folder, Cover(**cover), patches=patches, **supported)
     _check_files(series)
     return series
 
@@ -99,8 +108,13 @@ def _check_files(series: Series) -> None:
 
 
 def check_classes(series: Series) -> None:
-    """Every class of the test files that the series names is named, and exists. An installed torch needs no tests."""
-    errors = []
+    """What a checkout needs and an installed torch does not: every class of the test files that the series names is
+    named, and exists; so is every file of the documentation."""
+    pages = [page for patch in series.patches for page in patch.docs]
+    top = series.folder / "docs_patch"
+    files = {f"docs/{file.relative_to(top).as_posix()}" for file in top.rglob("*") if is_source(file)}
+    found = {name if name in pages else name.removesuffix(Path(name).suffix) for name in files}
+    errors = _compared(sorted(pages), sorted(found))
     entries = [entry for patch in series.patches for entry in patch.classes]
     for path in dict.fromkeys(entry.split("::")[0] for entry in entries):
         data = disk.read(series.source(path))
@@ -109,6 +123,10 @@ def check_classes(series: Series) -> None:
             [entry for entry in entries if entry.startswith(path + "::")], [f"{path}::{c}" for c in classes]
         )
     raise_all(errors)
+
+
+def is_source(file: Path) -> bool:
+    return file.is_file() and "__pycache__" not in file.parts
 
 
 def _compared(named: list[str], found: list[str]) -> list[PatchError]:

@@ -34,6 +34,23 @@ def find_function(tree: ast.Module, function: str, name: str) -> ast.FunctionDef
     return found[0]
 
 
+def find_assignment(tree: ast.Module, variable: str, name: str) -> ast.stmt:
+    """The one statement at module level that assigns to this variable alone, annotated or not."""
+    found: list[ast.stmt] = []
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) and node.value is not None else targets
+        if len(targets) == 1 and isinstance(targets[0], ast.Name) and targets[0].id == variable:
+            found.append(node)
+    if len(found) != 1:
+        raise PatchError(
+            f"{name}: {len(found)} assignments to {variable} at module level",
+            "exactly one",
+            "this version of PyTorch is not supported",
+        )
+    return found[0]
+
+
 def docstring_of(function: ast.FunctionDef) -> ast.Constant | None:
     """The node of the docstring, if the function has one."""
     statement = function.body[0]

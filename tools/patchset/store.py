@@ -36,6 +36,7 @@ class Transaction(NamedTuple):
     version: str  # of the PyTorch
     steps: list[Step]
     folders: list[str]  # that do not exist without the patch, outermost first
+    commits: tuple[str, ...] = ()  # HEAD before and after, where the patch is committed as well
 
 
 class Store:
@@ -169,7 +170,7 @@ class Store:
 
 def inverse(transaction: Transaction) -> Transaction:
     steps = [Step(s.path, s.after, s.before) for s in reversed(transaction.steps)]
-    return Transaction("revert", transaction.version, steps, transaction.folders)
+    return transaction._replace(action="revert", steps=steps)
 
 
 def _dump(transaction: Transaction) -> bytes:
@@ -185,7 +186,8 @@ def _load(path: Path) -> Transaction | None:
         if fields.pop("format") != FORMAT:
             raise ValueError("another format")
         steps = [Step(name, _state(before), _state(after)) for name, before, after in fields.pop("steps")]
-        return Transaction(steps=steps, **fields)
+        commits = tuple(fields.pop("commits", ()))
+        return Transaction(steps=steps, commits=commits, **fields)
     except (ValueError, TypeError, KeyError):
         raise PatchError(
             f"{path} is not readable", f"JSON of format {FORMAT}", "use the patch set that wrote it, or reinstall torch"

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 import urllib.parse
 import urllib.request
@@ -136,16 +135,3 @@ def _editable(folder: Path) -> Path | None:
             return Path(urllib.request.url2pathname(urllib.parse.urlparse(source["url"]).path)).resolve()
     link = disk.read(folder / "torch.egg-link")
     return Path(link.decode("utf-8").split("\n")[0].strip()).resolve() if link else None
-
-
-def changed_in_git(root: Path, paths: list[str]) -> list[str] | None:
-    """Those of `paths` that differ from the commit checked out; None where `root` is no git working tree."""
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames", "--"]
-    try:
-        done = subprocess.run(command + paths, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", b"") or str(error).encode()
-        raise PatchError(f"git status in {root} failed: {detail.decode().strip()}", "an answer", "repair git") from None
-    return [entry[3:] for entry in done.stdout.decode("utf-8").split("\0") if entry]

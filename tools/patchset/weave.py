@@ -1,8 +1,9 @@
-"""Insertions into functions of an upstream module, at places found by `ast`.
+"""Insertions into an upstream module, at places found by `ast`.
 
 An edit names a function at module level and gives up to three texts: parameters for the end of its keyword-only
-section, an entry for its docstring, a block of code for the top of its body. Whole lines are inserted and none is
-changed, so that no upstream line need be stored and one edit serves every version that still has the anchors.
+section, an entry for its docstring, a block of code for the top of its body. Or it names a variable that is assigned
+at module level, and gives a block of code to follow the assignment. Whole lines are inserted and none is changed, so
+that no upstream line need be stored and one edit serves every version that still has the anchors.
 """
 
 import ast
@@ -11,7 +12,7 @@ from typing import Any
 
 from .errors import PatchError, raise_all
 from .proof import prove_insertions
-from .source import decoded, docstring_of, end_of, find_function, parsed
+from .source import decoded, docstring_of, end_of, find_assignment, find_function, parsed
 from .text import comma_list, indented, leading_space, newline_of, split_lines
 
 
@@ -53,11 +54,16 @@ def _obstacle(tree: ast.Module, lines: list[str], edit: Edit, name: str, inserti
 
 def check_edit(edit: Edit, name: str) -> None:
     """Refuse an edit that is not written as this module's first lines say."""
+    if "assignment" in edit:
+        if set(edit) != {"assignment", "block"}:
+            found = f"{name}: an edit with the keys {comma_list(sorted(edit))}"
+            raise PatchError(found, "assignment and block", "correct the edit")
+        return
     unknown = sorted(set(edit) - _KEYS)
     if unknown or "function" not in edit or not set(edit) & {"parameters", "docstring", "block"}:
         raise PatchError(
             f"{name}: an edit with the keys {comma_list(sorted(edit)) or '(none)'}",
-            "function and at least one of parameters, docstring (with docstring_after), block",
+            "function and at least one of parameters, docstring (with docstring_after), block; or assignment and block",
             "correct the edit",
         )
     function = edit["function"]
@@ -70,6 +76,10 @@ def check_edit(edit: Edit, name: str) -> None:
 
 
 def _insert_edit(tree: ast.Module, lines: list[str], edit: Edit, name: str, insertions: Insertions) -> None:
+    if "assignment" in edit:
+        number, texts = _assignment_place(tree, lines, edit, name)
+        insertions.setdefault(number, []).extend(texts)
+        return
     function = find_function(tree, edit["function"], name)
     places = []
     if edit.get("parameters"):
@@ -80,6 +90,17 @@ def _insert_edit(tree: ast.Module, lines: list[str], edit: Edit, name: str, inse
         places.append(_block_place(function, lines, edit, name))
     for number, texts in places:
         insertions.setdefault(number, []).extend(texts)
+
+
+def _assignment_place(tree: ast.Module, lines: list[str], edit: Edit, name: str) -> tuple[int, list[str]]:
+    end, column_after = end_of(find_assignment(tree, edit["assignment"], name))
+    rest = lines[end - 1].encode("utf-8")[column_after:]
+    if rest.strip() and not rest.strip().startswith(b"#"):
+        found = f"{name}: {edit['assignment']}: {rest.decode('utf-8').strip()!r} after the assignment"
+        raise PatchError(found, "the end of the line", _UNSUPPORTED)
+    if not lines[end - 1].endswith("\n"):
+        raise PatchError(f"{name}: no end of line after {edit['assignment']}", "one", _UNSUPPORTED)
+    return end, indented(edit["block"], "", newline_of(lines[end - 1]))
 
 
 def _parameters_place(function: ast.FunctionDef, lines: list[str], edit: Edit, name: str) -> tuple[int, list[str]]:

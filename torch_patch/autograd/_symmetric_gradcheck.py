@@ -7,7 +7,10 @@ of the composition at a symmetric X is P(G), with G what func's backward returne
 second question, which `check_symmetric_grad` asks of func alone.
 """
 
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
 import torch
+from torch import Tensor
 from torch.autograd.gradcheck import gradcheck, GradcheckError, gradgradcheck
 from torch.overrides import is_tensor_like
 
@@ -15,11 +18,23 @@ from torch.overrides import is_tensor_like
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _BLOCKED = (torch.sparse_bsr, torch.sparse_bsc)
 
+_Function = Callable[..., Any]
+_Inputs = Tuple[Any, ...]
+_Flags = Union[bool, Sequence[bool]]
+
 # What torch.sparse.as_sparse_gradcheck puts before the pieces into which it takes a sparse input apart.
 _TAKEN_APART = "__STRIDED_REPRESENTATION__"
 
 
-def symmetric_gradcheck(*, func, inputs, symmetric, check_symmetric_grad, raise_exception, **options):
+def symmetric_gradcheck(
+    *,
+    func: _Function,
+    inputs: Any,
+    symmetric: _Flags,
+    check_symmetric_grad: bool,
+    raise_exception: bool,
+    **options: Any,
+) -> bool:
     """gradcheck with the inputs marked by `symmetric` restricted to symmetric matrices.
 
     Args:
@@ -48,7 +63,16 @@ def symmetric_gradcheck(*, func, inputs, symmetric, check_symmetric_grad, raise_
     return _symmetric_gradients(f"gradcheck: expected the {what}", func, inputs, marked, raise_exception, options)
 
 
-def symmetric_gradgradcheck(*, func, inputs, grad_outputs, symmetric, check_symmetric_grad, raise_exception, **options):
+def symmetric_gradgradcheck(
+    *,
+    func: _Function,
+    inputs: Any,
+    grad_outputs: Any,
+    symmetric: _Flags,
+    check_symmetric_grad: bool,
+    raise_exception: bool,
+    **options: Any,
+) -> bool:
     """gradgradcheck with the inputs marked by `symmetric` restricted to symmetric matrices.
 
     What is checked is the derivative of P(G), with G the gradient of func at P(X). `check_symmetric_grad` demands that
@@ -74,7 +98,7 @@ def symmetric_gradgradcheck(*, func, inputs, grad_outputs, symmetric, check_symm
 # Arguments
 
 
-def _marked(name, inputs, symmetric, check_symmetric_grad):
+def _marked(name: str, inputs: _Inputs, symmetric: _Flags, check_symmetric_grad: bool) -> List[int]:
     """Indices of the inputs to be restricted: flagged, differentiable, and found to be symmetric matrices."""
     if any(isinstance(x, str) and x == _TAKEN_APART for x in inputs):
         raise ValueError(
@@ -101,7 +125,7 @@ def _marked(name, inputs, symmetric, check_symmetric_grad):
     return marked
 
 
-def _flags(name, inputs, symmetric):
+def _flags(name: str, inputs: _Inputs, symmetric: _Flags) -> Sequence[bool]:
     if isinstance(symmetric, bool):
         return [symmetric and is_tensor_like(x) for x in inputs]
     if not isinstance(symmetric, (list, tuple)) or not all(isinstance(flag, bool) for flag in symmetric):
@@ -114,7 +138,7 @@ def _flags(name, inputs, symmetric):
     return symmetric
 
 
-def _require_square(name, i, x):
+def _require_square(name: str, i: int, x: Tensor) -> None:
     if x.dim() < 2 or x.shape[-2] != x.shape[-1]:
         raise ValueError(
             f"{name}: expected input {i}, marked symmetric, to have shape (*, m, m), got {tuple(x.shape)}; "
@@ -122,7 +146,7 @@ def _require_square(name, i, x):
         )
 
 
-def _require_known_layout(name, i, x):
+def _require_known_layout(name: str, i: int, x: Tensor) -> None:
     if x.layout is torch.strided:
         return
     if x.layout is torch.sparse_coo and x.dense_dim() == 0:
@@ -135,7 +159,7 @@ def _require_known_layout(name, i, x):
     )
 
 
-def _require_symmetric_input(name, i, x):
+def _require_symmetric_input(name: str, i: int, x: Tensor) -> None:
     dense = x if x.layout is torch.strided else x.to_dense()  # (*, m, m)
     skew, size = _skew_and_size(dense)
     # X formed as M M^H or by averaging is symmetric but for the rounding of its entries: sums of at most about m
@@ -160,12 +184,12 @@ def _require_symmetric_input(name, i, x):
 # The projection P
 
 
-def _hermitian_part(x):
+def _hermitian_part(x: Tensor) -> Tensor:
     """(X + X^H)/2 in the layout of X, differentiable any number of times, for each layout of a marked input."""
     return _strided_part(x) if x.layout is torch.strided else _SparsePart.apply(x)
 
 
-def _strided_part(x):
+def _strided_part(x: Tensor) -> Tensor:
     xh = x.transpose(-2, -1)
     # Not x.mH: the lazy conjugate has no batching rule in the vmap that checks batched forward gradients.
     return (x + (xh.conj_physical() if x.is_complex() else xh)) / 2
@@ -176,7 +200,7 @@ class _SparsePart(torch.autograd.Function):
     differentiable for complex entries and need not be: P is its own backward."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         coo = _coo(x)
         part = ((coo + coo.transpose(-2, -1).conj_physical()) * 0.5).coalesce()
@@ -186,18 +210,18 @@ class _SparsePart(torch.autograd.Function):
         return part.to_sparse(layout=x.layout, blocksize=blocksize)
 
     @staticmethod
-    def backward(ctx, gP):
+    def backward(ctx: Any, gP: Optional[Tensor]) -> Optional[Tensor]:
         return None if gP is None else _hermitian_part(gP)
 
 
-def _coo(x):
+def _coo(x: Tensor) -> Tensor:
     return x if x.layout is torch.sparse_coo else x.to_sparse(layout=torch.sparse_coo)
 
 
-def _along_symmetric(name, func, marked):
+def _along_symmetric(name: str, func: _Function, marked: List[int]) -> _Function:
     """func after P on the inputs of index `marked`; func must leave those alone, as gradcheck demands of any input."""
 
-    def composed(*inputs):
+    def composed(*inputs: Any) -> Any:
         inputs = tuple(_hermitian_part(x) if i in marked else x for i, x in enumerate(inputs))
         # func gets a temporary, where autograd would not object to a change in place as it does for a leaf.
         versions = [inputs[i]._version for i in marked]
@@ -216,7 +240,9 @@ def _along_symmetric(name, func, marked):
 # The gradient of func itself
 
 
-def _symmetric_gradients(expected, func, inputs, marked, raise_exception, options):
+def _symmetric_gradients(
+    expected: str, func: _Function, inputs: _Inputs, marked: List[int], raise_exception: bool, options: Dict[str, Any]
+) -> bool:
     try:
         _require_symmetric_gradients(expected, func, inputs, marked, options)
     except GradcheckError:
@@ -226,7 +252,9 @@ def _symmetric_gradients(expected, func, inputs, marked, raise_exception, option
     return True
 
 
-def _require_symmetric_gradients(expected, func, inputs, marked, options):
+def _require_symmetric_gradients(
+    expected: str, func: _Function, inputs: _Inputs, marked: List[int], options: Dict[str, Any]
+) -> None:
     """GradcheckError unless, for the cotangents of the mode, all gradients of all outputs are symmetric."""
     wanted = [inputs[i] for i in marked]
     for j, output in enumerate(_as_tuple(func(*inputs))):
@@ -239,7 +267,7 @@ def _require_symmetric_gradients(expected, func, inputs, marked, options):
                     _require_symmetric_gradient(expected.format(j, i), G.detach(), options)
 
 
-def _require_symmetric_gradient(expected, G, options):
+def _require_symmetric_gradient(expected: str, G: Tensor, options: Dict[str, Any]) -> None:
     skew, size = _skew_and_size(G if G.layout is torch.strided else G.to_dense())
     bad = ~(skew <= options["atol"] + options["rtol"] * size)
     if bad.any():
@@ -249,7 +277,7 @@ def _require_symmetric_gradient(expected, G, options):
         )
 
 
-def _cotangents(output, fast_mode):
+def _cotangents(output: Tensor, fast_mode: bool) -> Iterator[Tensor]:
     """Slow mode: a real basis of output's space. Fast mode: one random element, blind to a skew part with chance 0."""
     if fast_mode:
         yield _random_like(output)
@@ -257,20 +285,20 @@ def _cotangents(output, fast_mode):
     for index in range(output.numel()):
         for unit in (1, 1j) if output.is_complex() else (1,):
             cotangent = torch.zeros_like(output, memory_format=torch.contiguous_format)
-            cotangent.view(-1)[index] = unit
+            cotangent.view(-1)[index].fill_(unit)
             yield cotangent
 
 
-def _random_like(x):
+def _random_like(x: Tensor) -> Tensor:
     # A generator of its own: the user's random state stays as it is, and a failure can be repeated.
     generator = torch.Generator(device="cpu").manual_seed(0)
     return torch.randn(x.shape, dtype=x.dtype, device="cpu", generator=generator).to(x.device)
 
 
-def _first_gradients(func, marked, grad_outputs):
+def _first_gradients(func: _Function, marked: List[int], grad_outputs: Any) -> _Function:
     """inputs -> the gradients of func, one per input, projected for marked inputs and None for constant ones."""
 
-    def gradients(*inputs):
+    def gradients(*inputs: Any) -> Tuple[Optional[Tensor], ...]:
         outputs = [y for y in _as_tuple(func(*inputs)) if is_tensor_like(y) and y.requires_grad]
         weights = [_random_like(y) for y in outputs] if grad_outputs is None else _as_tuple(grad_outputs)
         wanted = [i for i, x in enumerate(inputs) if is_tensor_like(x) and x.requires_grad]
@@ -287,27 +315,27 @@ def _first_gradients(func, marked, grad_outputs):
 # Measures and words
 
 
-def _skew_and_size(X):
+def _skew_and_size(X: Tensor) -> Tuple[Tensor, Tensor]:
     """Frobenius norms of (X - X^H)/2 and of X, each of shape (*), for dense X (*, m, m)."""
     return torch.linalg.matrix_norm((X - X.mH) / 2), torch.linalg.matrix_norm(X)
 
 
-def _worst(skew, size, bad):
+def _worst(skew: Tensor, size: Tensor, bad: Tensor) -> str:
     """The largest skew part among the bad matrices relative to the matrix, and where in the batch it is."""
     ratio = torch.where(bad, skew / size, -1).flatten()  # NaN is bad, and argmax takes it for the largest
     worst = int(ratio.argmax())
     if skew.dim() == 0:
         return f"{ratio[worst]:.1e}"
-    place = []
+    place: List[int] = []
     for length in reversed(skew.shape):
         worst, k = divmod(worst, length)
         place.insert(0, k)
     return f"{ratio.max():.1e} in matrix {tuple(place)} of the batch"
 
 
-def _kind(x):
+def _kind(x: Tensor) -> str:
     return "Hermitian" if x.is_complex() else "symmetric"
 
 
-def _as_tuple(x):
+def _as_tuple(x: Any) -> Tuple[Any, ...]:
     return tuple(x) if isinstance(x, (list, tuple)) else (x,)

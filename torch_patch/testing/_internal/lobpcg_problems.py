@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Hermitian eigenproblems A x = lambda B x whose spectra are known without solving them.
 
 Tests, examples and benchmarks of ``torch.lobpcg`` draw their problems from here. Each spectrum is a closed form or
@@ -46,9 +47,9 @@ class Problem:
 
     name: str
     m: int
-    assemble: Callable
-    eigenvalues: Callable
-    vectors: Optional[Callable] = None
+    assemble: Callable[[], tuple[torch.Tensor, Optional[torch.Tensor]]]
+    eigenvalues: Callable[[], torch.Tensor]
+    vectors: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     condition: float = 1.0
     is_complex: bool = False
     generalized: bool = False
@@ -107,11 +108,11 @@ class Problem:
         if dtype.is_complex and not self.is_complex:
             u = _phases(self.m)
             A, B = _congruence(A, u), None if B is None else _congruence(B, u)
-        A, B = (None if M is None else _LAYOUTS[layout](M.to(dtype), block).to(device) for M in (A, B))
-        return A, B
+        return tuple(None if M is None else _LAYOUTS[layout](M.to(dtype), block).to(device) for M in (A, B))
 
     def eigenvectors(self, k, largest=False, dtype=torch.float64, device="cpu"):
         """Exact eigenvectors of the k wanted pairs (m, k), in the order of ``extreme``."""
+        assert self.vectors is not None, f"{self.name}: no eigenvectors are known"
         j = torch.arange(k)
         X = self.vectors(self.m - 1 - j if largest else j)
         if dtype.is_complex and not self.is_complex:
@@ -171,7 +172,7 @@ def _band(diagonal, *offs):
     return _coo(m, i, j, torch.cat(offs), diagonal)
 
 
-def _grid_edges(sizes):
+def _grid_edges(sizes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs (i, j) of neighbours in a rectangular grid numbered in row-major order."""
     number = torch.arange(math.prod(sizes)).reshape(sizes)
     pairs = [(number.narrow(a, 0, s - 1).flatten(), number.narrow(a, 1, s - 1).flatten()) for a, s in enumerate(sizes)]

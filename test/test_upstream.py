@@ -1,0 +1,150 @@
+"""tools/upstream_tests.py: the copy of the tests, what is recorded of a run, and what counts as fixed and broken."""
+
+import importlib.util
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import fake_pytorch as fake
+import pytest
+from upstream import source
+
+
+SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "upstream_tests.py"
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("upstream_tests", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DONE = {"": "finished"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fixed", "broken", "unfinished"),
+    [
+        ({"a": "failed", **DONE}, {"a": "passed", **DONE}, ["a"], [], False),
+        ({"a": "passed", **DONE}, {"a": "failed", **DONE}, [], ["a"], False),
+        ({"a": "passed", **DONE}, {"a": "crashed"}, [], ["a"], True),
+        ({"a": "failed", **DONE}, {"a": "failed", **DONE}, [], [], False),
+        ({"a": "failed", **DONE}, {"a": "skipped", **DONE}, [], [], False),  # hidden, not fixed
+        ({"a": "failed", **DONE}, DONE, [], [], False),
+        (DONE, {"ours": "failed", **DONE}, [], ["ours"], False),
+        ({"a": "passed"}, {"a": "passed"}, [], [], False),  # neither came to its end
+        ({"a": "passed", **DONE}, {"a": "passed"}, [], [], True),
+    ],
+)
+def test_what_counts(tool, before, after, fixed, broken, unfinished):
+    assert tool.compare(before, after) == (fixed, broken, unfinished)
+
+
+TESTS = """
+import os
+import unittest
+
+class T(unittest.TestCase):
+    def test_right(self):
+        pass
+
+    def test_wrong(self):
+        self.fail()
+
+    def test_left_out(self):
+        self.skipTest("why not")
+
+    def tearDown(self):
+        assert "test_late" not in self.id()
+
+    def test_late(self):
+        pass
+
+    def test_slow_gradcheck(self):
+        assert os.environ["PYTORCH_TEST_WITH_SLOW_GRADCHECK"] == "1"
+"""
+
+
+def outcomes(tool, monkeypatch, folder, text, timeout=60.0):
+    job = tool.Job("sub/test_x.py", slow_gradcheck=True)
+    monkeypatch.setattr(tool, "JOBS", [job])
+    fake.write_files(folder, {"tests/sub/test_x.py": text.encode()})
+    runner = tool.Runner("baseline", sys.executable, None, folder / "tests", timeout)
+    return {name.split("::")[-1]: outcome for name, outcome in runner.run(job).items()}
+
+
+def test_record_of_a_run(tool, monkeypatch, tmp_path):
+    assert outcomes(tool, monkeypatch, tmp_path, TESTS) == {
+        "test_right": "passed",
+        "test_wrong": "failed",
+        "test_left_out": "skipped",
+        "test_late": "failed",
+        "test_slow_gradcheck": "passed",
+        "": "finished",
+    }
+
+
+def test_record_of_a_crash_and_of_a_file_that_is_cut_short(tool, monkeypatch, tmp_path):
+    crash = TESTS.replace("self.fail()", "os._exit(3)")
+    found = outcomes(tool, monkeypatch, tmp_path / "crash", crash)
+    assert found["test_wrong"] == "crashed"
+    assert found["test_right"] == "passed"
+    assert "" not in found
+    hang = TESTS.replace("self.fail()", "__import__('time').sleep(60)")
+    found = outcomes(tool, monkeypatch, tmp_path / "hang", hang, timeout=5.0)
+    assert found["test_wrong"] == "crashed"
+
+
+def test_record_of_a_file_that_cannot_be_imported(tool, monkeypatch, tmp_path):
+    assert outcomes(tool, monkeypatch, tmp_path, "import nowhere_at_all\n")["(collection)"] == "failed"
+
+
+@pytest.mark.parametrize("woven", [False, True])
+def test_copy_of_the_tests(tool, monkeypatch, tmp_path, project, woven):
+    monkeypatch.setattr(tool, "ROOT", project)
+    monkeypatch.setattr(tool, "JOBS", [tool.Job("test_autograd.py")])
+    monkeypatch.setattr(tool, "RENAMED", {"old_name": ("json", "dumps"), "loads": ("json", "dumps")})
+    tree = fake.make_checkout(tmp_path / "pytorch", git=False)
+    text = b"use(old_name, my_old_name, loads)\nsuper(self.__class__, self).setUp()\n" + fake.THEIR_TESTS
+    fake.write_files(tree, {"test/test_autograd.py": text, "test/data/expected": b"loads old_name"})
+    before = fake.snapshot(tree)
+    tool.copy_tests(tree, tmp_path / "tests", woven, sys.executable)
+    assert fake.snapshot(tree) == before
+    copied = (tmp_path / "tests/test_autograd.py").read_text()
+    assert copied.startswith("use(dumps, my_old_name, loads)\nsuper().setUp()\n")
+    assert ("class TestSymmetric" in copied) == woven
+    assert (tmp_path / "tests/data/expected").read_bytes() == b"loads old_name"
+
+
+def test_the_two_pytorches(tool, monkeypatch, tmp_path, project, wheel):
+    monkeypatch.setattr(tool, "ROOT", project)
+    for state in ("unpatched", "patched"):
+        if state == "patched":
+            fake.run("apply", project, wheel)
+        patched, baseline = tool.make_pytorches(wheel, tmp_path / state)
+        assert (baseline / "torch/_lobpcg.py").read_bytes() == fake.LOBPCG
+        assert (patched / "torch/_lobpcg.py").read_bytes() == fake.PATCHED_LOBPCG
+        assert not (baseline / "torch/_lobpcg_worker.py").exists()
+
+
+def test_unpacking_takes_what_is_wanted(tmp_path):
+    fake.write_files(tmp_path / "pytorch-v9", dict.fromkeys(("setup.py", "test/a.py", "aten/b.cpp", "setup.cfg"), b""))
+    with tarfile.open(tmp_path / "source.tar.xz", "w:xz") as packed:
+        packed.add(tmp_path / "pytorch-v9", "pytorch-v9")
+    assert source._unpack(tmp_path / "source.tar.xz", tmp_path / "tree") == "tree/pytorch-v9"
+    files = [path for path in fake.snapshot(tmp_path / "tree/pytorch-v9") if "." in path]
+    assert sorted(files) == ["setup.py", "test/a.py"]
+
+
+def test_no_apt(monkeypatch, tmp_path):
+    monkeypatch.setattr(source.shutil, "which", lambda name: None)
+    with pytest.raises(source.FetchError, match="--tree"):
+        source.fetched(tmp_path / "source")
+    assert not (tmp_path / "source").exists()
+    command = [sys.executable, str(SCRIPT), "--baseline", sys.executable, "--tree", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"upstream_tests: {tmp_path} has no test/")

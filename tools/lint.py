@@ -1,0 +1,79 @@
+"""Style and types: ruff, its formatter, mypy on the tools, and mypy on what goes into torch, with torch around it.
+
+`tools/dev.py lint` runs this with what it needs installed. All four run; the exit status is 1 if one finds something.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from patchset.plan import make_stages, originals
+from patchset.series import load_series
+from patchset.steps import contents_after, make_overlay
+from patchset.store import Store
+from patchset.target import find_target
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPED = ROOT / "build" / "typed"  # a torch of links with torch_patch/ in it, where mypy takes it for sources
+
+# strict, as far as torch is annotated: it is called without annotations, and its operators return Any
+TYPES = """[mypy]
+python_version = 3.10
+strict = True
+disallow_untyped_calls = False
+disallow_subclassing_any = False
+warn_return_any = False
+implicit_reexport = True
+warn_unused_ignores = False
+follow_imports = silent
+
+[mypy-torch.*]
+ignore_errors = True
+"""
+
+# Modules that are not annotated throughout yet: mypy reads them for the others' sake, and reports nothing.
+LOOSE = (
+    "torch/_lobpcg.py",
+    "torch/_lobpcg_autograd.py",
+    "torch/_lobpcg_complement.py",
+    "torch/_lobpcg_conjugate_gradient.py",
+    "torch/_lobpcg_derivative.py",
+    "torch/_lobpcg_gauge.py",
+    "torch/_lobpcg_pattern.py",
+    "torch/_lobpcg_resolvent.py",
+)
+
+
+def patched_torch() -> list[str]:
+    """Make TYPED anew of the torch that this interpreter imports; the modules that the series puts there."""
+    series, target = load_series(ROOT), find_target(None)
+    store = Store(target.root)
+    original = originals(store, store.applied())
+    stages = make_stages(series, target, original)
+    shutil.rmtree(TYPED, ignore_errors=True)
+    make_overlay(TYPED, target.root, contents_after(stages, len(stages), original))
+    whole = [path for patch in series.patches for path in patch.new + patch.replace]
+    return [path for path in whole if path.startswith("torch/") and path.endswith(".py") and path not in LOOSE]
+
+
+def typed(files: list[str]) -> int:
+    modules = ",".join(file.removesuffix(".py").replace("/", ".") for file in files)
+    settings = TYPED / "mypy.ini"
+    settings.write_text(f"{TYPES}\n[mypy-{modules}]\nignore_errors = False\n", encoding="utf-8")
+    options = ["--config-file", str(settings), "--cache-dir", str(ROOT / ".mypy_cache")]
+    environment = {**os.environ, "MYPYPATH": str(TYPED)}
+    return subprocess.call([sys.executable, "-m", "mypy", *options, *files], cwd=TYPED, env=environment)
+
+
+def main() -> int:
+    commands = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
+    statuses = [subprocess.call([sys.executable, "-m", *command], cwd=ROOT) for command in commands]
+    statuses.append(typed(patched_torch()))
+    return 1 if any(statuses) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Run PyTorch's own tests with and without the patch, and say what the patch fixed and what it broke.
+
+The tests come from the source tree of a release (--tree; without it, Debian's source package is downloaded once). They
+run in a copy: on the baseline as they are, on the patched PyTorch with this project's classes woven in. A test counts
+as broken if it fails with the patch and does not without, or if it is one of ours and fails. Exit status 1 if there is
+one, or if a file came to its end on the baseline alone.
+
+With --python alone (default: .venv, else this interpreter) both PyTorches are made of the one it imports, patched or
+not, by links, and that one is only read. With --baseline both interpreters are taken as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from patchset.errors import PatchError
+from patchset.plan import make_stages, originals
+from patchset.series import load_series
+from patchset.steps import contents_after, make_overlay
+from patchset.store import Store
+from patchset.target import find_target
+from upstream.source import fetched, FetchError
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Job(NamedTuple):
+    """A file of PyTorch's tests, which of its tests, and what the environment is to say."""
+
+    file: str
+    select: str = ""  # pytest's -k
+    slow_gradcheck: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.file}{f' -k {self.select!r}' * bool(self.select)}{' (slow gradcheck)' * self.slow_gradcheck}"
+
+
+# What the patch can reach: its own functions, gradcheck, sparse gradients, and the lists of all functions and modules.
+JOBS = [
+    Job("test_autograd.py", "test_lobpcg", slow_gradcheck=True),
+    Job("test_linalg.py", "lobpcg"),
+    Job("test_lobpcg_formulas.py"),
+    Job("test_autograd.py"),
+    Job("autograd/test_functional.py"),
+    Job("test_overrides.py"),
+    Job("test_public_bindings.py"),
+    Job("dynamo/test_trace_rules.py"),
+    Job("test_sparse.py", "grad"),
+    Job("test_sparse_csr.py", "grad"),
+    Job("distributions/test_distributions.py", "grad"),
+]
+
+# Tests of an older release on a newer PyTorch: a helper that was renamed, where only the new name is there, and a call
+# of super that pytest's own instances of a class send into an endless recursion.
+RENAMED = {"bf32_on_and_off": ("torch.testing._internal.common_mkldnn", "reduced_f32_on_and_off")}
+RESPELLED = {"super(self.__class__, self)": "super()"}
+
+Outcomes = dict[str, str]  # test -> passed, failed, skipped, crashed; "" -> finished, where the file came to its end
+
+
+# --- the two trees of tests and the two PyTorches
+
+
+def copy_tests(tree: Path, folder: Path, woven: bool, python: str) -> None:
+    """The tests of `tree`, in which nothing changes, made to run on the PyTorch of `python`."""
+    if not (tree / "test").is_dir():
+        raise PatchError(f"{tree} has no test/", "the source tree of a release", "name it with --tree")
+    shutil.copytree(tree / "test", folder, symlinks=True)
+    if woven:
+        target = find_target(str(tree))
+        store = Store(target.root)
+        for stage in make_stages(load_series(ROOT), target, originals(store, store.applied())):
+            for path, data in stage.files.items():
+                if path.startswith("test/"):
+                    (folder / path[len("test/") :]).write_bytes(data)
+    changes = dict(RESPELLED)
+    for old, (module, new) in RENAMED.items():
+        probe = f"import {module} as m, sys; sys.exit(hasattr(m, {old!r}) or not hasattr(m, {new!r}))"
+        if subprocess.run([python, "-c", probe], check=False, capture_output=True).returncode == 0:
+            changes[old] = new
+    for file in {job.file for job in JOBS if (folder / job.file).exists()}:
+        text = (folder / file).read_text(encoding="utf-8")
+        for old, new in changes.items():
+            text = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", new, text)
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def torch_of(python: str) -> Path:
+    """The folder that holds the torch which `python` imports."""
+    probe = "import importlib.util as u; print(u.find_spec('torch').origin)"
+    done = subprocess.run([python, "-c", probe], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise PatchError(f"{python} finds no torch", "an interpreter that has one", "name it with --python")
+    return Path(done.stdout.strip()).parent.parent
+
+
+def make_pytorches(torch: Path, folder: Path) -> tuple[Path, Path]:
+    """The PyTorch in the folder `torch`, patched and unpatched, by links."""
+    target = find_target(str(torch))
+    store = Store(target.root)
+    original = originals(store, store.applied())
+    stages = make_stages(load_series(ROOT), target, original)
+    for name, number in (("patched", len(stages)), ("baseline", 0)):
+        make_overlay(folder / name, target.root, contents_after(stages, number, original))
+    return folder / "patched", folder / "baseline"
+
+
+# --- running
+
+
+class Runner(NamedTuple):
+    """One of the two sides: an interpreter, the PyTorch that goes in front of its own, the tests."""
+
+    name: str
+    python: str
+    torch: Path | None
+    tests: Path
+    timeout: float
+
+    def run(self, job: Job) -> Outcomes:
+        record = self.tests.parent / f"{self.name}-{JOBS.index(job)}.jsonl"
+        plugins = str(ROOT / "tools/upstream")
+        paths = [str(path) for path in (self.torch, plugins) if path is not None]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "UPSTREAM_RECORD": str(record)}
+        env |= {"PYTORCH_TEST_WITH_SLOW_GRADCHECK": "1"} if job.slow_gradcheck else {}
+        options = ["-q", "--tb=short", "--noconftest", "-p", "recorder", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options += ["-k", job.select] if job.select else []
+        command = [self.python, "-W", "ignore", "-m", "pytest", *options, Path(job.file).name]
+        place = (self.tests / job.file).parent
+        with open(record.with_suffix(".log"), "wb") as log, contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=place, env=env, stdout=log, stderr=log, timeout=self.timeout, check=False)
+        return read_record(record)
+
+
+def read_record(path: Path) -> Outcomes:
+    found: Outcomes = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        row = json.loads(line)
+        if row["outcome"] == "started":
+            found[row["test"]] = "crashed"  # unless more is heard of it
+        elif found.get(row["test"]) != "failed":
+            found[row["test"]] = row["outcome"]
+    return found
+
+
+# --- comparing
+
+
+class Difference(NamedTuple):
+    fixed: list[str]
+    broken: list[str]
+    unfinished: bool  # with the patch alone
+
+
+def compare(baseline: Outcomes, patched: Outcomes) -> Difference:
+    bad = ("failed", "crashed")
+    failing = [{test for test, outcome in side.items() if test and outcome in bad} for side in (baseline, patched)]
+    ran = {test for test, outcome in patched.items() if outcome == "passed"}
+    fixed = sorted(failing[0] & ran)
+    # Where the baseline was cut short, a test that it did not reach tells nothing, unless it is ours.
+    broken = sorted(failing[1] - failing[0])
+    return Difference(fixed, broken, "" in baseline and "" not in patched)
+
+
+def counts(outcomes: Outcomes) -> str:
+    words = [outcome for test, outcome in outcomes.items() if test]
+    text = f"{sum(w in ('failed', 'crashed') for w in words)} failed, {words.count('passed')} passed"
+    return text if "" in outcomes else text + ", cut short"
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tree", type=Path, help="source tree of a PyTorch release")
+    parser.add_argument("--python", help="the interpreter of the patched side")
+    parser.add_argument("--baseline", help="the interpreter of the unpatched side")
+    parser.add_argument("--only", action="append", metavar="WORD", help="files whose name contains WORD")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="files at the same time")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one file on one side")
+    parser.add_argument("--keep", type=Path, help="a folder to be made, for the logs and the copies")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parsed(arguments)
+    venv = ROOT / ".venv/bin/python"
+    python = options.python or str(venv if venv.exists() else sys.executable)
+    jobs = [job for job in JOBS if not options.only or any(word in str(job) for word in options.only)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.keep:
+            options.keep.mkdir(parents=True)
+            folder = options.keep.resolve()
+        try:
+            tree = options.tree or fetched(ROOT / "build" / "pytorch-source")
+            patched, baseline = (None, None) if options.baseline else make_pytorches(torch_of(python), folder)
+            copy_tests(tree, folder / "tests-baseline", False, options.baseline or python)
+            copy_tests(tree, folder / "tests-patched", True, python)
+        except (FetchError, PatchError) as error:
+            print(f"upstream_tests: {error}", file=sys.stderr)
+            return 2
+        sides = (
+            Runner("baseline", options.baseline or python, baseline, folder / "tests-baseline", options.timeout),
+            Runner("patched", python, patched, folder / "tests-patched", options.timeout),
+        )
+        with ThreadPoolExecutor(options.jobs) as pool:
+            running = [(job, [pool.submit(timed, side, job) for side in sides]) for job in jobs]
+            differences = [report(job, *(side.result() for side in both)) for job, both in running]
+    broken = [test for difference in differences for test in difference.broken]
+    unfinished = sum(difference.unfinished for difference in differences)
+    fixed = sum(len(difference.fixed) for difference in differences)
+    print(f"fixed: {fixed}; broken: {len(broken) or 'none'}" + f"; cut short: {unfinished} files" * bool(unfinished))
+    return 1 if broken or unfinished else 0
+
+
+def timed(side: Runner, job: Job) -> tuple[Outcomes, float]:
+    begin = time.monotonic()
+    return side.run(job), time.monotonic() - begin
+
+
+def report(job: Job, before: tuple[Outcomes, float], after: tuple[Outcomes, float]) -> Difference:
+    difference = compare(before[0], after[0])
+    print(f"{job}\n  without the patch: {counts(before[0])}, {before[1]:.0f} s")
+    print(f"  with the patch:    {counts(after[0])}, {after[1]:.0f} s")
+    for word, tests in (("fixed", difference.fixed), ("broken", difference.broken)):
+        for test in tests:
+            print(f"  {word}: {test}")
+    sys.stdout.flush()
+    return difference
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
