@@ -218,7 +218,8 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     skew = (G - G.mH).abs() / 2
     # Rounding in G of a loss that does not see the gauge: inner products of length m.
     noise = 8 * math.sqrt(m) * eps * amplitude
-    seen = equal & (skew > noise)
+    # A loss that is blind to the gauge of equal eigenvalues sees gap over distance of those that are equal to rounding.
+    seen = equal & (skew > noise + amplitude * gap / _distance(E, T, equal).unsqueeze(-1))
     if bool(seen.any()):
         i, j = _first(seen, 2)
         why = "the loss depends on the choice of eigenvectors among them"
@@ -242,6 +243,17 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
         total = torch.maximum(total, _size(gE.abs()))
     _check_blur(used & close, error, total, gap, eps)
     return distinct & ~equal & ~invariant
+
+
+def _distance(E: Tensor, T: Tensor, equal: Tensor) -> Tensor:
+    """(*, k): from each eigenvalue to the nearest that is not equal to it, infinite where there is none."""
+    inside = (E.unsqueeze(-1) - E.unsqueeze(-2)).abs()
+    same = equal | torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
+    distance = inside.masked_fill(same, math.inf).amin(-1)
+    if T.shape[-1]:
+        outside = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
+        distance = torch.minimum(distance, torch.where(outside > 0, outside, torch.full_like(outside, math.inf)))
+    return distance
 
 
 def _size(parts: Tensor) -> Tensor:
