@@ -1374,7 +1374,7 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         cases.append((tuple(M.to_sparse() for M in dense), {}))
         cases.append((tuple(M.to_sparse_csr() for M in dense), {}))
         for pencil, options in cases:
-            for function in (lambda A, B: results(A, B, k=3, largest=False, **options), tangents):  # noqa: B023
+            for function in (lambda A, B: results(A, B, k=3, largest=False, **options), tangents):
                 if function is tangents and pencil is not dense:
                     continue
                 expected = function(*pencil)
@@ -1609,7 +1609,7 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         ):
 
             def f(A):
-                return loss(*torch.lobpcg(A, **options))  # noqa: B023
+                return loss(*torch.lobpcg(A, **options))
 
             torch._dynamo.reset()
             for version in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):

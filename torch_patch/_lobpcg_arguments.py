@@ -130,7 +130,7 @@ def settle(
         # the time. Branches, not min and max: a traced m then leaves a bound on m behind and n a number.
         block = wanted + max(4, wanted)
         if m // 3 < block:
-            block = m // 3 if wanted < m // 3 else wanted
+            block = max(wanted, m // 3)
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
     name = "ortho" if method is None else method

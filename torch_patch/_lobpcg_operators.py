@@ -18,7 +18,13 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_autograd import LOBPCGAutogradFunction, mapped_operands, may_be_differentiated, Problem, with_gradients
+from torch._lobpcg_autograd import (
+    LOBPCGAutogradFunction,
+    mapped_operands,
+    may_be_differentiated,
+    Problem,
+    with_gradients,
+)
 from torch._lobpcg_derivative import ComputedPairs, forward_mode, reverse_mode
 from torch._lobpcg_function import batched_first, broadcast, without_autocast
 from torch._lobpcg_pattern import is_sparse
@@ -139,7 +145,14 @@ class _Derivative:
     """
 
     def __init__(self, name: str, trailing: tuple, compute, shapes, vjp=None, jvp=None) -> None:
-        self.name, self.trailing, self.compute, self.shapes, self.vjp, self.jvp = name, trailing, compute, shapes, vjp, jvp
+        self.name, self.trailing, self.compute, self.shapes, self.vjp, self.jvp = (
+            name,
+            trailing,
+            compute,
+            shapes,
+            vjp,
+            jvp,
+        )
 
     def __call__(self, *arguments):
         return tuple(getattr(_operators, self.name)(*arguments))

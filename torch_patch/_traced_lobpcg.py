@@ -32,9 +32,7 @@ def traced_version(lobpcg: Callable[..., Any], eager: Callable[..., Any]) -> Cal
         if has_torch_function((A, B, X, iK)):
             numbers = {"k": k, "n": n, "niter": niter, "tol": tol, "largest": largest, "method": method}
             ortho = {"ortho_iparams": ortho_iparams, "ortho_fparams": ortho_fparams, "ortho_bparams": ortho_bparams}
-            return handle_torch_function(
-                lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, tracker=tracker, **numbers, **ortho
-            )
+            return handle_torch_function(lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, tracker=tracker, **numbers, **ortho)
         for M in (B, X, iK):
             if M is not None and not isinstance(M, Tensor):
                 tracker = M
