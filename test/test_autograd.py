@@ -1463,7 +1463,7 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
 
 
 class TestLobpcgGraphs(LobpcgGradientCase):
-    """torch.compile, torch.export, make_fx, tensors without values: what a graph computes is what an eager call does."""
+    """torch.compile, torch.export, make_fx, tensors without values: a graph computes what an eager call does."""
 
     options = dict(k=3, largest=False)
 

@@ -1,7 +1,7 @@
 """lobpcg in graphs: operators for torch.compile, torch.export, make_fx, fake and meta tensors.
 
-A tracer sees tensors without values, and both the iteration and the checks of a derivative decide by values.  So a graph
-holds them as operators, which run what an eager call runs, its errors and warnings included:
+A tracer sees tensors without values, and both the iteration and the checks of a derivative decide by values.  So a
+graph holds them as operators, which run what an eager call runs, its errors and warnings included:
 
     solve       matrices -> the pairs, and what a derivative needs besides
     reverse     pairs and cotangents gE, gX -> those of gA, gB that are needed
