@@ -644,13 +644,152 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
                 )
                 return out
 
-        for layout in (torch.sparse_csr, torch.sparse_coo):
-            A, B = (self.leaf(M) for M in p.build(torch.float64, layout))
+        def solve(A, B):
+            sizes.clear()
             with Largest():
                 E, X = torch.lobpcg(A, k=4, B=B, n=8, largest=False, tol=1e-7, niter=2000)
                 (E.sum() + (X**2)[::3].sum()).backward()
             self.assertLess(max(sizes)[0], p.m**2 // 8, max(sizes))
+
+        for layout in (torch.sparse_csr, torch.sparse_coo):
+            A, B = (self.leaf(M) for M in p.build(torch.float64, layout))
+            solve(A, B)
             self.assertEqual(A.grad.layout, layout)
+        # behind PyTorch's constructor, whose own derivative makes a dense array
+        crow, col = A.to_sparse_csr().crow_indices(), A.to_sparse_csr().col_indices()
+        for make in (torch.sparse_csr_tensor, torch.sparse_csc_tensor):
+            values = [self.leaf(M.to_sparse_csr().values()) for M in (A, B)]
+            solve(*(make(crow, col, v, A.shape) for v in values))
+            for v, M in zip(values, (A, B)):
+                self.assert_close(v.grad, M.grad.to_sparse_csr().values(), 1e-6)
+
+    def test_gradient_of_a_constructed_matrix(self):
+        """autograd.grad of a CSR matrix itself and of the values behind it, leaf or not."""
+        A, _ = self.problems.laplacian(12, 9).build(torch.float64, torch.sparse_csr)
+        for through in (lambda v: v, lambda v: 1.0 * v):
+            values = through(self.leaf(A.values()))
+            M = torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), values, A.shape)
+            loss = self.loss_of_both(*torch.lobpcg(M, **self.options))
+            of_matrix = torch.autograd.grad(loss, M, retain_graph=True)[0]
+            of_values = torch.autograd.grad(loss, values)[0]
+            self.assertEqual(of_matrix.layout, torch.sparse_csr)
+            self.assertEqual(of_matrix.values(), of_values, atol=0, rtol=0)
+
+    def test_zero_cotangent(self):
+        """Zeros on the pattern of A, without a product in the solve."""
+        from unittest import mock
+
+        for layout in self.layouts:
+            A = self.leaf(self.problems.laplacian(12, 9).build(torch.float64, layout)[0])
+            E, X = torch.lobpcg(A, **self.options)
+            with mock.patch("torch._lobpcg_complement.Complement.raw", side_effect=AssertionError("a product")):
+                g = torch.autograd.grad((E, X), A, (torch.zeros_like(E), torch.zeros_like(X)))[0]
+            self.assertEqual((g.layout, g._nnz()), (layout, A._nnz()))
+            self.assertEqual(g.to_dense(), torch.zeros(108, 108).double())
+
+    def test_symmetric_pattern_is_recognised(self):
+        """Against the dense pattern: symmetric, with one position taken out or moved, empty, in a batch."""
+        from torch._lobpcg_pattern import is_symmetric_pattern
+
+        ones = (self.weights(30) > 1.2).double()
+        cut, moved = ones.clone(), ones.clone()
+        r, c = (ones.triu(1)).nonzero()[3].tolist()
+        cut[r, c] = moved[r, c] = 0
+        moved[r, (ones[r] + ones[:, r] == 0).nonzero()[0]] = 1
+        for M, expected in ((ones, True), (cut, False), (moved, False), (0 * ones, True)):
+            for S in (M.to_sparse(), M.to_sparse_csr(), M.to_sparse_csc(), torch.stack([ones, M]).to_sparse()):
+                self.assertEqual(is_symmetric_pattern(S), expected)
+        batch = torch.stack([cut, cut.mT.contiguous()])  # symmetric as a sum, not one by one
+        self.assertFalse(is_symmetric_pattern(batch.to_sparse()))
+
+    def test_singular_B(self):
+        """Finite eigenvalues of a B that is singular on part of the space: right, or an error that names B."""
+        A, _ = self.problems.laplacian(12, 9).build(torch.float64, torch.sparse_coo)
+        i = torch.arange(107)
+        ends = torch.tensor([1.0] + 106 * [2.0] + [1.0]).double()
+        n = torch.arange(108)
+        B = torch.sparse_coo_tensor(
+            torch.stack([torch.cat([n, i, i + 1]), torch.cat([n, i + 1, i])]),
+            torch.cat([ends, -torch.ones(214).double()]),
+            A.shape,
+        ).coalesce()
+        # the oracle swaps the two: B x = A x / E
+        C, D = self.leaf(A.to_dense()), self.leaf(B.to_dense())
+        mu, Y = self.reference(D, C, 3, True)
+        exact = torch.autograd.grad(self.loss_of_both(1 / mu, Y / mu.sqrt()), (C, D))
+        gA, gB, messages = self.gradient(self.loss_of_both, A, B, **self.options)
+        self.assertEqual(messages, [])
+        for g, e, M in ((gA, exact[0], A), (gB, exact[1], B)):
+            self.assert_close(g, self.masked((e + e.mT) / 2, M), 1e-7)
+        empty = torch.sparse_coo_tensor(torch.stack([n[:-1], n[:-1]]), torch.ones(107).double(), A.shape)
+        with self.assertRaisesRegex(ValueError, r"lobpcg: B is not positive definite"):
+            torch.lobpcg(A, B=empty.requires_grad_(True), **self.options)
+
+    def large(self, *sides):
+        """A Laplacian with a loss on three pairs and the gradient of it from all eigenvectors in closed form."""
+        p = self.problems.laplacian(*sides)
+        V, E = p.eigenvectors(p.m), p.spectrum
+        d = torch.cos(torch.arange(p.m, dtype=torch.float64))
+
+        def loss(E, X):
+            return ((1 + torch.arange(E.size(0))) * (E + (d.unsqueeze(-1) * X * X).sum(0))).sum()
+
+        def exact(first, count, r, c):
+            wanted = range(first, first + count)
+            out = torch.zeros(r.numel(), dtype=torch.float64)
+            for w, j in enumerate(wanted, 1):
+                difference = E[j] - E
+                difference[j] = 1
+                weight = V.mT @ (2 * w * d * V[:, j]) / difference
+                weight[j] = w
+                z = V @ weight
+                out += (z[r] * V[c, j] + V[r, j] * z[c]) / 2
+            return out
+
+        return p, loss, exact
+
+    def test_poor_preconditioner(self):
+        """One that slows the iteration down changes neither the pairs nor the gradient."""
+        p, loss, exact = self.large(30, 28)
+        A, _ = p.build(torch.float64, torch.sparse_csr)
+        scale = torch.logspace(-1, 1, p.m, dtype=torch.float64)[torch.arange(p.m) * 7 % p.m].unsqueeze(-1)
+        options = dict(k=3, n=8, largest=False, tol=1e-9, niter=5000)
+        gA, _, messages = self.gradient(loss, A, iK=lambda R: scale * R, **options)
+        self.assertEqual(messages, [])
+        r, c = A.to_sparse_coo().indices()
+        self.assertEqual(gA.values(), exact(0, 3, r, c), atol=1e-6 * gA.values().abs().max().item(), rtol=0)
+
+    def test_systems_are_solved_as_well_as_the_pairs_deserve(self):
+        """Fewer preconditioned columns in backward than in forward, and an error that only the pairs' residual sets."""
+        p, loss, exact = self.large(30, 28)
+        A, _ = p.build(torch.float64, torch.sparse_csr)
+        inverse = torch.linalg.inv(A.to_dense() + 0.05 * torch.eye(p.m).double())
+        columns = [0]
+
+        def iK(R):
+            columns[0] += R.size(-1)
+            return inverse @ R
+
+        r, c = A.to_sparse_coo().indices()
+        for tol, bound in ((1e-6, 1e-3), (1e-10, 1e-7)):
+            A, columns[0] = self.leaf(A), 0
+            E, X = torch.lobpcg(A, k=3, largest=False, tol=tol, iK=iK)
+            forward, columns[0] = columns[0], 0
+            found = torch.autograd.grad(loss(E, X), A)[0].values()
+            self.assertLess(columns[0], 0.8 * forward)
+            e = exact(0, 3, r, c)
+            self.assertLess((found - e).norm() / e.norm(), bound)
+
+    def test_pairs_that_are_not_extreme(self):
+        """The operator of the solve is not definite then: a right gradient, or a warning that says so."""
+        p, loss, exact = self.large(47, 45)
+        A, _ = p.build(torch.float64, torch.sparse_csr)
+        r, c = A.to_sparse_coo().indices()
+        X = p.eigenvectors(6)[:, 3:]
+        gA, _, messages = self.gradient(loss, A, k=3, X=X, niter=0, largest=False)
+        e = exact(3, 3, r, c)
+        if (gA.values() - e).norm() > 1e-6 * e.norm():
+            self.assertRegex("\n".join(messages), "lobpcg: .*not definite")
 
     def test_sparse_equals_dense_on_a_large_problem(self):
         """m = 1190, beyond dense solves: with and without a preconditioner."""

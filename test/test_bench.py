@@ -351,14 +351,23 @@ class TestExactAnswers(unittest.TestCase):
         """No autograd there: a central difference of the loss, which is smooth though single pairs are not."""
         from benchmark import peers
 
-        instance = problems.Instance(
-            Case("x", "x", {"kind": "laplacian", "sizes": [7, 7], "mass": ""}, 4, backward=True)
-        )
-        D = torch.randn(49, 49, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        D, h = (D + D.mT) / 2, 1e-4
-        loss = [instance.loss(*peers.Eigh(instance, {}).solve(instance.A + t * D, None, 0, 0)) for t in (h, -h)]
-        expected = float((D.numpy() * instance.exact_gradient[0]).sum())
-        self.assertAlmostEqual(float(loss[0] - loss[1]) / (2 * h) / expected, 1, delta=1e-4)
+        for mass in ("", "diagonal", "7-point"):
+            problem = {"kind": "laplacian", "sizes": [7, 7], "mass": mass}
+            instance = problems.Instance(Case("x", "x", problem, 4, backward=True))
+            self.assertLess(float(instance.exact[2] - instance.exact[1]), 1e-12)
+            generator = torch.Generator().manual_seed(0)
+            for which, gradient in enumerate(instance.exact_gradient):
+                if gradient is None:
+                    continue
+                D = torch.randn(49, 49, dtype=torch.float64, generator=generator)
+                D, h = (D + D.mT) / 2, 1e-4
+                pencils = [[instance.A, instance.B] for _ in range(2)]
+                for pencil, step in zip(pencils, (h, -h)):
+                    pencil[which] = pencil[which] + step * D
+                loss = [instance.loss(*peers.Eigh(instance, {}).solve(*pencil, 0, 0)) for pencil in pencils]
+                expected = float((D.numpy() * gradient).sum())
+                with self.subTest(mass=mass, which="AB"[which]):
+                    self.assertAlmostEqual(float(loss[0] - loss[1]) / (2 * h) / expected, 1, delta=1e-4)
 
     def test_prescribed_spectra(self):
         self.check({"kind": "gapped", "m": 40, "wanted": 4})

@@ -4,7 +4,8 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_constructor import keep_graph_of_values
+from torch._lobpcg_complement import system_tolerance
+from torch._lobpcg_constructor import around_constructor, keep_graph_of_values
 from torch._lobpcg_derivative import ComputedPairs, corrected, forward_mode, reverse_mode
 from torch._lobpcg_function import (
     accepts_legacy_vmap,
@@ -16,17 +17,20 @@ from torch._lobpcg_function import (
     without_autocast,
 )
 from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
+from torch._lobpcg_resolvent import SolveOptions
 from torch.autograd import forward_ad, Function
 
 
 class Problem:
     """What an eigenproblem is besides its tensors: the number of pairs, which end, the tolerance, whether a derivative
-    may be asked for, and how the pairs and their derivatives are computed."""
+    may be asked for, and how the pairs and their derivatives are computed; set by the forward, the tolerances (k,) of
+    the derivative's linear systems."""
 
     def __init__(
         self, solve: Optional[Callable[..., Any]], k: int, largest: bool, tol: float, differentiated: bool
     ) -> None:
         self.solve, self.k, self.largest, self.tol, self.differentiated = solve, k, largest, tol, differentiated
+        self.system_tol: Optional[Tensor] = None
 
     def pairs(self, A: Any, B: Any, X: Optional[Tensor], iK: Any) -> Tuple[Tensor, ...]:
         """E (*, k), X (*, m, k), further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n)."""
@@ -35,6 +39,7 @@ class Problem:
         residual, scale = found.residual, found.scale
         wanted = (found.E[..., :k], found.X[..., :k], residual[..., :k], scale[..., :k])
         E, X, improved = corrected(A, B, *wanted, self.largest, self.tol)
+        self.system_tol = system_tolerance(E, X, found.E[..., k:], improved, self.tol)
         residual = torch.cat([improved, residual[..., k:]], -1)
         last = found.E.shape[-1] if self.differentiated else k
         # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
@@ -59,7 +64,7 @@ def differentiable_eigenpairs(
     X (start block) and iK (preconditioner) never get a gradient.
     `solve(A, B, X, iK, differentiated)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale
     (*, n), n >= k; differentiated: whether a derivative may be asked for.
-    `tol` is its relative tolerance, to which the derivative's linear systems are solved as well.
+    `tol` is its relative tolerance; those of the derivative's linear systems follow from it, see system_tolerance.
 
     Raises ValueError if a sparse matrix whose gradient is asked for stores (r, c) but not (c, r).
     """
@@ -81,7 +86,7 @@ def with_gradients(A: Any, B: Any) -> Tuple[Any, Any]:
             )
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)
-    return tuple(by_rows(M) if is_sparse(M) and M.requires_grad else M for M in (A, B))
+    return tuple(by_rows(around_constructor(M)) if is_sparse(M) and M.requires_grad else M for M in (A, B))
 
 
 def may_be_differentiated(*operands: Any) -> bool:
@@ -154,6 +159,7 @@ def mapped_operands(size: int, in_dims: Sequence, *operands: Any) -> List[Any]:
 def _pairs(ctx) -> ComputedPairs:
     s = saved(ctx)
     problem = ctx.problem
+    options = SolveOptions(problem.largest, problem.system_tol)
     return ComputedPairs(
-        s["A"], s["B"], s["E"], s["X"], s["T"], s["Y"], s["residual"], s["scale"], s["iK"], problem.largest, problem.tol
+        *(s[name] for name in ("A", "B", "E", "X", "T", "Y", "residual", "scale", "iK")), problem.tol, options
     )

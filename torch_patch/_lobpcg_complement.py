@@ -12,12 +12,12 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 
 import math
 import warnings
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch._lobpcg_conjugate_gradient import conjugate_gradients, Deflation, inner, State
-from torch._lobpcg_pattern import fast_operand, multiply
+from torch._lobpcg_conjugate_gradient import conjugate_gradients, deduct, Deflation, inner, State, take
+from torch._lobpcg_pattern import column_major, fast_operand, multiply
 
 
 # Measured on one core: while k m^3 is below this, k factorisations take less time than one with iterations on top.
@@ -42,6 +42,21 @@ def is_small_and_dense(A: Any, B: Any, m: int) -> bool:
     return dense and m < _SMALL_BELOW
 
 
+def system_tolerance(E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: float) -> Tensor:
+    """Relative residuals (k,) for the systems of a derivative: half of the relative error that x_j itself has.
+
+    E: (*, k), X: (*, m, k), T: (*, p) further eigenvalues, residual: (*, k).  With e_j = |r_j| |x_j| / gap_j, the bound
+    on that error, z_j inherits up to e_j |b_j| / gap_j from x_j; a residual tol |b_j| of its own adds tol |b_j| / gap_j
+    At least tol and at most 1e-3; tol without T, which leaves the gap unknown.  Ritz values in T lie too far inside:
+    the gap comes out too large and the tolerance too small, never the other way.
+    """
+    if T.shape[-1] == 0 or E.numel() == 0:
+        return E.new_full((E.shape[-1],), tol)
+    gap = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)  # (*, k)
+    error = residual * torch.linalg.vector_norm(X, dim=-2) / gap
+    return (error / 2).reshape(-1, E.shape[-1]).amin(0).clamp(max=1e-3).clamp(min=tol).nan_to_num(tol)
+
+
 def solve_on_complement(
     A: Any,
     B: Any,
@@ -51,7 +66,7 @@ def solve_on_complement(
     Y: Optional[Tensor],
     iK: Any,
     largest: bool,
-    tol: float,
+    tol: Union[float, Tensor],
     quiet: bool = False,
     T: Optional[Tensor] = None,
     probe: bool = False,
@@ -59,8 +74,8 @@ def solve_on_complement(
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, Y: (*, m, p) further approximate
-    eigenvectors or None, T: (*, p) their eigenvalues.  Relative residual at most `tol` in every column, or the smallest
-    that rounding allows; a column that misses both is reported by a RuntimeWarning unless `quiet`.
+    eigenvectors or None, T: (*, p) their eigenvalues.  Relative residual at most `tol`, or tol[j], in column j, or the
+    smallest that rounding allows; a column that misses both is reported by a RuntimeWarning unless `quiet`.
     Components along which the operator is singular to rounding are left out, with a RuntimeWarning; with `probe` they
     are divided by that rounding, and nothing is reported.
     """
@@ -73,12 +88,14 @@ def solve_on_complement(
     shifts = E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
     op = Complement(A, B, shifts, X, largest)
     op.quiet, op.probe = quiet or probe, probe
-    b = op.project_dual(b)
+    b = op.project_dual(column_major(b))
     size = _safe_norm(b)
-    b = b / torch.where(size > 0, size, torch.ones_like(size))
+    if bool((size == 0).all()):
+        return _further_dimensions_of_columns(torch.zeros_like(b), more, len(batch))
+    b = b.div_(torch.where(size > 0, size, torch.ones_like(size)))
     op.set_scale(b)
     m = X.shape[-2]
-    if m == k or b.numel() == 0:
+    if m == k:
         z = torch.zeros_like(b)
     elif Y is not None and T is not None and Y.shape[-1] == m - k:
         z = _by_all_pairs(op, b, T, Y)
@@ -93,7 +110,7 @@ def solve_on_complement(
 
 
 def _solve_in_double(
-    A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: float, quiet: bool, probe: bool
+    A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: Any, quiet: bool, probe: bool
 ) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
 
@@ -138,8 +155,8 @@ class Complement:
 
     def __init__(self, A: Any, B: Any, shifts: Tensor, X: Tensor, largest: bool) -> None:
         self.A, self.B = fast_operand(A), fast_operand(B)
-        self.shifts, self.X = shifts, X  # (*, q), (*, m, k)
-        self.BX = multiply(self.B, X)
+        self.shifts, self.X = shifts, column_major(X)  # (*, q), (*, m, k)
+        self.BX = column_major(multiply(self.B, self.X))
         self.sign = -1.0 if largest else 1.0
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
         self.quiet = self.probe = False
@@ -153,17 +170,19 @@ class Complement:
 
     def raw(self, z: Tensor) -> Tensor:
         """s (A - E_j B) z_j / scale."""
-        return (multiply(self.A, z) - multiply(self.B, z) * self.shifts[..., None, :]) * (self.sign / self.scale)
+        factor = self.sign / self.scale
+        Az = multiply(self.A, z) * factor
+        return Az.addcmul_(multiply(self.B, z), self.shifts[..., None, :] * -factor)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.project_dual(self.raw(z))
 
     def project(self, z: Tensor) -> Tensor:
-        z = z - self.X @ (self.BX.mH @ z)
+        z = deduct(z, self.X, self.BX.mH @ z)
         return z if self.u is None else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
 
     def project_dual(self, b: Tensor) -> Tensor:
-        b = b - self.BX @ (self.X.mH @ b)
+        b = deduct(b, self.BX, self.X.mH @ b)
         return b if self.u is None else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
 
     def exclude(self, u: Tensor) -> "Complement":
@@ -180,7 +199,7 @@ class Complement:
         part.__dict__.update(self.__dict__)
         part.shifts = self.shifts[..., columns]
         if self.u is not None:
-            part.u, part.Bu = self.u[..., columns], self.Bu[..., columns]
+            part.u, part.Bu = take(self.u, columns), take(self.Bu, columns)
         return part
 
     def dense(self) -> Tuple[Tensor, Optional[Tensor]]:
@@ -312,14 +331,15 @@ def warn_cut_cluster(j: int, k: int, gap: float) -> None:
 # -------------------------------------------------------------------------------------------- iterations
 
 
-def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float) -> Tensor:
+def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: Any) -> Tensor:
     """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance."""
     eps = torch.finfo(op.shifts.dtype).eps
     m, q = b.shape[-2:]
     dense = all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (op.A, op.B))
     precondition = None if iK is None else lambda r: multiply(iK, r)
-    rtol = max(tol, 4 * eps)
     z = torch.zeros_like(b)
+    rtol = torch.as_tensor(tol, dtype=op.shifts.dtype, device=b.device).clamp(min=4 * eps).reshape(-1)
+    rtol = rtol.repeat(b.shape[-1] // rtol.numel())  # (q,)
     deflation = None
     if Y is not None and Y.shape[-1] > 0:
         deflation = Deflation(op, Y)
@@ -329,9 +349,9 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
     if dense:
         budget = m // _PRODUCTS_PER_FACTOR if precondition is None else max(50, m // _PRODUCTS_PER_FACTOR)
         budget = budget if budget >= 50 else 0
-    state = State(math.inf, False, False, torch.zeros_like(op.scale))
+    state = State(math.inf, 0.0, False, False, torch.zeros_like(op.scale))
     if budget:
-        z, state = conjugate_gradients(op, b, z, deflation, precondition, rtol, budget)
+        z, state = conjugate_gradients(op, b, None, deflation, precondition, rtol, budget)
     if state.all_done:
         return _without_cut_cluster(op, b, z, state, precondition, rtol)
     if dense and not state.indefinite:
@@ -344,20 +364,20 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: float
             if state.all_done:
                 return _without_cut_cluster(op, b, z, state, precondition, rtol)
     elif precondition is not None and state.indefinite:
-        z, state = conjugate_gradients(op, b, torch.zeros_like(b), deflation, None, rtol, budget)
+        z, state = conjugate_gradients(op, b, None, deflation, None, rtol, budget)
         if state.all_done:
             return z
     if m < _SPECTRAL_BELOW:
         return _spectral(op, b, *op.dense())
     if not op.quiet:
-        _warn_residual(state, rtol)
+        _warn_residual(state)
     return z
 
 
-def _warn_residual(state: State, rtol: float) -> None:
+def _warn_residual(state: State) -> None:
     warnings.warn(
         f"lobpcg: a linear system of the derivative reached a relative residual of {state.residual:.1e} where "
-        f"{rtol:.1e} was asked for"
+        f"{state.asked:.1e} was asked for"
         + (
             " (its operator is not definite: an eigenvalue cluster is cut at k, or the pairs are inaccurate)"
             if state.indefinite
@@ -370,7 +390,7 @@ def _warn_residual(state: State, rtol: float) -> None:
     )
 
 
-def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: State, precondition, rtol: float) -> Tensor:
+def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: State, precondition, rtol: Tensor) -> Tensor:
     """z, or where the operator is singular to rounding the solution without the component along its null vector.
 
     A solution of size 1 / eps relative to 1 / |K| is that null vector: it is excluded from its column, and the
@@ -382,7 +402,7 @@ def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: State, pre
     if large.numel() == 0 or op.probe:
         return z
     part = op.restrict(large)
-    u = op.project(z)[..., large]
+    u = take(op.project(z), large)
     size = _safe_norm(u)
     u = u / torch.where(size > 0, size, torch.ones_like(size))
     gap = inner(u, part(u)) / inner(u, multiply(op.B, u))
@@ -390,14 +410,14 @@ def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: State, pre
     singular = (gap.abs() <= 64 * eps * state.norm).reshape(-1, large.numel()).any(0)
     if not bool(singular.any()):
         return z
-    large, u = large[singular], u[..., singular]
+    large, u = large[singular], take(u, singular)
     excluded = op.restrict(large).exclude(u)
     again, state = conjugate_gradients(
-        excluded, excluded.project_dual(b[..., large]), torch.zeros_like(u), None, precondition, rtol, _MOST_ITERATIONS
+        excluded, excluded.project_dual(take(b, large)), None, None, precondition, rtol[large], _MOST_ITERATIONS
     )
     k = op.X.shape[-1]
     if not op.quiet:
         warn_cut_cluster(int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max()))
     if not state.all_done and not op.quiet:
-        _warn_residual(state, rtol)
+        _warn_residual(state)
     return z.index_copy(-1, large, excluded.project(again))

@@ -8,7 +8,7 @@ from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_pattern import multiply
+from torch._lobpcg_pattern import column_major, multiply
 
 
 _RESTARTS = 2
@@ -21,14 +21,31 @@ def inner(U: Tensor, V: Tensor) -> Tensor:
     return (U * V).sum(-2, keepdim=True)
 
 
+def combine(V: Tensor, c: Tensor) -> Tensor:
+    """V c with contiguous columns; V: (*, m, k), c: (*, k, q)."""
+    return (c.mT @ V.mT).mT
+
+
+def deduct(z: Tensor, V: Tensor, c: Tensor) -> Tensor:
+    """z - V c with contiguous columns, without a temporary of the size of z where there is no batch."""
+    if z.dim() == 2 and V.dim() == 2:
+        return torch.addmm(z.mT, c.mT, V.mT, alpha=-1).mT
+    return z - combine(V, c)
+
+
+def take(V: Tensor, columns: Any) -> Tensor:
+    """Columns of V (*, m, q), contiguous if those of V are."""
+    return V.mT[..., columns, :].mT
+
+
 class Deflation:
     """Coarse space of further approximate eigenvectors Y, exact for any Y: directions are kept K_j-orthogonal to Y."""
 
     def __init__(self, op: Any, Y: Tensor) -> None:
-        self.Y = Y = op.project(Y)
+        self.Y = Y = op.project(column_major(Y))
         factor = op.sign / op.scale
-        self.AY = op.project_dual(multiply(op.A, Y)) * factor
-        self.BY = op.project_dual(multiply(op.B, Y)) * factor
+        self.AY = op.project_dual(column_major(multiply(op.A, Y))) * factor
+        self.BY = op.project_dual(column_major(multiply(op.B, Y))) * factor
         self.shifts = op.shifts
         gram = (Y.mH @ self.AY).unsqueeze(-3) - op.shifts[..., None, None] * (Y.mH @ self.BY).unsqueeze(-3)
         L, info = torch.linalg.cholesky_ex((gram + gram.mH) / 2)  # (*, q, p, p)
@@ -44,106 +61,117 @@ class Deflation:
         part.shifts, part.inverse = self.shifts[..., columns], self.inverse[..., columns, :, :]
         return part
 
-    def coarse(self, c: Tensor) -> Tensor:
-        """Y M_j^-1 c_j for c: (*, p, q)."""
-        return self.Y @ (self.inverse @ c.mT.unsqueeze(-1)).squeeze(-1).mT
+    def coefficients(self, c: Tensor) -> Tensor:
+        """M_j^-1 c_j for c: (*, p, q), M_j = Y^H K_j Y."""
+        return (self.inverse @ c.mT.unsqueeze(-1)).squeeze(-1).mT
+
+    def solve(self, r: Tensor) -> Tuple[Tensor, Tensor]:
+        """z_j = Y M_j^-1 Y^H r_j and K_j z_j, without a product with A."""
+        c = self.coefficients(self.Y.mH @ r)
+        return combine(self.Y, c), combine(self.AY, c) - combine(self.BY, c * self.shifts[..., None, :])
 
     def __call__(self, t: Tensor) -> Tensor:
         c = self.AY.mH @ t - (self.BY.mH @ t) * self.shifts[..., None, :]
-        return t - self.coarse(c)
+        return deduct(t, self.Y, self.coefficients(c))
 
 
 class State:
-    """How a run of conjugate gradients ended: worst relative residual, whether curvature was not positive, |K|."""
+    """How a run of conjugate gradients ended: the relative residual that most exceeds the one asked for, and that one,
+    whether curvature was not positive, |K|."""
 
-    def __init__(self, residual: float, all_done: bool, indefinite: bool, norm: Tensor) -> None:
-        self.residual, self.all_done, self.indefinite, self.norm = residual, all_done, indefinite, norm
+    def __init__(self, residual: float, asked: float, all_done: bool, indefinite: bool, norm: Tensor) -> None:
+        self.residual, self.asked, self.all_done = residual, asked, all_done
+        self.indefinite, self.norm = indefinite, norm
 
 
 def conjugate_gradients(
     op: Any,
     b: Tensor,
-    z: Tensor,
+    z: Optional[Tensor],
     deflation: Optional[Deflation],
     precondition: Optional[Callable[[Tensor], Tensor]],
-    rtol: float,
+    rtol: Tensor,
     budget: int,
 ) -> Tuple[Tensor, State]:
-    """Independent conjugate gradients on the unit columns b_j, restarted from the true residual where rounding asks.
+    """Independent conjugate gradients on the unit columns b_j from z_j, or zero, restarted from the true residual where
+    rounding asks.  b: (*, m, q), rtol: (q,).
 
-    Every column stops at rtol or at the accuracy attainable for it, c eps |K| |z_j|: its recursive residual would go
+    Every column stops at rtol_j or at the accuracy attainable for it, c eps |K| |z_j|: its recursive residual would go
     on shrinking while the true one does not.
     """
     eps = torch.finfo(op.shifts.dtype).eps
     columns = torch.arange(b.shape[-1], device=b.device)
     indefinite = False
+    part, r = op, b
+    if z is None:
+        z = torch.zeros_like(b)
+    else:
+        r = r - part(z)
     for _ in range(1 + _RESTARTS):
-        part = op.restrict(columns)
-        r = b[..., columns] - part(z[..., columns])
-        dz, norm, used, indefinite = _sweep(
-            part, r, z[..., columns], deflation and deflation.restrict(columns), precondition, rtol, budget
-        )
+        coarse = deflation and deflation.restrict(columns)
+        norm, used, indefinite = _sweep(part, r, z, columns, coarse, precondition, rtol[columns], budget)
         budget -= used
-        z = z.index_add(-1, columns, dz)
-        r = b[..., columns] - part(z[..., columns])
+        r = take(b, columns).sub_(part(take(z, columns)))
         size = torch.linalg.vector_norm(r, dim=-2)
         # Two products and a subtraction, each with an error of a few eps |K| |z|.
-        attainable = 16 * eps * (1 + norm * torch.linalg.vector_norm(z[..., columns], dim=-2))
-        late = (size > torch.clamp(attainable, min=2 * rtol)).reshape(-1, columns.numel()).any(0)
-        worst = float(size.max()) if size.numel() else 0.0
-        if not bool(late.any()):
-            return z, State(worst, True, False, norm)
-        columns = columns[late]
-        if budget <= 0 or indefinite:
+        attainable = 16 * eps * (1 + norm * torch.linalg.vector_norm(take(z, columns), dim=-2))
+        late = (size > torch.maximum(attainable, 2 * rtol[columns])).reshape(-1, columns.numel()).any(0)
+        excess, worst = (size / rtol[columns]).reshape(-1, columns.numel()).amax(0).max(0)
+        asked = float(rtol[columns][worst])
+        all_done = not bool(late.any())
+        if all_done or budget <= 0 or indefinite:
             break
-    return z, State(worst, False, indefinite, norm)
+        columns, r = columns[late], take(r, late)
+        part = op.restrict(columns)
+    return z, State(float(excess) * asked, asked, all_done, indefinite and not all_done, norm)
 
 
 def _sweep(
     op: Any,
     r: Tensor,
-    z0: Tensor,
+    z: Tensor,
+    columns: Tensor,
     deflation: Optional[Deflation],
     precondition: Optional[Callable[[Tensor], Tensor]],
-    rtol: float,
+    rtol: Tensor,
     budget: int,
-) -> Tuple[Tensor, Tensor, int, bool]:
-    """One run from residual r: the increment of z, an estimate of |K|, iterations used, whether K was indefinite.
+) -> Tuple[Tensor, int, bool]:
+    """One run from residuals r of `columns` of z, improved in place: estimate of |K|, iterations, is K indefinite.
 
     Columns that stop leave the block, so products are with active columns only.  One synchronisation per iteration.
     """
     eps = torch.finfo(op.shifts.dtype).eps
-    out = torch.zeros_like(r)
-    index = torch.arange(r.shape[-1], device=r.device)
+    size0 = torch.linalg.vector_norm(take(z, columns), dim=-2, keepdim=True)
     tiny = torch.finfo(op.shifts.dtype).tiny
-    dz = torch.zeros_like(r) if deflation is None else deflation.coarse(deflation.Y.mH @ r)
-    if deflation is not None:
-        r = r - op(dz)
+    if deflation is None:
+        dz = torch.zeros_like(r)
+    else:
+        dz, image = deflation.solve(r)
+        r = r - image
     norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
-    size0 = torch.linalg.vector_norm(z0, dim=-2, keepdim=True)
     p = Kp = rho = alpha = None
-    indefinite = False
     step = 0
     while True:
         size = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
         reach = 2 * eps * norm * (size0 + torch.linalg.vector_norm(dz, dim=-2, keepdim=True))
-        active = (size > torch.clamp(reach, min=rtol)).reshape(-1, index.numel()).any(0)
+        active = (size > torch.maximum(reach, rtol)).reshape(-1, columns.numel()).any(0)
         flags = active.tolist()  # the synchronisation
         if not all(flags) or step >= budget:
-            out.index_copy_(-1, index, dz)
-            keep = [i for i, flag in enumerate(flags) if flag]
-            if not keep or step >= budget:
-                return out, norm, step, indefinite
+            keep = [i for i, flag in enumerate(flags) if flag and step < budget]
+            done = torch.tensor([i for i in range(len(flags)) if i not in keep], device=r.device)
+            z.index_add_(-1, columns[done], take(dz, done))
+            if not keep:
+                return norm, step, False
             keep = torch.tensor(keep, device=r.device)
             op = op.restrict(keep)
             deflation = deflation and deflation.restrict(keep)
-            index, r, dz, size0 = index[keep], r[..., keep], dz[..., keep], size0[..., keep]
+            columns, rtol, r, dz, size0 = columns[keep], rtol[keep], take(r, keep), take(dz, keep), size0[..., keep]
             size, reach = size[..., keep], reach[..., keep]
             if p is not None:
-                p, Kp, rho, alpha = p[..., keep], Kp[..., keep], rho[..., keep], alpha[..., keep]
+                p, Kp, rho, alpha = take(p, keep), take(Kp, keep), rho[..., keep], alpha[..., keep]
         t = r
         if precondition is not None or op.B is not None:
-            t = op.project(t if precondition is None else precondition(t))
+            t = op.project(t if precondition is None else column_major(precondition(t)))
         if deflation is not None:
             t = deflation(t)
         new = inner(r, t)
@@ -154,14 +182,16 @@ def _sweep(
             beta = new / rho if precondition is None else -alpha * inner(t, Kp) / rho
             p = torch.addcmul(t, p, beta.to(p.dtype))
         rho = torch.clamp(new, min=tiny)
+        del t
         Kp = op(p)
         curvature = inner(p, Kp)
         norm = torch.maximum(norm, (torch.linalg.vector_norm(Kp, dim=-2) / torch.linalg.vector_norm(p, dim=-2)).amax())
         good = (curvature > 0) & (new > 0)
         alpha = torch.where(good, new / curvature, torch.zeros_like(new))
-        dz = torch.addcmul(dz, p, alpha.to(p.dtype))
+        dz.addcmul_(p, alpha.to(p.dtype))
+        # Not in place: without a preconditioner the first p is r.
         r = torch.addcmul(r, Kp, -alpha.to(p.dtype))
         step += 1
-        if step % 8 == 0 and bool((~good & (size > torch.clamp(reach, min=rtol))).any()):
-            out.index_copy_(-1, index, dz)
-            return out, norm, step, True
+        if step % 8 == 0 and bool((~good & (size > torch.maximum(reach, rtol))).any()):
+            z.index_add_(-1, columns, dz)
+            return norm, step, True

@@ -1,9 +1,12 @@
-"""Higher derivatives through torch.sparse_coo_tensor(indices, values), torch.sparse_csr_tensor and their siblings.
+"""Derivatives through torch.sparse_coo_tensor(indices, values), torch.sparse_csr_tensor and their siblings.
 
 PyTorch differentiates these constructors once.  For COO the gradient of `values` has no graph, so a second derivative
 that passes through it would be lost without a word; for the compressed layouts the second derivative raises.  A hook
 on the constructor's node replaces that gradient by an equal one that is differentiable.  It acts where a graph is asked
 for (create_graph=True) and does nothing otherwise.
+
+The node of the compressed layouts also makes a dense m x m array of the gradient.  Where the matrix comes straight from
+such a constructor, the gradient takes a way around that node to the values.
 """
 
 from typing import Any, List, Optional, Tuple
@@ -33,6 +36,44 @@ def keep_graph_of_values(M: Tensor) -> None:
         elif not node.metadata.get(_COO):
             node.metadata[_COO] = True
             node.register_hook(_Replacement(node._saved_result.detach()))
+
+
+def around_constructor(M: Tensor) -> Tensor:
+    """M, tied to the values that its constructor got as well as to M; M itself where it has no such constructor.
+
+    A gradient goes to the values, or, where autograd.grad asks for that of M, to M; asked for both in one call it says
+    that M is unused.  A tensor that retains its gradient or has hooks must see it: that keeps PyTorch's way.
+    """
+    node = M.grad_fn
+    if node is None or node.name() != _COMPRESSED or M.retains_grad or M._backward_hooks:
+        return M
+    try:
+        values = node._saved_values
+    except RuntimeError:  # freed by an earlier backward, or changed in place: an error once a gradient is asked for
+        return M
+    if values is None or not values.requires_grad:
+        return M
+    return _Constructed.apply(M, values.view_as(values), Pattern(M.detach()))
+
+
+class _Constructed(Function):
+    """(M, values, pattern) -> M, compressed; backward: the values get those of the cotangent, or M the cotangent."""
+
+    @staticmethod
+    def forward(M: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+        return pattern.with_values(values.detach())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g: Optional[Tensor]):
+        if g is None:
+            return None, None, None
+        if torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            return None, _Values.apply(g), None
+        return g, None, None
 
 
 class _Replacement:

@@ -95,15 +95,14 @@ class ComputedPairs:
     """A pencil and what the forward found: E (*, k), X (*, m, k), further approximate pairs T (*, p), Y (*, m, p),
     residuals (*, k + p) with the scale they are measured against, the preconditioner, and how it was solved."""
 
-    def __init__(self, A, B, E, X, T, Y, residual, scale, iK, largest: bool, tol: float) -> None:
+    def __init__(self, A, B, E, X, T, Y, residual, scale, iK, tol: float, options: SolveOptions) -> None:
         self.A, self.B, self.E, self.X, self.T, self.Y = A, B, E, X, T, Y
         self.residual, self.scale, self.iK = residual, scale, iK
-        self.largest, self.tol = largest, tol
+        self.tol, self.options, self.largest = tol, options, options.largest
 
     def resolvent(self, b: Tensor, E: Optional[Tensor] = None) -> Tensor:
-        options = SolveOptions(self.largest, self.tol)
         shifts = self.E if E is None else E
-        return reduced_resolvent(self.A, self.B, shifts, self.X, b, self.Y, self.iK, options, self.T)
+        return reduced_resolvent(self.A, self.B, shifts, self.X, b, self.Y, self.iK, self.options, self.T)
 
     @property
     def all_known(self) -> bool:

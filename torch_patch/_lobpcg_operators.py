@@ -25,9 +25,11 @@ from torch._lobpcg_autograd import (
     Problem,
     with_gradients,
 )
+from torch._lobpcg_complement import system_tolerance
 from torch._lobpcg_derivative import ComputedPairs, forward_mode, reverse_mode
 from torch._lobpcg_function import batched_first, broadcast, without_autocast
 from torch._lobpcg_pattern import is_sparse
+from torch._lobpcg_resolvent import SolveOptions
 from torch.autograd import forward_ad, Function
 from torch.library import Library
 
@@ -158,8 +160,14 @@ class _Derivative:
         return tuple(getattr(_operators, self.name)(*arguments))
 
 
+def _computed(A, B, iK, E, X, T, Y, residual, scale, largest, tol) -> ComputedPairs:
+    found = (M.detach() for M in (E, X, T, residual[..., : E.shape[-1]]))
+    options = SolveOptions(largest, system_tolerance(*found, tol))
+    return ComputedPairs(A, B, E, X, T, Y, residual, scale, iK, tol, options)
+
+
 def _reverse(A, B, iK, E, X, T, Y, residual, scale, gE, gX, largest, tol, needed):
-    pairs = ComputedPairs(A, B, E, X, T, Y, residual, scale, iK, largest, tol)
+    pairs = _computed(A, B, iK, E, X, T, Y, residual, scale, largest, tol)
     with without_autocast(X):
         return [g for g in reverse_mode(pairs, gE, gX, *needed) if g is not None]
 
@@ -170,7 +178,7 @@ def _reverse_shapes(*arguments):
 
 def _tangent(A, B, iK, E, X, T, Y, residual, scale, dA, dB, largest, tol):
     with without_autocast(X):
-        return forward_mode(ComputedPairs(A, B, E, X, T, Y, residual, scale, iK, largest, tol), dA, dB)
+        return forward_mode(_computed(A, B, iK, E, X, T, Y, residual, scale, largest, tol), dA, dB)
 
 
 def _tangent_shapes(A, B, iK, E, X, T, Y, residual, scale, dA, dB, largest, tol):

@@ -9,6 +9,7 @@ U V^H of two tall blocks.  For sparse M only the stored positions (r, c) are com
 in O(nnz p) time and O(nnz + m p) memory.  Both directions, products and gradients, are differentiable to any order.
 """
 
+import math
 from typing import Any, Optional, Tuple
 
 import torch
@@ -17,8 +18,10 @@ from torch._lobpcg_function import accepts_legacy_vmap
 from torch.autograd import Function
 
 
-# Elements of gathered rows held at one time by a product on a pattern: 32 MiB of float64.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements of gathered rows held at one time by a product on a pattern: 2 MiB of float64, which stay in the cache.
+_CHUNK_ELEMENTS = 1 << 18
+# Up to so many contiguous columns one product for each costs less than a transposition to rows, one product and back.
+_FEW_COLUMNS = 8
 
 
 def is_sparse(M: Any) -> bool:
@@ -26,12 +29,18 @@ def is_sparse(M: Any) -> bool:
 
 
 def fast_operand(M: Any) -> Any:
-    """M in the layout whose products are fastest: CSR for every unbatched sparse layout."""
-    if not is_sparse(M) or M.layout == torch.sparse_csr or M.dim() > 2:
+    """M in the layout whose products are fastest: CSR for every unbatched sparse layout, 32-bit indices on a CPU."""
+    if not is_sparse(M) or M.dim() > 2:
         return M
     if M.layout in (torch.sparse_bsr, torch.sparse_bsc):
         M = M.to_sparse_coo()
-    return M.to_sparse_csr()
+    M = M.to_sparse_csr()
+    crow, col = M.crow_indices(), M.col_indices()
+    if M.device.type != "cpu" or crow.dtype == torch.int32 or col.numel() >= 1 << 31:
+        return M
+    # Products on a CPU take 32-bit indices: 64-bit ones would be converted in every product.
+    crow, col = crow.to(torch.int32), col.to(torch.int32)
+    return torch.sparse_csr_tensor(crow, col, M.values(), M.shape, check_invariants=False)
 
 
 def by_rows(M: Tensor) -> Tensor:
@@ -98,25 +107,31 @@ def hermitian_outer(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
         # One sum with the transpose, so that the result is Hermitian to the bit.
         P = torch.matmul(U, V.mH)
         return _sum_to((P + (torch.conj_physical(P.mT) if P.is_complex() else P.mT)) / 2, M.shape)
-    left, right = torch.cat([U, V], -1) / 2, torch.cat([V, U], -1)  # (*, m, 2 p)
     pattern = Pattern(M)
-    return _SparseFromValues.apply(_PatternValues.apply(left, right, pattern), pattern)
+    return _SparseFromValues.apply(_PatternValues.apply(U, V, pattern, True), pattern)
 
 
 def is_symmetric_pattern(M: Tensor) -> bool:
-    """Whether sparse M stores position (c, r) wherever it stores (r, c).  O(nnz log nnz), one synchronisation."""
+    """Whether sparse M stores position (c, r) wherever it stores (r, c).  O(nnz) time, O(m) memory.
+
+    Every line h of the matrix gets a fixed random 64-bit number; row r sums the numbers of the columns that it stores,
+    column r those of the rows.  Sums modulo 2^64 are exact, so the two agree for a symmetric pattern, and for another
+    one with probability 2^-64.
+    """
     pattern = Pattern(M)
-    rows, cols = pattern.positions(0, pattern.count)
-    size = pattern.block_rows
-    batch, rows, cols = rows // size, rows % size, cols % size
-    if pattern.block != (1, 1) and pattern.block[0] != pattern.block[1]:
+    if pattern.block[0] != pattern.block[1]:
         raise ValueError(
             f"lobpcg: the gradient of a block-sparse matrix needs square blocks, got blocks of {pattern.block[0]} x "
             f"{pattern.block[1]}; use to_sparse_csr() or square blocks"
         )
-    direct = ((batch * size + rows) * size + cols).sort().values
-    mirrored = ((batch * size + cols) * size + rows).sort().values
-    return torch.equal(direct, mirrored)
+    lines = pattern.block_rows * math.prod(pattern.batch_shape)
+    generator = torch.Generator("cpu").manual_seed(lines)
+    number = torch.randint(-(1 << 63), (1 << 63) - 1, (lines,), generator=generator, device="cpu").to(M.device)
+    difference = torch.zeros_like(number)
+    for _, _, rows, cols in pattern.chunks(1):
+        difference.index_add_(0, rows, number[cols])
+        difference.index_add_(0, cols, number[rows], alpha=-1)
+    return not bool(difference.any())
 
 
 def _columns(V: Tensor) -> Tensor:
@@ -124,8 +139,16 @@ def _columns(V: Tensor) -> Tensor:
     return V.movedim(-2, 0).reshape(V.shape[-2], -1)
 
 
+def column_major(V: Tensor) -> Tensor:
+    """V (*, m, p) with every column contiguous: thin products and reductions then take a third of the time."""
+    return V.mT.contiguous().mT
+
+
 def _fold(M: Tensor, V: Tensor) -> Tensor:
     """M V; one matrix and many blocks are one product with a wide block instead of many products."""
+    few = V.dim() == 2 and 1 < V.shape[-1] <= _FEW_COLUMNS and V.stride(0) == 1
+    if few and is_sparse(M) and V.device.type == "cpu":
+        return torch.stack([torch.mv(M, v) for v in V.unbind(-1)]).mT
     if M.dim() > 2 or V.dim() == 2:
         return torch.matmul(M, V)
     batch, p = V.shape[:-2], V.shape[-1]
@@ -170,15 +193,23 @@ class Pattern:
             for size, coordinate in zip(self.batch_shape, index):
                 batch = batch * size + coordinate
             return batch * self.block_rows + index[-2], batch * self.block_rows + index[-1]
-        per_batch = self.plain.shape[-1]
         lines = self.compressed.shape[-1] - 1
-        compressed = self.compressed.reshape(-1, lines + 1)[:, :-1].to(torch.int64)
-        offsets = torch.arange(compressed.shape[0], device=compressed.device)[:, None]
-        element = torch.arange(start, end, device=compressed.device)
-        starts = (compressed + offsets * per_batch).reshape(-1)
-        line = torch.searchsorted(starts, element, right=True) - 1
-        plain = self.plain.reshape(-1)[start:end] + (line // max(lines, 1)) * lines
+        ends = self._line_ends()
+        bounds = torch.tensor([start, end - 1], device=ends.device, dtype=ends.dtype)
+        first, last = torch.searchsorted(ends, bounds, right=True).tolist()
+        counts = ends[first : last + 1].clamp(max=end).diff(prepend=bounds[:1])
+        line = torch.arange(first, last + 1, device=ends.device).repeat_interleave(counts, output_size=end - start)
+        plain = self.plain.reshape(-1)[start:end].to(torch.int64)
+        if self.batch_shape:
+            plain = plain + (line // lines) * lines
         return (line, plain) if self.layout in (torch.sparse_csr, torch.sparse_bsr) else (plain, line)
+
+    def _line_ends(self) -> Tensor:
+        """Number of elements stored up to the end of each compressed line, counted through all batches."""
+        ends = self.compressed[..., 1:].reshape(-1, self.compressed.shape[-1] - 1)
+        if self.batch_shape:
+            ends = ends + torch.arange(ends.shape[0], device=ends.device)[:, None] * self.plain.shape[-1]
+        return ends.reshape(-1)
 
     def chunks(self, width: int):
         """(start, end, rows, columns) over all stored elements, few enough at a time for gathered rows to fit."""
@@ -196,17 +227,22 @@ class Pattern:
         )
 
 
-def _values_on_pattern(U: Tensor, V: Tensor, pattern: Pattern) -> Tensor:
-    """sum_j U_rj conj V_cj at the stored positions, in the shape of pattern.values."""
+def _values_on_pattern(U: Tensor, V: Tensor, pattern: Pattern, hermitian: bool) -> Tensor:
+    """U V^H, or its Hermitian part, at the stored positions, in the shape of pattern.values."""
     height, width = pattern.block
     p = U.shape[-1]
     out = U.new_empty((pattern.count, height, width))
-    U, V = U.reshape(-1, height, p), V.reshape(-1, width, p)
+    U, V = (T.expand(pattern.batch_shape + T.shape[-2:]) for T in (U, V))
+    pairs = [(U.reshape(-1, height, p), V.reshape(-1, width, p))]
+    if hermitian:
+        pairs.append((V.reshape(-1, height, p), U.reshape(-1, width, p)))
     for start, end, rows, cols in pattern.chunks(p):
-        if height == width == 1:
-            torch.sum(U[rows, 0] * V[cols, 0].conj(), -1, out=out[start:end, 0, 0])
-        else:
-            out[start:end] = torch.bmm(U[rows], V[cols].mH)
+        for i, (left, right) in enumerate(pairs):
+            if height == width == 1:
+                part = (left[rows, 0] * right[cols, 0].conj()).sum(-1).reshape(-1, 1, 1)
+            else:
+                part = torch.bmm(left[rows], right[cols].mH)
+            out[start:end] = part if i == 0 else (out[start:end] + part) / 2
     return out.reshape(pattern.values.shape)
 
 
@@ -229,15 +265,19 @@ def _product_on_pattern(values: Tensor, V: Tensor, pattern: Pattern, adjoint: bo
 
 
 class _PatternValues(Function):
-    """(U, V) -> U V^H at the stored positions.  Backward: U gets S V and V gets S^H U, S the cotangent as a matrix."""
+    """(U, V) -> U V^H, or its Hermitian part, at the stored positions.
+
+    Backward, with S the cotangent as a matrix on the pattern: U gets S V and V gets S^H U; Hermitian, the mean of S and
+    S^H takes the place of both.
+    """
 
     @staticmethod
-    def forward(U: Tensor, V: Tensor, pattern: Pattern) -> Tensor:
-        return _values_on_pattern(U, V, pattern)
+    def forward(U: Tensor, V: Tensor, pattern: Pattern, hermitian: bool) -> Tensor:
+        return _values_on_pattern(U, V, pattern, hermitian)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        U, V, ctx.pattern = inputs
+        U, V, ctx.pattern, ctx.hermitian = inputs
         ctx.save_for_backward(U, V)
         ctx.save_for_forward(U, V)
         ctx.set_materialize_grads(False)
@@ -248,16 +288,22 @@ class _PatternValues(Function):
         U, V = ctx.saved_tensors
         gU = gV = None
         if g is not None and ctx.needs_input_grad[0]:
-            gU = _PatternProduct.apply(g, V, ctx.pattern, False)
+            gU = _PatternValues._times(ctx, g, V, False)
         if g is not None and ctx.needs_input_grad[1]:
-            gV = _PatternProduct.apply(g, U, ctx.pattern, True)
-        return gU, gV, None
+            gV = _PatternValues._times(ctx, g, U, True)
+        return gU, gV, None, None
+
+    @staticmethod
+    def _times(ctx, g: Tensor, V: Tensor, adjoint: bool) -> Tensor:
+        product = _PatternProduct.apply(g, V, ctx.pattern, adjoint)
+        return (product + _PatternProduct.apply(g, V, ctx.pattern, not adjoint)) / 2 if ctx.hermitian else product
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx, dU, dV, _pattern):
+    def jvp(ctx, dU, dV, _pattern, _hermitian):
         U, V = ctx.saved_tensors
-        terms = [_PatternValues.apply(*pair, ctx.pattern) for pair in ((dU, V), (U, dV)) if None not in pair]
+        pairs = ((dU, V), (U, dV))
+        terms = [_PatternValues.apply(*pair, ctx.pattern, ctx.hermitian) for pair in pairs if None not in pair]
         return sum(terms[1:], terms[0])
 
 
@@ -281,7 +327,7 @@ class _PatternProduct(Function):
         values, V = ctx.saved_tensors
         gvalues = gV = None
         if g is not None and ctx.needs_input_grad[0]:
-            gvalues = _PatternValues.apply(*((V, g) if ctx.adjoint else (g, V)), ctx.pattern)
+            gvalues = _PatternValues.apply(*((V, g) if ctx.adjoint else (g, V)), ctx.pattern, False)
         if g is not None and ctx.needs_input_grad[1]:
             gV = _PatternProduct.apply(values, g, ctx.pattern, not ctx.adjoint)
         return gvalues, gV, None, None

@@ -17,7 +17,7 @@ Forward mode:
 """
 
 import math
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ from torch.autograd import Function
 
 
 class SolveOptions:
-    """What a solve needs besides tensors: which end of the spectrum, and the tolerance of the forward."""
+    """What a solve needs besides its tensors: the end of the spectrum, and the tolerance, one for all pairs or (k,)."""
 
-    def __init__(self, largest: bool, tol: float) -> None:
+    def __init__(self, largest: bool, tol: Union[float, Tensor]) -> None:
         self.largest, self.tol = largest, tol
 
 

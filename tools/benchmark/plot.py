@@ -47,6 +47,8 @@ def _growth(axes, study: dict) -> None:
         x, [y[0] * (a / x[0]) ** study["limit"] for a in x], ":", color="gray", label=f"exponent {study['limit']:g}"
     )
     axes.set_title(f"{study['name']}:\nexponent {study['exponent']:.2f}", fontsize="medium")
+    axes.set_xticks(x, [f"{a:.3g}" for a in x])
+    axes.minorticks_off()
     axes.set_xlabel(study["axis"])
     axes.set_ylabel(study["metric"])
     axes.legend(fontsize="small")

@@ -131,7 +131,8 @@ class Instance:
         gap = E[None, :] - E[:, None]
         same = np.abs(gap) <= 1e-9 * self.problem.radius
         W = Z + X @ (np.diag(w) + np.where(same, 0, G) / np.where(same, 1, gap))
-        WB = -W * E - X * (np.diag(G) / 2)
+        # the normalisation alone ties the vectors of a multiple eigenvalue: Herm(G) / 2 there, its diagonal elsewhere
+        WB = -W * E - X @ np.where(same, (G + G.T) / 4, 0)
         return [_product(W, X, _matrix(self.A)), None if self.B is None else _product(WB, X, _matrix(self.B))]
 
     def _modes(self):
