@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import textwrap
-import unittest
 import warnings
 import weakref
 
@@ -1402,43 +1401,6 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         c = torch.autograd.functional.jacobian(squares, self.A, vectorize=True, strategy="forward-mode")
         self.assert_close(c, a, 1e-8)
 
-    @unittest.expectedFailure  # tracing is not supported yet: the checks of values look at data
-    def test_compile(self):
-        expected = self.exact
-        for backend in ("eager", "aot_eager"):
-            torch._dynamo.reset()
-            compiled = torch.compile(self.scalar, backend=backend, fullgraph=True)
-            A, B = self.leaf(self.A), self.leaf(self.B)
-            compiled(A, B).backward()
-            self.assert_close(A.grad, expected[0], 1e-8, backend)
-            self.assert_close(B.grad, expected[1], 1e-8, backend)
-
-    @unittest.expectedFailure  # tracing is not supported yet: the checks of values look at data
-    def test_fake_and_meta_tensors(self):
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        with FakeTensorMode() as mode:
-            E, X = torch.lobpcg(mode.from_tensor(torch.zeros(2, 24, 24, dtype=torch.complex64)), k=3)
-        self.assertEqual((E.shape, E.dtype, X.shape, X.dtype), ((2, 3), torch.float32, (2, 24, 3), torch.complex64))
-        E, X = torch.lobpcg(torch.zeros(24, 24, device="meta"), k=2)
-        self.assertEqual((E.shape, X.shape, E.device.type), ((2,), (24, 2), "meta"))
-
-    @unittest.expectedFailure  # tracing is not supported yet: the checks of values look at data
-    def test_make_fx(self):
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        graph = make_fx(lambda A: torch.lobpcg(A, **self.options)[0], tracing_mode="fake")(self.A)
-        self.assertEqual(graph(self.A + self.B), torch.lobpcg(self.A + self.B, **self.options)[0])
-
-    @unittest.expectedFailure  # tracing is not supported yet: the checks of values look at data
-    def test_export(self):
-        class Model(torch.nn.Module):
-            def forward(self, A):
-                return torch.lobpcg(A, k=3, largest=False)[0] * 2
-
-        program = torch.export.export(Model(), (self.A,))
-        self.assertEqual(program.module()(self.A), Model()(self.A))
-
     def test_retain_graph_and_repeated_backward(self):
         A, B = self.leaf(self.A), self.leaf(self.B)
         value = self.scalar(A, B)
@@ -1479,6 +1441,87 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         run(torch.autocast("cpu", dtype=torch.bfloat16))
         run(torch.enable_grad(), lambda A, B: checkpoint(self.scalar, A, B, use_reentrant=False))
         run(torch.enable_grad(), lambda A, B: checkpoint(self.scalar, A, B, use_reentrant=True))
+
+    def test_hooks_see_each_gradient_once(self):
+        """Hooks on the pairs, on their node and on saved tensors; what a hook returns replaces the cotangent."""
+        A, B = self.leaf(self.A), self.leaf(self.B)
+        packed, seen, nodes = [], [], []
+
+        def pack(T):
+            packed.append(T)
+            return T
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda T: T):
+            E, X = torch.lobpcg(A, B=B, **self.options)
+        # A, B, E, X, further pairs, residuals and their scale: eight tensors, none twice.
+        self.assertEqual(len(packed), 8)
+        self.assertEqual(len({T.data_ptr() for T in packed if T.numel()}), len([T for T in packed if T.numel()]))
+        E.register_hook(lambda g: seen.append(g) or 2 * g)
+        E.grad_fn.register_hook(lambda *arguments: nodes.append(arguments))
+        E.sum().backward()
+        self.assertEqual((len(seen), len(nodes)), (1, 1))
+        X = X.detach()
+        self.assert_close(A.grad, 2 * X @ X.mT, 1e-9)
+
+    def test_inference_mode(self):
+        A = self.leaf(self.A)
+        expected = torch.lobpcg(self.A, B=self.B, **self.options)
+        with torch.inference_mode():
+            pairs = torch.lobpcg(A, B=self.B, **self.options)
+        for found, wanted in zip(pairs, expected):
+            self.assertTrue(found.is_inference() and not found.requires_grad)
+            self.assertTrue(torch.equal(found, wanted))
+        # An inference tensor is a constant like any other.
+        with torch.inference_mode():
+            B = self.B.clone()
+        with self.assertRaisesRegex(RuntimeError, "Inference tensors cannot be saved"):
+            torch.lobpcg(A, B=B, **self.options)
+        with torch.no_grad():
+            self.assertTrue(torch.equal(torch.lobpcg(A, B=B, **self.options)[0], expected[0]))
+
+    def test_results_hide_nothing(self):
+        """Pairs own storage of their own size, so a copy or a pickle carries neither the block nor the graph."""
+        import copy
+        import pickle
+
+        for A in (self.A, self.leaf(self.A)):
+            for T in torch.lobpcg(A, **self.options):
+                self.assertEqual(T.untyped_storage().nbytes(), T.numel() * T.element_size())
+                self.assertTrue(T.is_contiguous())
+                for copied in (copy.deepcopy(T.detach()), pickle.loads(pickle.dumps(T.detach()))):
+                    self.assertTrue(torch.equal(copied, T) and not copied.requires_grad)
+                self.assertLess(len(pickle.dumps(T.detach())), T.numel() * T.element_size() + 1000)
+
+    def test_every_tensor_is_made_on_the_device_of_the_input(self):
+        """With a default device that holds no values, one tensor made without naming a device would be seen."""
+
+        def results(A, B, **options):
+            A, B = self.leaf(A), self.leaf(B)
+            E, X = torch.lobpcg(A, B=B, **options)
+            x, X = X[:4].abs().sum(-1), None
+            (g,) = torch.autograd.grad(E.sum() + x.sum(), A, create_graph=True)
+            values = g.values() if g.layout == torch.sparse_csr else g
+            square = values.to_dense() if g.layout == torch.sparse_coo else values
+            again = torch.autograd.grad(square.abs().square().sum(), A)[0].to_dense()
+            return [E.detach(), g.detach().to_dense(), again]
+
+        def tangents(A, B):
+            return torch.func.jvp(lambda A: torch.lobpcg(A, B=B, **self.options)[0], (A,), (A,))
+
+        dense = self.A, self.B
+        cases = [(dense, {}), (dense, {"niter": 1000}), (dense, {"niter": 1000, "iK": torch.eye(24).double()})]
+        cases.append((tuple(M.to_sparse() for M in dense), {}))
+        cases.append((tuple(M.to_sparse_csr() for M in dense), {}))
+        for pencil, options in cases:
+            for function in (lambda A, B: results(A, B, k=3, largest=False, **options), tangents):
+                if function is tangents and pencil is not dense:
+                    continue
+                expected = function(*pencil)
+                with torch.device("meta"):
+                    found = function(*pencil)
+                for a, b in zip(found, expected):
+                    self.assertEqual(a.device.type, "cpu")
+                    self.assertTrue(torch.equal(a, b))
 
     def test_autocast_keeps_float32(self):
         A = self.leaf(self.A.float())
@@ -1556,6 +1599,467 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         self.assertTrue(seen)
         self.assertFalse(any(seen))
         self.assertTrue(E.requires_grad and X.requires_grad)
+
+
+class TestLobpcgGraphs(LobpcgGradientCase):
+    """torch.compile, torch.export, make_fx, tensors without values: a graph computes what an eager call does."""
+
+    options = dict(k=3, largest=False)
+
+    def setUp(self):
+        super().setUp()
+        self.A, self.B = self.problems.indefinite(24, 10.0).build()
+        torch._dynamo.reset()
+
+    def hermitian(self, m, dtype=torch.float64, batch=(), definite=False):
+        M = self.weights(m, dtype, 3 + definite)
+        M = M @ M.mH / m + torch.eye(m, dtype=dtype) if definite else M
+        scale = torch.arange(1, 1 + torch.Size(batch).numel(), dtype=M.real.dtype).reshape(tuple(batch) + (1, 1))
+        return M * scale
+
+    def pairs_and_gradients(self, function, A, B=None):
+        A, B = self.leaf(A), self.leaf(B)
+        E, X = function(A, B)
+        leaves = [M for M in (A, B) if M is not None]
+        return [E.detach(), X.detach(), *torch.autograd.grad(self.loss_of_both(E, X), leaves)]
+
+    def assert_compiled_as_eager(self, A, B=None, dynamic=None, **options):
+        def f(A, B):
+            return torch.lobpcg(A, B=B, **options)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        pairs = zip(self.pairs_and_gradients(f, A, B), self.pairs_and_gradients(compiled, A, B))
+        for eager, found in pairs:
+            self.assertEqual(eager.stride(), found.stride())
+            self.assertTrue(torch.equal(eager, found), f"{options}")
+
+    def test_compile_equals_eager_to_the_bit(self):
+        for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+            A, B = self.hermitian(24, dtype), self.hermitian(24, dtype, definite=True)
+            self.assert_compiled_as_eager(A, **self.options)
+            self.assert_compiled_as_eager(A, B, **self.options)
+        A, B = self.hermitian(40), self.hermitian(40, definite=True)
+        skew = A + torch.triu(torch.ones_like(A), 1)
+        self.assert_compiled_as_eager(skew, B, **self.options)
+        for options in (
+            dict(k=2, method="ortho", tol=1e-9, niter=300),
+            dict(k=2, method="basic", n=5, niter=300),
+            dict(k=4, largest=True, niter=300, ortho_iparams={"i_max": 3}),
+            dict(k=2, largest=False, niter=300, iK=torch.linalg.inv(A + 10 * B)),
+            dict(k=2, largest=False, niter=300, X=torch.eye(40, 4, dtype=A.dtype) + 0.1),
+        ):
+            self.assert_compiled_as_eager(A, B, **options)
+
+    def test_compile_batches(self):
+        for a, b in (((2,), None), ((2,), ()), ((), (2,)), ((2, 1), (3,)), ((0,), ())):
+            A = self.hermitian(12, torch.complex128, a)
+            B = None if b is None else self.hermitian(12, torch.complex128, b, definite=True)
+            self.assert_compiled_as_eager(A, B, **self.options)
+            self.assert_compiled_as_eager(A, B, dynamic=True, **self.options)
+
+    def test_compile_dynamic_sizes(self):
+        """One function, sizes on both sides of every choice by size; values of k."""
+
+        def f(A, k):
+            return torch.lobpcg(A, k=k, largest=False)
+
+        compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
+        for m, k in ((9, 2), (10, 2), (40, 2), (3, 2), (40, 1), (40, 5), (600, 2)):
+            A = self.hermitian(m)
+            for eager, found in zip(*(self.pairs_and_gradients(lambda A, B: g(A, k), A) for g in (f, compiled))):
+                self.assertTrue(torch.equal(eager, found), f"m={m}, k={k}")
+
+    def test_compile_the_function_itself(self):
+        compiled = torch.compile(torch.lobpcg, backend="eager", fullgraph=True)
+        self.assertEqual(compiled(self.A, 3, self.B), torch.lobpcg(self.A, 3, self.B), rtol=0, atol=0)
+
+    def test_graph_breaks(self):
+        def breaks(f, *arguments):
+            torch._dynamo.reset()
+            return torch._dynamo.explain(f)(*arguments).graph_break_count
+
+        def tracker(worker):
+            seen.append(worker.ivars["istep"])
+
+        seen = []
+        self.assertEqual(breaks(lambda A: torch.lobpcg(2 * A, k=2)[0] + 1, self.A), 0)
+        tracked = lambda A: torch.lobpcg(2 * A, k=2, tracker=tracker)[0] + 1
+        preconditioned = lambda A: torch.lobpcg(2 * A, k=2, iK=lambda R: R.clone())[0] + 1
+        for f in (tracked, preconditioned):
+            self.assertEqual(breaks(f, self.A), 1)
+            self.assertEqual(torch.compile(f, backend="aot_eager")(self.A), f(self.A), rtol=0, atol=0)
+            torch._dynamo.reset()
+            with self.assertRaises(torch._dynamo.exc.Unsupported):
+                torch.compile(f, backend="aot_eager", fullgraph=True)(self.A)
+        self.assertGreater(len(seen), 0)
+
+    def test_compile_with_sparse_matrices(self):
+        """TorchDynamo breaks the graph at sparse tensors; the result is right."""
+        S = self.hermitian(12).to_sparse_coo().coalesce()
+        indices = S.indices()
+
+        def f(values):
+            return self.loss_of_both(*torch.lobpcg(torch.sparse_coo_tensor(indices, values, S.shape), **self.options))
+
+        def g(A):
+            return self.loss_of_both(*torch.lobpcg(A, **self.options))
+
+        for function, leaf in ((f, S.values()), (g, S), (g, S.to_sparse_csr())):
+            torch._dynamo.reset()
+            results = []
+            for version in (function, torch.compile(function, backend="aot_eager")):
+                argument = leaf.detach().clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(version(argument), argument)
+                results.append(gradient.to_dense())
+            self.assertTrue(torch.equal(*results))
+
+    def test_compiled_transforms(self):
+        A, B = self.hermitian(8), self.hermitian(8, definite=True)
+        two = torch.stack([A, A + B])
+
+        def f(A, B):
+            return self.loss_of_both(*torch.lobpcg(A, B=B, **self.options, tol=1e-12))
+
+        func = torch.func
+        for transform, arguments in (
+            (func.grad(f, (0, 1)), (A, B)),
+            (func.vmap(f, (0, None)), (two, B)),
+            (func.vmap(func.grad(f, (0, 1)), (0, None)), (two, B)),
+            (lambda A, B: func.jvp(f, (A, B), (B, A)), (A, B)),
+            (func.jacrev(func.grad(f)), (A, B)),
+            (func.hessian(f), (A, B)),
+        ):
+            torch._dynamo.reset()
+            compiled = torch.compile(transform, backend="aot_eager", fullgraph=True)
+            self.assertEqual(compiled(*arguments), transform(*arguments), rtol=1e-11, atol=1e-11)
+
+    def test_wrong_gradients_are_refused_when_the_graph_runs(self):
+        """A graph knows no values when it is made; errors and warnings come when it runs, as in an eager call."""
+        double = torch.diag(torch.tensor([1.0, 1.0, *range(2, 10)], dtype=torch.float64))
+        well = self.hermitian(30)
+        vectors, phase = self.loss_of_vectors, lambda E, X: X.imag.sum()
+        for A, loss, error, warning, options in (
+            (double, vectors, (RuntimeError, "eigenvalues 0 and 1 are equal"), None, dict(k=2, largest=False)),
+            (double, vectors, None, "k=1 asked for equals one that was not asked for", dict(k=1, largest=False)),
+            (well, vectors, None, "gradient of eigenpairs that have not converged", dict(k=2, niter=2)),
+            (well.to(torch.complex128), phase, (RuntimeError, "phase of eigenvector 0"), None, dict(k=2)),
+            (well * float("nan"), vectors, (ValueError, "NaN or infinite"), None, dict(k=2)),
+        ):
+
+            def f(A):
+                return loss(*torch.lobpcg(A, **options))
+
+            torch._dynamo.reset()
+            for version in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
+                leaf = self.leaf(A)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    if error is None:
+                        version(leaf).backward()
+                    else:
+                        with self.assertRaisesRegex(*error):
+                            version(leaf).backward()
+                messages = " ".join(str(w.message) for w in caught)
+                if warning is not None:
+                    self.assertIn(warning, messages)
+
+    def test_shapes_without_values(self):
+        """Fake and meta tensors: shapes, dtypes and strides as with values, whichever way the pairs are found."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        def operands(dtype, a, b):
+            return self.hermitian(24, dtype, a), None if b is None else self.hermitian(24, dtype, b, definite=True)
+
+        def description(A, B, **options):
+            leaves = [M.requires_grad_() for M in (A, B) if M is not None]
+            E, X = torch.lobpcg(A, B=B, **options)
+            gradients = torch.autograd.grad(self.loss_of_both(E, X), leaves)
+            return [(T.shape, T.dtype, T.stride()) for T in (E, X, *gradients)]
+
+        batches = (((), None), ((2,), ()), ((2, 1), (3,)), ((0,), None))
+        for dtype, (a, b) in itertools.product((torch.float32, torch.complex128), batches):
+            for options in (dict(k=3), dict(k=3, method="ortho", n=5), dict(k=8, largest=False)):
+                A, B = operands(dtype, a, b)
+                expected = description(*map(self.leaf, (A, B)), **options)
+                with torch.device("meta"):
+                    moved = [None if M is None else M.to("meta") for M in (A, B)]
+                    self.assertEqual(description(*moved, **options), expected)
+                with FakeTensorMode() as mode:
+                    moved = [None if M is None else mode.from_tensor(M) for M in (A, B)]
+                    self.assertEqual(description(*moved, **options), expected)
+
+    def test_bad_arguments_without_values(self):
+        A = torch.zeros(8, 8, device="meta")
+        for error, arguments, options in (
+            (ValueError, (A[1:],), dict(k=1)),
+            (ValueError, (A,), dict(k=9)),
+            (TypeError, (A.half(),), dict(k=1)),
+            (NotImplementedError, (A,), dict(k=1, tracker=print)),
+            (NotImplementedError, (A,), dict(k=1, iK=lambda R: R)),
+        ):
+            with self.assertRaisesRegex(error, "^lobpcg: "):
+                torch.lobpcg(*arguments, **options)
+
+    def test_make_fx_on_other_values(self):
+        """A graph made with one pair of matrices is right for another: no value has entered it."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        A, B = self.hermitian(8), self.hermitian(8, definite=True)
+        others = A.flip(-1, -2) + torch.diag(torch.arange(8.0)), B.flip(-1, -2) + torch.eye(8)
+
+        def f(A, B):
+            return self.loss_of_both(*torch.lobpcg(A, B=B, **self.options, tol=1e-12))
+
+        func = torch.func
+        transforms = {
+            "value": f,
+            "gradient": func.grad(f, (0, 1)),
+            "tangent": lambda A, B: func.jvp(f, (A, B), (B, A))[1],
+            "reverse over reverse": func.jacrev(func.grad(f)),
+            "forward over reverse": func.hessian(f),
+            "reverse over forward": func.jacrev(lambda A, B: func.jvp(f, (A, B), (B, A))[1]),
+        }
+        for mode, (name, transform) in itertools.product(("real", "fake", "symbolic"), transforms.items()):
+            if mode == "symbolic" and name == "reverse over forward":
+                continue  # PyTorch cannot allocate the tangents; torch.linalg.eigh fails as well
+            graph = make_fx(transform, tracing_mode=mode)(A, B)
+            self.assertEqual(graph(*others), transform(*others), rtol=1e-11, atol=1e-11, msg=f"{mode}, {name}")
+
+    def test_third_derivative_in_a_graph(self):
+        """Refused while it is traced; a graph of the function can be differentiated to any order."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        A = self.hermitian(5)
+
+        def f(A):
+            return self.loss_of_both(*torch.lobpcg(A, k=1, tol=1e-13))
+
+        def third(f):
+            of_second = lambda A: torch.func.grad(lambda A: torch.func.grad(f)(A).square().sum())(A).square().sum()
+            return torch.func.grad(of_second)
+
+        with self.assertRaisesRegex(NotImplementedError, "lobpcg: third derivatives"):
+            make_fx(third(f), tracing_mode="fake")(A)
+        graph = make_fx(f, tracing_mode="fake")(A)
+
+        def by_backward(f):
+            leaf = self.leaf(A)
+            value = f(leaf)
+            for _ in range(2):
+                (g,) = torch.autograd.grad(value, leaf, create_graph=True)
+                value = g.square().sum()
+            return torch.autograd.grad(value, leaf)[0]
+
+        self.assertEqual(by_backward(graph), by_backward(f), rtol=1e-9, atol=1e-9)
+        self.assertEqual(torch.func.hessian(graph)(A), torch.func.hessian(f)(A), rtol=1e-9, atol=1e-9)
+        two = torch.stack([A, 2 * A])
+        for transform in (torch.func.grad, torch.func.jacrev):
+            of_graph, of_f = (torch.func.vmap(transform(g)) for g in (graph, f))
+            self.assertEqual(of_graph(two), of_f(two), rtol=1e-9, atol=1e-9)
+
+    def test_export_round_trip(self):
+        """Exported, lowered, stored and loaded: the same pairs and gradients, at other sizes too."""
+        import io
+
+        class Model(torch.nn.Module):
+            def forward(self, A, B):
+                return torch.lobpcg(A, k=3, B=B, largest=False)
+
+        any_size = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+        A, B = self.hermitian(24), self.hermitian(24, definite=True)
+        for strict, shapes in itertools.product((False, True), (None, (any_size, any_size))):
+            program = torch.export.export(Model(), (A, B), dynamic_shapes=shapes, strict=strict)
+            stored = io.BytesIO()
+            torch.export.save(program, stored)
+            stored.seek(0)
+            for version in (program, program.run_decompositions(), torch.export.load(stored)):
+                for m in (24,) if shapes is None else (24, 31):
+                    C, D = self.hermitian(m), self.hermitian(m, definite=True)
+                    pairs = zip(*(self.pairs_and_gradients(f, C, D) for f in (Model(), version.module())))
+                    for eager, found in pairs:
+                        self.assertTrue(torch.equal(eager, found))
+
+    def test_operators_keep_their_contract(self):
+        """Schema, shapes, autograd and tracing, as torch.library checks them, static and dynamic."""
+        operators = torch.ops._lobpcg
+        tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        for dtype in (torch.float64, torch.complex128):
+            # PyTorch's check of schemas takes a view that is marked as conjugate for a changed argument.
+            tested = tests if dtype.is_complex else ("test_schema", *tests)
+            check = functools.partial(torch.library.opcheck, test_utils=tested)
+            A, B = self.hermitian(12, dtype), self.hermitian(12, dtype, definite=True)
+            settings = (2, 4, 0, 1000, 1e-8, False, "ortho", False, True, [], [])
+            pairs = operators.solve(A, B, None, None, *settings)
+            tail = (False, 1e-8)
+            gE, gX = torch.ones_like(pairs[0]), pairs[1] * torch.arange(12).unsqueeze(-1)
+            # The loss of opcheck is the sum of everything, which a phase changes.
+            a, b = (self.leaf(M, not dtype.is_complex) for M in (A, B))
+            check(operators.lobpcg.default, (a, 2, b, *[None] * 7, [], []))
+            check(operators.solve.default, (a, b, None, None, *settings))
+            for needed in ([True, True], [False, True]):
+                check(operators.reverse.default, (A, B, None, *pairs, gE, gX, *tail, needed))
+            check(operators.tangent.default, (A, B, None, *pairs, A, B, *tail))
+
+    def test_subclass_with_torch_function(self):
+        """A torch function mode or subclass sees torch.lobpcg, compiled or not."""
+
+        class Counting(torch.Tensor):
+            calls = []
+
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                if function is torch.lobpcg:
+                    cls.calls.append(function)
+                return super().__torch_function__(function, types, args, kwargs or {})
+
+        A = self.A.as_subclass(Counting)
+        torch.lobpcg(A, k=2)
+        self.assertEqual(len(Counting.calls), 1)
+        E = torch.compile(lambda A: torch.lobpcg(A, k=2)[0], backend="eager")(A)
+        self.assertEqual(E.as_subclass(torch.Tensor), torch.lobpcg(self.A, k=2)[0])
+
+
+class TestLobpcgTransformTable(LobpcgGradientCase):
+    """Transform x layout x field x what is differentiated: one test for each cell of the table in the README.
+
+    Oracles: the gradient g as a sum over all pairs, Re <g, t> for a tangent t, and differences of g for second
+    derivatives.  A sparse gradient is compared on the stored positions.
+    """
+
+    transforms = (
+        "backward",
+        "double_backward",
+        "forward_mode",
+        "forward_over_reverse",
+        "func_grad",
+        "func_vjp",
+        "vmap_of_grad",
+        "checkpoint",
+        "compile",
+        "make_fx",
+        "export",
+    )
+    # Of sparse matrices.  PyTorch has neither tangents nor batches of them in torch.func, and no graph of a gradient.
+    refused = ("forward_mode", "forward_over_reverse", "vmap_of_grad", "make_fx")
+    m, k = 12, 2
+
+    def operands(self, layout, dtype, seed=0):
+        i = torch.arange(self.m)
+        band = ((i.unsqueeze(-1) - i).abs() <= 3).to(dtype)
+        A = self.weights(self.m, dtype, 11 + seed) * band
+        B = (4 * torch.eye(self.m, dtype=dtype) + 0.3 * self.weights(self.m, dtype, 12 + seed)) * band
+        tangents = tuple(self.weights(self.m, dtype, 13 + j) * band for j in range(2))
+        return (A, B), tangents, band.real > 0 if layout == "sparse" else None
+
+    @parametrize(
+        "transform,layout,field,wanted",
+        list(itertools.product(transforms, ("dense", "sparse"), ("real", "complex"), ("A", "B", "both"))),
+        name_fn=lambda *names: "_".join(names),
+    )
+    def test(self, transform, layout, field, wanted):
+        dtype = torch.complex128 if field == "complex" else torch.float64
+        matrices, tangents, stored = self.operands(layout, dtype)
+        chosen = {"A": (0,), "B": (1,), "both": (0, 1)}[wanted]
+        make = torch.Tensor.to_sparse if layout == "sparse" else torch.clone
+        constant = [make(M) for M in matrices]
+        options = dict(k=self.k, largest=False, tol=1e-12)
+
+        def f(*operands):
+            pencil = list(constant)
+            for i, M in zip(chosen, operands):
+                pencil[i] = M
+            return self.loss_of_both(*torch.lobpcg(pencil[0], B=pencil[1], **options))
+
+        def exact(pencil):
+            found = self.spectral_gradient(*pencil, self.k, False, self.loss_of_both)
+            return [found[i] if stored is None else found[i] * stored for i in chosen]
+
+        def inner(gradients, others):
+            return sum((g.conj() * t).real.sum() for g, t in zip(gradients, others))
+
+        operands = [make(matrices[i]) for i in chosen]
+        along = [tangents[i] for i in chosen]
+        run = getattr(self, "by_" + transform)
+        if layout == "sparse" and transform in self.refused:
+            with self.assertRaises((RuntimeError, NotImplementedError, AssertionError)):
+                run(f, operands, [make(t) for t in along])
+            return
+        found = run(f, operands, [make(t) for t in along])
+        if transform == "forward_mode":
+            self.assertEqual(found, inner(exact(matrices), along), rtol=1e-8, atol=1e-8)
+            return
+        expected = exact(matrices)
+        if transform in ("double_backward", "forward_over_reverse"):
+            # Central differences: error h^2 from the next derivatives, eps / h from rounding.
+            h = 1e-4
+            sides = []
+            for sign in (1, -1):
+                moved = list(matrices)
+                for i in chosen:
+                    moved[i] = moved[i] + sign * h * tangents[i]
+                sides.append(exact(moved))
+            expected = [(a - b) / (2 * h) for a, b in zip(*sides)]
+        self.assertEqual(len(found), len(expected))
+        for g, e in zip(found, expected):
+            self.assert_close(g, e, 1e-5 if "double" in transform or "over" in transform else 1e-8)
+
+    def by_backward(self, f, operands, tangents):
+        leaves = [M.requires_grad_() for M in operands]
+        return torch.autograd.grad(f(*leaves), leaves)
+
+    def by_double_backward(self, f, operands, tangents):
+        leaves = [M.requires_grad_() for M in operands]
+        gradients = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+        value = sum((g.to_dense().conj() * t.to_dense()).real.sum() for g, t in zip(gradients, tangents))
+        return torch.autograd.grad(value, leaves)
+
+    def by_forward_mode(self, f, operands, tangents):
+        return torch.func.jvp(f, tuple(operands), tuple(tangents))[1]
+
+    def by_forward_over_reverse(self, f, operands, tangents):
+        return torch.func.jvp(self.func_grad(f, operands), tuple(operands), tuple(tangents))[1]
+
+    def func_grad(self, f, operands):
+        return torch.func.grad(f, tuple(range(len(operands))))
+
+    def by_func_grad(self, f, operands, tangents):
+        return self.func_grad(f, operands)(*operands)
+
+    def by_func_vjp(self, f, operands, tangents):
+        value, pull = torch.func.vjp(f, *operands)
+        return pull(torch.ones_like(value))
+
+    def by_vmap_of_grad(self, f, operands, tangents):
+        batch = [torch.stack([M + 0.01 * t, M, M]) for M, t in zip(operands, tangents)]
+        return [g[1] for g in torch.func.vmap(self.func_grad(f, operands))(*batch)]
+
+    def by_checkpoint(self, f, operands, tangents):
+        from torch.utils.checkpoint import checkpoint
+
+        return self.by_backward(lambda *leaves: checkpoint(f, *leaves, use_reentrant=False), operands, tangents)
+
+    def by_compile(self, f, operands, tangents):
+        torch._dynamo.reset()
+        fullgraph = operands[0].layout == torch.strided
+        return self.by_backward(torch.compile(f, backend="aot_eager", fullgraph=fullgraph), operands, tangents)
+
+    def by_make_fx(self, f, operands, tangents):
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        others = [M + 0.01 * t for M, t in zip(operands, tangents)]
+        return make_fx(self.func_grad(f, operands), tracing_mode="real")(*others)(*operands)
+
+    def by_export(self, f, operands, tangents):
+        class Model(torch.nn.Module):
+            def forward(self, *operands):
+                return f(*operands)
+
+        others = tuple(M + 0.01 * t for M, t in zip(operands, tangents))
+        return self.by_backward(torch.export.export(Model(), others).module(), operands, tangents)
+
+
+instantiate_parametrized_tests(TestLobpcgTransformTable)
 
 
 class TestSymmetricGradcheck(TestCase):

@@ -6,12 +6,13 @@ import unittest
 import warnings
 
 import torch
+import torch._lobpcg_autograd as differentiation
 import torch._lobpcg_complement as complement
 import torch._lobpcg_derivative as derivative
-from torch._lobpcg_autograd import differentiable_eigenpairs, hermitian_part
 from torch._lobpcg_iteration import EigenPairs
 from torch._lobpcg_pattern import _PatternValues, apply, hermitian_apply, hermitian_outer, is_symmetric_pattern, Pattern
 from torch._lobpcg_resolvent import reduced_resolvent, SolveOptions
+from torch._lobpcg_solver import hermitian_part
 from torch.testing._internal.common_utils import run_tests
 
 
@@ -37,6 +38,12 @@ def random(*shape, dtype, seed=0):
 
 def hermitian(M):
     return (M + M.mH) / 2
+
+
+def differentiable_eigenpairs(A, B, *arguments):
+    """As torch.lobpcg calls it: dense matrices through their Hermitian part."""
+    A, B = (None if M is None else hermitian_part(M) for M in (A, B))
+    return differentiation.differentiable_eigenpairs(A, B, *arguments)
 
 
 def pencil(m, dtype, batch=()):

@@ -1,7 +1,7 @@
 """torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B (TorchScript dialect)."""
 
 import warnings
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -12,11 +12,15 @@ from torch._lobpcg_arguments import (
     check_dtype,
     check_matrix,
     ortho_parameters,
+    OrthoParameters,
+    Settings,
     settle,
 )
 from torch._lobpcg_autograd import differentiable_eigenpairs, LOBPCGAutogradFunction  # noqa: F401
 from torch._lobpcg_iteration import EigenPairs, LOBPCG  # noqa: F401
-from torch._lobpcg_solver import solve
+from torch._lobpcg_operators import define_operators, eigenpairs_in_graph, is_traced
+from torch._lobpcg_solver import dense_is_cheaper, hermitian_part, solve
+from torch._traced_lobpcg import traced_version
 from torch.overrides import handle_torch_function, has_torch_function
 
 
@@ -184,6 +188,9 @@ def lobpcg(
             "requires grad"
         )
     parameters = ortho_parameters(ortho_iparams, ortho_fparams, ortho_bparams)
+    A = hermitian_part(A)
+    if B is not None:
+        B = hermitian_part(B)
     pairs = solve(A, B, X, iK, batch, m, settings, None, parameters)
     _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
     return pairs.E[..., : settings.k], pairs.X[..., : settings.k]
@@ -198,6 +205,22 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
         return handle_torch_function(
             lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, tracker=tracker, **numbers, **parameters
         )
+    settings = _settings(A, k, B, X, n, iK, niter, tol, largest, method, tracker)
+    if is_traced(A, B, X, iK):
+        if tracker is not None:
+            raise NotImplementedError(
+                "lobpcg: a tracker looks at values, which do not exist while a graph is traced; leave it out, or call "
+                "lobpcg outside of what is traced"
+            )
+        integers = ortho[0] or {}
+        return eigenpairs_in_graph(A, B, X, iK, (*settings, list(integers), list(integers.values())))
+    run = _Solver(settings, ortho_parameters(*ortho), tracker)
+    A, B = hermitian_part(A), None if B is None else hermitian_part(B)
+    return differentiable_eigenpairs(A, B, X, iK, run, settings.k, settings.largest, settings.tol)
+
+
+def _settings(A, k, B, X, n, iK, niter, tol, largest, method, tracker) -> Settings:
+    """The settings of an eager call, its arguments checked as far as shapes, dtypes and numbers tell."""
     for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
         if T is not None and not isinstance(T, Tensor) and not callable(T):
             raise TypeError(
@@ -217,21 +240,50 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     m = model.size(-2)
     _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
     columns = None if X is None else X.size(-1)
-    settings = settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracker is not None)
+    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracker is not None)
 
-    parameters = ortho_parameters(*ortho)
 
-    def run(A, B, X, iK, separate: bool) -> EigenPairs:
+class _Solver:
+    """The forward of one problem: (A, B, X, iK, whether a derivative may be asked for) -> pairs, with a warning where
+    some have not converged."""
+
+    def __init__(self, settings: Settings, parameters: OrthoParameters, tracker: Any) -> None:
+        self.settings, self.parameters, self.tracker = settings, parameters, tracker
+
+    def __call__(self, A, B, X, iK, separate: bool) -> EigenPairs:
+        settings = self.settings._replace(separate=separate)
+        m = next(T for T in (A, X, B) if isinstance(T, Tensor)).size(-2)
+        batch = self.batch(A, B, X, iK)
+        pairs = solve(A, B, X, iK, batch, m, settings, self.tracker, self.parameters)
+        _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
+        return pairs
+
+    def batch(self, A, B, X, iK) -> list[int]:
         # Not torch.broadcast_shapes: its first call imports a symbolic algebra package, 0.8 s.
         shape: list[int] = []
         for T, name in ((A, "A"), (B, "B"), (X, "X"), (iK, "iK")):
             if isinstance(T, Tensor):
                 shape = check_broadcast(shape, T, name)
-        pairs = solve(A, B, X, iK, shape, m, settings._replace(separate=separate), tracker, parameters)
-        _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
-        return pairs
+        return shape
 
-    return differentiable_eigenpairs(A, B, X, iK, run, settings.k, settings.largest, settings.tol)
+    def sizes(self, A, B, X, iK) -> tuple[list[int], int, int]:
+        """Batch shape, number of pairs and of residuals that the call returns."""
+        batch, settings, m = self.batch(A, B, X, iK), self.settings, A.size(-1)
+        if 0 not in batch and dense_is_cheaper(A, B, iK, settings, m):
+            return batch, m, settings.k
+        return batch, settings.n, settings.n
+
+
+def _solver(*numbers) -> _Solver:
+    """The solver of the operator's numbers: the fields of Settings, names and values of the integer parameters."""
+    *fields, names, values = numbers
+    return _Solver(Settings(*fields), ortho_parameters(dict(zip(names, values)), None, None), None)
+
+
+def _call(A, k, B, X, n, iK, niter, tol, largest, method, names, values) -> tuple[Tensor, Tensor]:
+    """torch.lobpcg as an operator."""
+    settings = _settings(A, k, B, X, n, iK, niter, tol, largest, method, None)
+    return eigenpairs_in_graph(A, B, X, iK, (*settings, names, values))
 
 
 def _check_others(A: Tensor, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor], m: int) -> list[int]:
@@ -268,3 +320,8 @@ def _warn_unconverged(pairs: EigenPairs, k: int, tol: float, niter: int) -> None
             f"iK",
             stacklevel=2,
         )
+
+
+define_operators(_call, _solver, lambda A, B, X, iK, *numbers: _solver(*numbers).sizes(A, B, X, iK), hermitian_part)
+# torch.compile traces what this attribute names in the place of the function that has it.
+lobpcg._torchdynamo_inline = traced_version(lobpcg, _lobpcg_eager)

@@ -127,9 +127,10 @@ def settle(
         block = n
     else:
         # Guard columns separate the wanted pairs from the rest: as many again, four at least, halve the iterations, and
-        # the time.
-        guards = max(4, wanted)
-        block = max(wanted, min(wanted + guards, m // 3))
+        # the time. Branches, not min and max: a traced m then leaves a bound on m behind and n a number.
+        block = wanted + max(4, wanted)
+        if m // 3 < block:
+            block = max(wanted, m // 3)
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
     name = "ortho" if method is None else method

@@ -1,7 +1,6 @@
 """Extreme eigenpairs as one differentiable operation: torch.autograd, forward mode, torch.func."""
 
-import math
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -23,34 +22,61 @@ from torch.autograd import forward_ad, Function
 
 
 class Problem:
-    """What an eigenproblem is besides its tensors: the forward, the number of pairs, which end, the tolerance, whether
-    a derivative may be asked for; set by the forward, the tolerances (k,) of the derivative's linear systems."""
+    """What an eigenproblem is besides its tensors: the number of pairs, which end, the tolerance, whether a derivative
+    may be asked for, and how the pairs and their derivatives are computed; set by the forward, the tolerances (k,) of
+    the derivative's linear systems."""
 
-    def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float, differentiated: bool) -> None:
+    def __init__(
+        self, solve: Optional[Callable[..., Any]], k: int, largest: bool, tol: float, differentiated: bool
+    ) -> None:
         self.solve, self.k, self.largest, self.tol, self.differentiated = solve, k, largest, tol, differentiated
         self.system_tol: Optional[Tensor] = None
 
+    def pairs(self, A: Any, B: Any, X: Optional[Tensor], iK: Any) -> Tuple[Tensor, ...]:
+        """E (*, k), X (*, m, k), further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n)."""
+        k = self.k
+        found = self.solve(A, B, X, iK, self.differentiated)
+        residual, scale = found.residual, found.scale
+        wanted = (found.E[..., :k], found.X[..., :k], residual[..., :k], scale[..., :k])
+        E, X, improved = corrected(A, B, *wanted, self.largest, self.tol)
+        self.system_tol = system_tolerance(E, X, found.E[..., k:], improved, self.tol)
+        residual = torch.cat([improved, residual[..., k:]], -1)
+        last = found.E.shape[-1] if self.differentiated else k
+        # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
+        parts = (E, X, found.E[..., k:last], found.X[..., k:last], residual, scale)
+        return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
+
+    def reverse(self, pairs: ComputedPairs, gE: Optional[Tensor], gX: Optional[Tensor], need_A: bool, need_B: bool):
+        """Cotangents of A and B, None where not needed."""
+        return reverse_mode(pairs, gE, gX, need_A, need_B)
+
+    def tangent(self, pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+        """Tangents of E and X."""
+        return forward_mode(pairs, dA, dB)
+
 
 def differentiable_eigenpairs(
-    A: Any,
-    B: Any,
-    X: Optional[Tensor],
-    iK: Any,
-    solve: Callable[..., Any],
-    k: int,
-    largest: bool,
-    tol: Optional[float],
+    A: Any, B: Any, X: Optional[Tensor], iK: Any, solve: Callable[..., Any], k: int, largest: bool, tol: float
 ) -> Tuple[Tensor, Tensor]:
     """E (*, k), X (*, m, k) of A X = B X diag(E), differentiable in A and B.
 
-    A, B: dense (*, m, m), taken through their Hermitian part, or sparse Hermitian, or a callable on blocks
-    (*, m, p), which is a constant; B may be None.  X (start block) and iK (preconditioner) never get a gradient.
+    A, B: dense (*, m, m) or sparse, Hermitian, or a callable on blocks (*, m, p), which is a constant; B may be None.
+    X (start block) and iK (preconditioner) never get a gradient.
     `solve(A, B, X, iK, differentiated)` is the forward: a tuple with E (*, n), X (*, m, n), residual (*, n), scale
     (*, n), n >= k; differentiated: whether a derivative may be asked for.
     `tol` is its relative tolerance; those of the derivative's linear systems follow from it, see system_tolerance.
 
     Raises ValueError if a sparse matrix whose gradient is asked for stores (r, c) but not (c, r).
     """
+    A, B = with_gradients(A, B)
+    X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
+    problem = Problem(solve, k, largest, tol, may_be_differentiated(A, B))
+    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, problem)
+    return outputs[0], outputs[1]
+
+
+def with_gradients(A: Any, B: Any) -> Tuple[Any, Any]:
+    """A and B in layouts that gradients of any order exist in.  ValueError as above."""
     for name, M in (("A", A), ("B", B)):
         if is_sparse(M) and M.requires_grad and not is_symmetric_pattern(M.detach()):
             raise ValueError(
@@ -60,14 +86,7 @@ def differentiable_eigenpairs(
             )
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)
-    A, B = (by_rows(around_constructor(M)) if is_sparse(M) and M.requires_grad else hermitian_part(M) for M in (A, B))
-    X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
-    if tol is None:
-        dtype = next(M.dtype for M in (A, B, X) if isinstance(M, Tensor))
-        tol = math.sqrt(torch.finfo(dtype).eps)
-    problem = Problem(solve, k, largest, tol, may_be_differentiated(A, B))
-    outputs = LOBPCGAutogradFunction.apply(A, B, X, iK, problem)
-    return outputs[0], outputs[1]
+    return tuple(by_rows(around_constructor(M)) if is_sparse(M) and M.requires_grad else M for M in (A, B))
 
 
 def may_be_differentiated(*operands: Any) -> bool:
@@ -75,26 +94,6 @@ def may_be_differentiated(*operands: Any) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(isinstance(M, Tensor) and M.requires_grad for M in operands)
-
-
-def hermitian_part(M: Any) -> Any:
-    """(M + M^H) / 2 of a dense matrix; M itself where that changes no bit, and for every other kind of operand."""
-    if not isinstance(M, Tensor) or is_sparse(M):
-        return M
-    if not torch._C._are_functorch_transforms_active() and _is_hermitian(M.detach()):
-        return M
-    # A conjugate that is only marked as such breaks forward mode under vmap.
-    return (M + (torch.conj_physical(M.mT) if M.is_complex() else M.mT)) / 2
-
-
-def _is_hermitian(M: Tensor, tile: int = 512) -> bool:
-    """Tile by tile: a comparison with the whole transpose would miss the cache at every element."""
-    m = M.shape[-1]
-    return all(
-        torch.equal(M[..., i : i + tile, j : j + tile], M[..., j : j + tile, i : i + tile].mH)
-        for i in range(0, m, tile)
-        for j in range(0, i + 1, tile)
-    )
 
 
 class LOBPCGAutogradFunction(Function):
@@ -105,17 +104,7 @@ class LOBPCGAutogradFunction(Function):
     def forward(A, B, X, iK, problem):
         like = next(M for M in (A, B, X) if isinstance(M, Tensor))
         with without_autocast(like):
-            pairs = problem.solve(A, B, X, iK, problem.differentiated)
-            k = problem.k
-            residual, scale = pairs.residual, pairs.scale
-            wanted = (pairs.E[..., :k], pairs.X[..., :k], residual[..., :k], scale[..., :k])
-            E, X, improved = corrected(A, B, *wanted, problem.largest, problem.tol)
-        problem.system_tol = system_tolerance(E, X, pairs.E[..., k:], improved, problem.tol)
-        residual = torch.cat([improved, residual[..., k:]], -1)
-        last = pairs.E.shape[-1] if problem.differentiated else k
-        # Copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
-        parts = (E, X, pairs.E[..., k:last], pairs.X[..., k:last], residual, scale)
-        return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
+            return problem.pairs(A, B, X, iK)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -132,7 +121,7 @@ class LOBPCGAutogradFunction(Function):
             return None, None, None, None, None
         pairs = _pairs(ctx)
         with without_autocast(pairs.X):
-            gA, gB = reverse_mode(pairs, gE, gX, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+            gA, gB = ctx.problem.reverse(pairs, gE, gX, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         return gA, gB, None, None, None
 
     @staticmethod
@@ -144,21 +133,27 @@ class LOBPCGAutogradFunction(Function):
             dE, dX = torch.zeros_like(pairs.E), torch.zeros_like(pairs.X)
         else:
             with without_autocast(pairs.X):
-                dE, dX = forward_mode(pairs, dA, dB)
+                dE, dX = ctx.problem.tangent(pairs, dA, dB)
         return dE, dX, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, A, B, X, iK, problem):
-        tensors, deepest = batched_first(info.batch_size, in_dims[:4], (A, B, X, iK), trailing=(2, 2, 2, 2))
-        A, B, X, iK = tensors
-        mapped = [M for M, dim in zip(tensors, in_dims) if isinstance(M, Tensor) and dim is not None]
-        # The forward takes its batch shape from A: give A every batch dimension that another operand has.
-        if isinstance(A, Tensor) and in_dims[0] is None:
-            A = A.expand((info.batch_size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
-        if isinstance(A, Tensor):
-            shapes = [M.shape[:-2] for M in [A] + mapped]
-            A = A.expand(broadcast(*shapes) + list(A.shape[-2:]))
-        return LOBPCGAutogradFunction.apply(A, B, X, iK, problem), (0,) * 6
+        operands = mapped_operands(info.batch_size, in_dims, A, B, X, iK)
+        return LOBPCGAutogradFunction.apply(*operands, problem), (0,) * 6
+
+
+def mapped_operands(size: int, in_dims: Sequence, *operands: Any) -> List[Any]:
+    """A, B, X, iK with the mapped dimension as first batch dimension; A gets every batch dimension that another has."""
+    tensors, deepest = batched_first(size, in_dims[:4], operands, trailing=(2, 2, 2, 2))
+    A = tensors[0]
+    mapped = [M for M, dim in zip(tensors, in_dims) if isinstance(M, Tensor) and dim is not None]
+    # The forward takes its batch shape from A.
+    if isinstance(A, Tensor) and in_dims[0] is None:
+        A = A.expand((size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
+    if isinstance(A, Tensor):
+        shapes = [M.shape[:-2] for M in [A] + mapped]
+        A = A.expand(broadcast(*shapes) + list(A.shape[-2:]))
+    return [A] + tensors[1:]
 
 
 def _pairs(ctx) -> ComputedPairs:

@@ -1,5 +1,6 @@
 """What the autograd Functions of lobpcg have in common: saving by name, vmap, autocast."""
 
+import contextlib
 import functools
 import itertools
 from typing import Any, Callable, ContextManager, Dict, List, Sequence, Tuple
@@ -23,7 +24,10 @@ def saved(ctx: Any) -> Dict[str, Any]:
 
 def without_autocast(like: Tensor) -> ContextManager[Any]:
     """Products inside run in the dtype of the input: an autocast half-precision product would lose the derivative."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    if not torch.amp.is_autocast_available(device):  # meta tensors, for one
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def broadcast(*shapes: Sequence[int]) -> List[int]:

@@ -34,7 +34,7 @@ def solve(
     ortho: OrthoParameters,
 ) -> EigenPairs:
     """n >= k eigenpairs of each pencil. A, B, iK: (*, m, m), dense or sparse, Hermitian, or callables; X: (*, m, n) or
-    None.
+    None. Dense A and B have been through hermitian_part.
 
     Raises ValueError on NaN, infinity, asymmetry and a B or iK that shows itself not to be positive definite.
     """
@@ -52,7 +52,7 @@ def solve(
         check_finite(X, "X")
     if 0 in batch:
         return _no_pairs(batch, m, settings.n, like)
-    if _dense_is_cheaper(A, B, iK, settings, m):
+    if dense_is_cheaper(A, B, iK, settings, m):
         return dense_solve(A, B, sA, sB, settings, batch)
     start = X if X is not None else start_rows(settings.n, m, 0, like).mT
     start = start.expand(batch + [m, settings.n])
@@ -169,7 +169,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.float64
 
 
-def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], settings: Settings, m: int) -> bool:
+def dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], settings: Settings, m: int) -> bool:
     """One dense factorisation instead of iterations: m < 3 n, where LOBPCG does not apply, or small dense matrices.
 
     Measured on one thread: with k = 5, eigh costs as much as the iterations near m = 512; with a preconditioner that
@@ -189,10 +189,10 @@ def _dense_is_cheaper(A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], sett
 
 
 def _checked(A: Tensor, name: str, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The Hermitian part of a dense A, A itself where no bit changes; a sparse A is checked, a callable trusted. And
-    powers of four that bring it near one, (*) or ().
+    """A, and powers of four that bring it near one, (*) or (); a sparse A as what is fastest to multiply.
 
-    A sparse matrix is returned as what is fastest to multiply, so that it is converted once.
+    ValueError unless A is finite, Hermitian where it is sparse, and positive definite where it is B. A callable is
+    trusted.
     """
     if not torch.jit.is_scripting():
         if not isinstance(A, Tensor):
@@ -202,16 +202,29 @@ def _checked(A: Tensor, name: str, m: int, like: Tensor) -> tuple[Tensor, Tensor
     scale = safe_scale(_finite_size(A, name), A.dtype)
     if is_sparse_layout(A):
         check_symmetry(A, name, m, scale, like)
-    elif not is_hermitian(A):
-        A = hermitian(A)
     if name == "B":
         check_positive(A)
     return A, scale
 
 
-def is_hermitian(A: Tensor) -> bool:
+def hermitian_part(A: Tensor) -> Tensor:
+    """(A + A^H) / 2 of a dense matrix; A itself where that changes no bit, and for every other kind of operand."""
+    if not torch.jit.is_scripting():
+        if not isinstance(A, Tensor):
+            return A
+    if is_sparse_layout(A) or _is_hermitian(A):
+        return A
+    # A conjugate that is only marked as such breaks forward mode under vmap.
+    return (A + (torch.conj_physical(A.mT) if A.is_complex() else A.mT)) / 2
+
+
+def _is_hermitian(A: Tensor) -> bool:
     """Whether dense A (*, m, m) equals A^H to the bit; by tiles, since the transpose as a whole would miss the cache
-    throughout."""
+    throughout. False under a transform, where values cannot be looked at."""
+    if not torch.jit.is_scripting():
+        if torch._C._are_functorch_transforms_active():
+            return False
+    A = A.detach()
     m, tile = A.size(-1), 512
     for i in range(0, m, tile):
         for j in range(0, i + 1, tile):
