@@ -110,7 +110,7 @@ class TestLobpcgSolver(LobpcgTestCase):
         dtype = torch.complex128 if p.is_complex else torch.float64
         A, B = p.build(dtype)
         tol = self.default_tol(dtype)
-        settings = settle(p.m, dtype, 3, None, None, None, tol, largest, method, False, False)
+        settings = settle(p.m, dtype, 3, None, None, None, tol, largest, method, False)
         pairs = solver(A, B, None, None, [], p.m, settings, None, ortho_parameters(None, None, None))
         E, X, exact = pairs.E[:3], pairs.X[:, :3], p.extreme(3, largest)
         self.assertTrue(bool((pairs.residual[:3] <= tol * pairs.scale[:3]).all()))
