@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._lobpcg_basis import Basis
 from torch._lobpcg_convergence import judge_batch, judge_one, settled, Verdict
-from torch._lobpcg_operator import epsilon, largest_entry, Operator, safe_scale, start_rows
+from torch._lobpcg_operator import epsilon, largest_entry, max_abs, Operator, safe_scale, start_rows
 from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten_scaled
 
 
@@ -114,6 +114,7 @@ class LOBPCG:
         self.W = rows  # residuals, then new directions: (*, n, m)
         self.E = torch.zeros(self.batch + [self.n], dtype=real.dtype, device=X.device)
         self.G = torch.zeros(self.batch + [self.n, self.n], dtype=X.dtype, device=X.device)
+        self.unit = torch.ones([1, 1], dtype=X.dtype, device=X.device)  # identity of the order of the last Ritz problem
         self.lost = torch.jit.annotate(Optional[Tensor], None)  # whether a vector of [X P] is zero
         self.host = len(self.batch) == 0 and X.device.type == "cpu"
         self.w_index = torch.zeros(self.batch + [0], dtype=torch.int64, device=X.device)
@@ -236,7 +237,7 @@ class LOBPCG:
             if op.call is not None:
                 V = start_rows(2, self.m, self.n + 7, self.W).expand(self.batch + [2, self.m])
                 U = op.rows(V)
-                largest = torch.linalg.vector_norm(U, float("inf"), dim=[-2, -1])
+                largest = max_abs(U, [-2, -1])
                 scale = safe_scale(largest.to(torch.float64), U.dtype).to(real)
                 op.set_scale(scale)
                 ratio = torch.linalg.vector_norm(U * op.scale, dim=[-2, -1]) / torch.linalg.vector_norm(V, dim=[-2, -1])
@@ -276,7 +277,7 @@ class LOBPCG:
 
     def unit_rows(self, X: Tensor) -> Tensor:
         """Rows of length one, or zero; twice, so that neither overflow nor underflow of a square is seen."""
-        X = X / torch.linalg.vector_norm(X, float("inf"), dim=-1, keepdim=True).clamp_min(self.tiny)
+        X = X / max_abs(X, [-1]).unsqueeze(-1).clamp_min(self.tiny)
         return X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(self.tiny)
 
     def check_rank(self, rank: int) -> None:
@@ -373,7 +374,11 @@ class LOBPCG:
         columns: Optional[Tensor] = None
         if self.active < self.n:
             columns = self.w_index
-        step = ritz_step(self.G, self.lost, gram_A, gram_B, self.n, self.sign, columns, self.eps, self.tiny, self.host)
+        if self.unit.size(-1) != gram_B.size(-1):
+            self.unit = torch.eye(gram_B.size(-1), dtype=gram_B.dtype, device=gram_B.device)
+        step = ritz_step(
+            self.G, self.lost, gram_A, gram_B, self.unit, self.n, self.sign, columns, self.eps, self.tiny, self.host
+        )
         if self.general:
             self.least_B = real_diagonal(gram_B.narrow(-1, first, self.active)).min()
         self.advance(step)

@@ -89,8 +89,8 @@ def next_P(
         Z = Z @ C_1.gather(-1, columns.unsqueeze(-2).expand(list(C_1.shape[:-1]) + [columns.size(-1)]))
     if host:
         Q, R = torch.linalg.qr(Z)
-        own = R.diagonal(0, -2, -1).abs()
-        if own.min().item() > noise:
+        own: list[float] = R.diagonal(0, -2, -1).abs().tolist()
+        if min(own) > noise:
             return Q, None
     # Longest columns first: the direction that Q invents for a column of noise must not be taken out of a true one.
     order = torch.sort(torch.linalg.vector_norm(Z, dim=-2), dim=-1, descending=True)[1]
@@ -108,26 +108,25 @@ class Coordinates(NamedTuple):
     least: float
 
 
-def orthonormal_coordinates(gram_B: Tensor, eps: float, tiny: float, host: bool) -> Coordinates:
+def orthonormal_coordinates(gram_B: Tensor, unit: Tensor, eps: float, tiny: float, host: bool) -> Coordinates:
     """Coordinates that make S = [X P W] B-orthonormal, from gram_B = W^H B S (*, p, q); [X P] is so already.
 
     By Cholesky where the host may look (one matrix on the CPU) and sees no loss, since that costs a third; else by
     eigenvalues, which drop dependent directions.
     """
     p, q = gram_B.size(-2), gram_B.size(-1)
-    unit = torch.eye(q, dtype=gram_B.dtype, device=gram_B.device)
     if host:
         L, info = torch.linalg.cholesky_ex(torch.cat([unit.narrow(0, 0, q - p), gram_B]))
         # Pivots are at most p times the least eigenvalue.
-        numbers: list[float] = torch.cat([real_diagonal(L), real_diagonal(gram_B.narrow(-1, q - p, p))]).tolist()
+        whole = torch.cat([real_diagonal(L), real_diagonal(gram_B.narrow(-1, q - p, p))])
+        numbers: list[float] = whole.tolist()
         least = 1.0
         for i in range(p):
             pivot = numbers[q - p + i]
             least = min(least, pivot * pivot / (p * max(numbers[q + i], tiny)))
         if info.item() == 0 and least > 1e-3:
-            return Coordinates(
-                torch.linalg.solve_triangular(L.mH, unit, upper=True), None, real_diagonal(L).narrow(0, 0, 0), least
-            )
+            none = torch.empty([0], dtype=whole.dtype, device=whole.device)
+            return Coordinates(torch.linalg.solve_triangular(L.mH, unit, upper=True), None, none, least)
     HH, gram_W = gram_B.split([q - p, p], -1)
     H = HH.mH
     whitened, d, dropped = whiten_scaled(gram_W - HH @ H, eps**0.5, tiny)
@@ -141,6 +140,7 @@ def ritz_step(
     lost: Optional[Tensor],
     gram_A: Tensor,
     gram_B: Tensor,
+    unit: Tensor,
     n: int,
     sign: float,
     columns: Optional[Tensor],
@@ -152,10 +152,11 @@ def ritz_step(
     P] = G.
 
     In the orthonormal basis S T the Ritz problem is a standard one. Loses eps / d digits, d the smallest kept value of
-    Ritz.d. host: one matrix in host memory, where looking at a number costs less than masking.
+    Ritz.d. unit: the identity of order q. host: one matrix in host memory, where looking at a number costs less than
+    masking.
     """
     known, p, q = G.size(-1), gram_B.size(-2), gram_B.size(-1)
-    T, dropped, d, least = orthonormal_coordinates(gram_B, eps, tiny, host)
+    T, dropped, d, least = orthonormal_coordinates(gram_B, unit, eps, tiny, host)
     full = torch.cat([torch.cat([G, gram_A.narrow(-1, 0, known).mH], -1), gram_A], -2)
     full = T.mH @ full @ T
     if sign < 0:
