@@ -109,9 +109,7 @@ def solve_on_complement(
     return _further_dimensions_of_columns(z, more, len(batch))
 
 
-def _solve_in_double(
-    A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: Any, quiet: bool, probe: bool
-) -> Tensor:
+def _solve_in_double(A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: Any, quiet: bool, probe: bool) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
 
     Eigenvalues are the Rayleigh quotients of X, whose error is the square of X's rounding.
