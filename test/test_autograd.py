@@ -1912,9 +1912,11 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             a, b = (self.leaf(M, not dtype.is_complex) for M in (A, B))
             check(operators.lobpcg.default, (a, 2, b, *[None] * 7, [], []))
             check(operators.solve.default, (a, b, None, None, *settings))
-            for route in ("dense", "iterative"):
-                undifferentiated = (*settings[:7], route == "iterative", False, [], [])
-                check(operators.solve.default, (A, B, None, None, *undifferentiated))
+            for iterate, differentiated in itertools.product((False, True), repeat=2):
+                operands = A, B, None, None, *settings[:7], iterate, differentiated, [], []
+                found = operators.solve(*[M.to("meta") if isinstance(M, torch.Tensor) else M for M in operands])
+                for made, T in zip(operators.solve(*operands), found):
+                    self.assertEqual((T.shape, T.dtype, T.stride()), (made.shape, made.dtype, made.stride()))
             for needed in ([True, True], [False, True]):
                 check(operators.reverse.default, (A, B, None, *pairs, gE, gX, *tail, needed))
             check(operators.tangent.default, (A, B, None, *pairs, A, B, *tail))
