@@ -128,7 +128,8 @@ def test_features_are_there(monkeypatch, capsys):
     assert features.main(["--peer", "lobpcg"]) == 0
     rows = re.findall(r"^\| (\w[\w-]*) \| (.*?) \| ", capsys.readouterr().out, re.MULTILINE)
     shown = re.findall(r"^\| `(\w[\w-]*)` \| (.*?) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert shown == rows
+    names = {name for name, _ in rows}
+    assert [row for row in shown if row[0] in names] == rows
 
 
 def test_a_feature_that_fails_is_told(monkeypatch, capsys):

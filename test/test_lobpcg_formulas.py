@@ -398,10 +398,11 @@ class PatternTest(FormulaTest):
             for dtype in DTYPES:
                 pattern = Pattern(SPARSE[name](self.matrix(dtype)))
                 U, V = (random(8, 2, dtype=dtype, seed=s).requires_grad_() for s in (6, 7))
-                values = lambda U, V: _PatternValues.apply(U, V, pattern)
-                with self.subTest(name, dtype=dtype):
-                    self.assertTrue(torch.autograd.gradcheck(values, (U, V), fast_mode=True))
-                    self.assertTrue(torch.autograd.gradgradcheck(values, (U, V), fast_mode=True))
+                for part in (False, True):
+                    values = lambda U, V, part=part: _PatternValues.apply(U, V, pattern, part)
+                    with self.subTest(name, dtype=dtype, hermitian=part):
+                        self.assertTrue(torch.autograd.gradcheck(values, (U, V), fast_mode=True))
+                        self.assertTrue(torch.autograd.gradgradcheck(values, (U, V), fast_mode=True))
 
     def test_batches_that_the_matrix_lacks_are_summed(self):
         U, V = random(4, 8, 3, dtype=torch.float64, seed=6), random(4, 8, 3, dtype=torch.float64, seed=7)
