@@ -1671,8 +1671,11 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                 self.assertTrue(torch.equal(eager, found), f"m={m}, k={k}")
 
     def test_compile_the_function_itself(self):
-        compiled = torch.compile(torch.lobpcg, backend="eager", fullgraph=True)
-        self.assertEqual(compiled(self.A, 3, self.B), torch.lobpcg(self.A, 3, self.B), rtol=0, atol=0)
+        compiled = torch.compile(torch.lobpcg, backend="aot_eager", fullgraph=True)
+        expected = torch.lobpcg(self.A, 3, self.B)
+        self.assertEqual(compiled(self.A, 3, self.B), expected, rtol=0, atol=0)
+        with torch.inference_mode():
+            self.assertEqual(compiled(self.A.clone(), 3, self.B.clone()), expected, rtol=0, atol=0)
 
     def test_graph_breaks(self):
         def breaks(f, *arguments):
@@ -1789,6 +1792,18 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                     moved = [None if M is None else mode.from_tensor(M) for M in (A, B)]
                     self.assertEqual(description(*moved, **options), expected)
 
+    def test_sparse_without_values(self):
+        """A graph of the pairs of a sparse matrix; that of their gradient is refused."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        S = self.hermitian(24).to_sparse_coo().coalesce()
+        f = lambda S: torch.lobpcg(S, **self.options)
+        for mode in ("real", "fake"):
+            graph = make_fx(f, tracing_mode=mode)(S)
+            self.assertEqual(graph(2 * S), f(2 * S), rtol=0, atol=0)
+            with self.assertRaisesRegex(NotImplementedError, "A is sparse and requires a gradient"):
+                make_fx(lambda S: f(S.requires_grad_())[0], tracing_mode=mode)(S.clone())
+
     def test_bad_arguments_without_values(self):
         A = torch.zeros(8, 8, device="meta")
         for error, arguments, options in (
@@ -1897,6 +1912,11 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             a, b = (self.leaf(M, not dtype.is_complex) for M in (A, B))
             check(operators.lobpcg.default, (a, 2, b, *[None] * 7, [], []))
             check(operators.solve.default, (a, b, None, None, *settings))
+            for iterate, differentiated in itertools.product((False, True), repeat=2):
+                operands = A, B, None, None, *settings[:7], iterate, differentiated, [], []
+                found = operators.solve(*[M.to("meta") if isinstance(M, torch.Tensor) else M for M in operands])
+                for made, T in zip(operators.solve(*operands), found):
+                    self.assertEqual((T.shape, T.dtype, T.stride()), (made.shape, made.dtype, made.stride()))
             for needed in ([True, True], [False, True]):
                 check(operators.reverse.default, (A, B, None, *pairs, gE, gX, *tail, needed))
             check(operators.tangent.default, (A, B, None, *pairs, A, B, *tail))

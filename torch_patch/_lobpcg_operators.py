@@ -109,9 +109,9 @@ class _Below:
         self.grad, self.forward_ad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
 
     def __call__(self, operator, *arguments):
-        modes = torch.set_grad_enabled(self.grad), forward_ad._set_fwd_grad_enabled(self.forward_ad)
-        with modes[0], modes[1], torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+        with torch.set_grad_enabled(self.grad), forward_ad._set_fwd_grad_enabled(self.forward_ad):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*arguments)
 
 
 class _GraphProblem(Problem):
