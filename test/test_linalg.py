@@ -525,6 +525,35 @@ class TestLobpcgProducts(LobpcgTestCase):
             if generalized:
                 self.assertLessEqual(sum(of_B), 2 * n + 1.1 * n * niter, (method, of_B))
 
+    def test_one_transfer_to_the_host_per_iteration(self):
+        """As on an accelerator: a batch is iterated without looking at numbers but once. eigh's own are not counted."""
+        from contextlib import ExitStack
+        from unittest import mock
+
+        transfers = []
+
+        def counting(name):
+            method = getattr(torch.Tensor, name)
+            return mock.patch.object(
+                torch.Tensor, name, lambda T, *args, **kwargs: transfers.append(name) or method(T, *args, **kwargs)
+            )
+
+        names = ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero", "numpy", "cpu")
+        G = torch.randn(2, 80, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        A, eye = G + G.mT, torch.eye(80, dtype=torch.float64)
+        for name, options in {"plain": {}, "B": {"B": eye.expand(2, 80, 80) * 2}, "iK": {"iK": eye}}.items():
+            counts = []
+            for niter in (10, 30):
+                transfers.clear()
+                with ExitStack() as stack:
+                    for method in names:
+                        stack.enter_context(counting(method))
+                    self.solve(A, k=2, niter=niter, tol=0.0, **options)
+                counts.append(len(transfers))
+            with self.subTest(name=name):
+                self.assertGreater(counts[0], 10)
+                self.assertLessEqual(counts[1] - counts[0], 21)  # 20, and one for a refresh
+
     def test_converged_columns_cost_nothing(self):
         """Soft locking: a wanted pair far from the rest converges first and leaves the products."""
         spectrum = torch.cat([torch.tensor([-100.0]), torch.linspace(1, 2, 199)]).double()
