@@ -197,10 +197,23 @@ def lobpcg(
 
 
 @torch.jit.unused
-def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho) -> tuple[Tensor, Tensor]:
+def _lobpcg_eager(
+    A: Any,
+    k: Optional[int],
+    B: Any,
+    X: Any,
+    n: Optional[int],
+    iK: Any,
+    niter: Optional[int],
+    tol: Optional[float],
+    largest: Optional[bool],
+    method: Optional[str],
+    tracker: Any,
+    ortho: Any,
+) -> tuple[Tensor, Tensor]:
     """lobpcg outside TorchScript: callables allowed, autograd and transforms recorded."""
     if has_torch_function((A, B, X, iK)):
-        numbers = {"k": k, "n": n, "niter": niter, "tol": tol, "largest": largest, "method": method}
+        numbers: dict[str, Any] = {"k": k, "n": n, "niter": niter, "tol": tol, "largest": largest, "method": method}
         parameters = dict(zip(("ortho_iparams", "ortho_fparams", "ortho_bparams"), ortho))
         return handle_torch_function(
             lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, tracker=tracker, **numbers, **parameters
@@ -219,7 +232,19 @@ def _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho
     return differentiable_eigenpairs(A, B, X, iK, run, settings.k, settings.largest, settings.tol)
 
 
-def _settings(A, k, B, X, n, iK, niter, tol, largest, method, tracker) -> Settings:
+def _settings(
+    A: Any,
+    k: Optional[int],
+    B: Any,
+    X: Any,
+    n: Optional[int],
+    iK: Any,
+    niter: Optional[int],
+    tol: Optional[float],
+    largest: Optional[bool],
+    method: Optional[str],
+    tracker: Any,
+) -> Settings:
     """The settings of an eager call, its arguments checked as far as shapes, dtypes and numbers tell."""
     for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
         if T is not None and not isinstance(T, Tensor) and not callable(T):
@@ -238,7 +263,8 @@ def _settings(A, k, B, X, n, iK, niter, tol, largest, method, tracker) -> Settin
     if model.dim() < 2:
         raise ValueError(f"lobpcg: X has shape {list(model.shape)}; it must be (*, m, n)")
     m = model.size(-2)
-    _check_others(model, *(T if isinstance(T, Tensor) else None for T in (B, X, iK)), m)
+    tensors = [T if isinstance(T, Tensor) else None for T in (B, X, iK)]
+    _check_others(model, tensors[0], tensors[1], tensors[2], m)
     columns = None if X is None else X.size(-1)
     return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracker is not None)
 
@@ -250,7 +276,7 @@ class _Solver:
     def __init__(self, settings: Settings, parameters: OrthoParameters, tracker: Any) -> None:
         self.settings, self.parameters, self.tracker = settings, parameters, tracker
 
-    def __call__(self, A, B, X, iK, separate: bool) -> EigenPairs:
+    def __call__(self, A: Any, B: Any, X: Any, iK: Any, separate: bool) -> EigenPairs:
         settings = self.settings._replace(separate=separate)
         m = next(T for T in (A, X, B) if isinstance(T, Tensor)).size(-2)
         batch = self.batch(A, B, X, iK)
@@ -258,7 +284,7 @@ class _Solver:
         _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
         return pairs
 
-    def batch(self, A, B, X, iK) -> list[int]:
+    def batch(self, A: Any, B: Any, X: Any, iK: Any) -> list[int]:
         # Not torch.broadcast_shapes: its first call imports a symbolic algebra package, 0.8 s.
         shape: list[int] = []
         for T, name in ((A, "A"), (B, "B"), (X, "X"), (iK, "iK")):
@@ -266,7 +292,7 @@ class _Solver:
                 shape = check_broadcast(shape, T, name)
         return shape
 
-    def sizes(self, A, B, X, iK) -> tuple[list[int], int, int]:
+    def sizes(self, A: Any, B: Any, X: Any, iK: Any) -> tuple[list[int], int, int]:
         """Batch shape, number of pairs and of residuals that the call returns."""
         batch, settings, m = self.batch(A, B, X, iK), self.settings, A.size(-1)
         if 0 not in batch and dense_is_cheaper(A, B, iK, settings, m):
@@ -274,13 +300,26 @@ class _Solver:
         return batch, settings.n, settings.n
 
 
-def _solver(*numbers) -> _Solver:
+def _solver(*numbers: Any) -> _Solver:
     """The solver of the operator's numbers: the fields of Settings, names and values of the integer parameters."""
     *fields, names, values = numbers
     return _Solver(Settings(*fields), ortho_parameters(dict(zip(names, values)), None, None), None)
 
 
-def _call(A, k, B, X, n, iK, niter, tol, largest, method, names, values) -> tuple[Tensor, Tensor]:
+def _call(
+    A: Tensor,
+    k: Optional[int],
+    B: Optional[Tensor],
+    X: Optional[Tensor],
+    n: Optional[int],
+    iK: Optional[Tensor],
+    niter: Optional[int],
+    tol: Optional[float],
+    largest: Optional[bool],
+    method: Optional[str],
+    names: list[str],
+    values: list[int],
+) -> tuple[Tensor, Tensor]:
     """torch.lobpcg as an operator."""
     settings = _settings(A, k, B, X, n, iK, niter, tol, largest, method, None)
     return eigenpairs_in_graph(A, B, X, iK, (*settings, names, values))
@@ -324,4 +363,4 @@ def _warn_unconverged(pairs: EigenPairs, k: int, tol: float, niter: int) -> None
 
 define_operators(_call, _solver, lambda A, B, X, iK, *numbers: _solver(*numbers).sizes(A, B, X, iK), hermitian_part)
 # torch.compile traces what this attribute names in the place of the function that has it.
-lobpcg._torchdynamo_inline = traced_version(lobpcg, _lobpcg_eager)
+lobpcg._torchdynamo_inline = traced_version(lobpcg, _lobpcg_eager)  # type: ignore[attr-defined]

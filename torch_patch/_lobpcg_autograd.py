@@ -26,9 +26,7 @@ class Problem:
     may be asked for, and how the pairs and their derivatives are computed; set by the forward, the tolerances (k,) of
     the derivative's linear systems."""
 
-    def __init__(
-        self, solve: Optional[Callable[..., Any]], k: int, largest: bool, tol: float, differentiated: bool
-    ) -> None:
+    def __init__(self, solve: Callable[..., Any], k: int, largest: bool, tol: float, differentiated: bool) -> None:
         self.solve, self.k, self.largest, self.tol, self.differentiated = solve, k, largest, tol, differentiated
         self.system_tol: Optional[Tensor] = None
 
@@ -47,7 +45,9 @@ class Problem:
         parts = (E, X, found.E[..., k:last], found.X[..., k:last], residual, scale)
         return tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in parts)
 
-    def reverse(self, pairs: ComputedPairs, gE: Optional[Tensor], gX: Optional[Tensor], need_A: bool, need_B: bool):
+    def reverse(
+        self, pairs: ComputedPairs, gE: Optional[Tensor], gX: Optional[Tensor], need_A: bool, need_B: bool
+    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """Cotangents of A and B, None where not needed."""
         return reverse_mode(pairs, gE, gX, need_A, need_B)
 
@@ -92,7 +92,8 @@ def with_gradients(A: Any, B: Any) -> Tuple[Any, Any]:
             )
         if is_sparse(M) and M.grad_fn is not None:
             keep_graph_of_values(M)
-    return tuple(by_rows(around_constructor(M)) if is_sparse(M) and M.requires_grad else M for M in (A, B))
+    A, B = (by_rows(around_constructor(M)) if is_sparse(M) and M.requires_grad else M for M in (A, B))
+    return A, B
 
 
 def may_be_differentiated(*operands: Any) -> bool:
@@ -107,13 +108,13 @@ class LOBPCGAutogradFunction(Function):
     Y (*, m, p), residual (*, n), scale (*, n)."""
 
     @staticmethod
-    def forward(A, B, X, iK, problem):
+    def forward(A: Any, B: Any, X: Optional[Tensor], iK: Any, problem: Problem) -> Tuple[Tensor, ...]:
         like = next(M for M in (A, B, X) if isinstance(M, Tensor))
         with without_autocast(like):
             return problem.pairs(A, B, X, iK)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         A, B, _, iK, ctx.problem = inputs
         E, X, T, Y, residual, scale = output
         ctx.mark_non_differentiable(T, Y, residual, scale)
@@ -122,7 +123,7 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def backward(ctx, gE, gX, *_):
+    def backward(ctx: Any, gE: Optional[Tensor], gX: Optional[Tensor], *_: Any) -> Any:
         if gE is None and gX is None:
             return None, None, None, None, None
         pairs = _pairs(ctx)
@@ -132,7 +133,7 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx, dA, dB, _dX, _diK, _problem):
+    def jvp(ctx: Any, dA: Optional[Tensor], dB: Optional[Tensor], _dX: Any, _diK: Any, _problem: Any) -> Any:
         refuse_nested_forward_mode()
         pairs = _pairs(ctx)
         if dA is None and dB is None:
@@ -143,12 +144,12 @@ class LOBPCGAutogradFunction(Function):
         return dE, dX, None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, A, B, X, iK, problem):
+    def vmap(info: Any, in_dims: Tuple[Any, ...], A: Any, B: Any, X: Any, iK: Any, problem: Problem) -> Any:
         operands = mapped_operands(info.batch_size, in_dims, A, B, X, iK)
         return LOBPCGAutogradFunction.apply(*operands, problem), (0,) * 6
 
 
-def mapped_operands(size: int, in_dims: Sequence, *operands: Any) -> List[Any]:
+def mapped_operands(size: int, in_dims: Sequence[Any], *operands: Any) -> List[Any]:
     """A, B, X, iK with the mapped dimension as first batch dimension; A gets every batch dimension that another has."""
     tensors, deepest = batched_first(size, in_dims[:4], operands, trailing=(2, 2, 2, 2))
     A = tensors[0]
@@ -162,10 +163,7 @@ def mapped_operands(size: int, in_dims: Sequence, *operands: Any) -> List[Any]:
     return [A] + tensors[1:]
 
 
-def _pairs(ctx) -> ComputedPairs:
-    s = saved(ctx)
+def _pairs(ctx: Any) -> ComputedPairs:
     problem = ctx.problem
     options = SolveOptions(problem.largest, problem.system_tol)
-    return ComputedPairs(
-        *(s[name] for name in ("A", "B", "E", "X", "T", "Y", "residual", "scale", "iK")), problem.tol, options
-    )
+    return ComputedPairs(**saved(ctx), tol=problem.tol, options=options)

@@ -12,7 +12,7 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 
 import math
 import warnings
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -109,12 +109,17 @@ def solve_on_complement(
     return _further_dimensions_of_columns(z, more, len(batch))
 
 
+def in_double(M: Any) -> Any:
+    """A real or complex tensor, or None, in double precision."""
+    return None if M is None else M.to(torch.promote_types(M.dtype, torch.float64))
+
+
 def _solve_in_double(A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: Any, quiet: bool, probe: bool) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
 
     Eigenvalues are the Rayleigh quotients of X, whose error is the square of X's rounding.
     """
-    A, B, X, b = (M if M is None else M.to(torch.promote_types(M.dtype, torch.float64)) for M in (A, B, X, b))
+    A, B, X, b = (in_double(M) for M in (A, B, X, b))
     E = inner(X, multiply(A, X)) / inner(X, multiply(B, X))
     return solve_on_complement(A, B, E.squeeze(-2), X, b, None, None, largest, tol, quiet, probe=probe)
 
@@ -150,6 +155,8 @@ class Complement:
 
     Invariants: X^H B X = I; `project` maps onto {z : X^H B z = 0}, `project_dual` onto {b : X^H b = 0}, its adjoint.
     """
+
+    Bu: Tensor  # where u is given
 
     def __init__(self, A: Any, B: Any, shifts: Tensor, X: Tensor, largest: bool) -> None:
         self.A, self.B = fast_operand(A), fast_operand(B)
@@ -202,7 +209,7 @@ class Complement:
 
     def dense(self) -> Tuple[Tensor, Optional[Tensor]]:
         """A and B as dense Hermitian matrices: O(m^2) memory, called for small m only."""
-        return tuple(None if M is None else _dense(M, self.X) for M in (self.A, self.B))
+        return _dense(self.A, self.X), None if self.B is None else _dense(self.B, self.X)
 
 
 def _dense(M: Any, like: Tensor) -> Tensor:
@@ -388,7 +395,14 @@ def _warn_residual(state: State) -> None:
     )
 
 
-def _without_cut_cluster(op: Complement, b: Tensor, z: Tensor, state: State, precondition, rtol: Tensor) -> Tensor:
+def _without_cut_cluster(
+    op: Complement,
+    b: Tensor,
+    z: Tensor,
+    state: State,
+    precondition: Optional[Callable[[Tensor], Tensor]],
+    rtol: Tensor,
+) -> Tensor:
     """z, or where the operator is singular to rounding the solution without the component along its null vector.
 
     A solution of size 1 / eps relative to 1 / |K| is that null vector: it is excluded from its column, and the

@@ -149,7 +149,8 @@ def _sweep(
         dz, image = deflation.solve(r)
         r = r - image
     norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
-    p = Kp = rho = alpha = None
+    nothing: Any = None  # before the first step
+    p = Kp = rho = alpha = nothing
     step = 0
     while True:
         size = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
@@ -157,12 +158,12 @@ def _sweep(
         active = (size > torch.maximum(reach, rtol)).reshape(-1, columns.numel()).any(0)
         flags = active.tolist()  # the synchronisation
         if not all(flags) or step >= budget:
-            keep = [i for i, flag in enumerate(flags) if flag and step < budget]
-            done = torch.tensor([i for i in range(len(flags)) if i not in keep], device=r.device)
+            going = [i for i, flag in enumerate(flags) if flag and step < budget]
+            done = torch.tensor([i for i in range(len(flags)) if i not in going], device=r.device)
             z.index_add_(-1, columns[done], take(dz, done))
-            if not keep:
+            if not going:
                 return norm, step, False
-            keep = torch.tensor(keep, device=r.device)
+            keep = torch.tensor(going, device=r.device)
             op = op.restrict(keep)
             deflation = deflation and deflation.restrict(keep)
             columns, rtol, r, dz, size0 = columns[keep], rtol[keep], take(r, keep), take(dz, keep), size0[..., keep]

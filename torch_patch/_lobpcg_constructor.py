@@ -44,7 +44,7 @@ def around_constructor(M: Tensor) -> Tensor:
     A gradient goes to the values, or, where autograd.grad asks for that of M, to M; asked for both in one call it says
     that M is unused.  A tensor that retains its gradient or has hooks must see it: that keeps PyTorch's way.
     """
-    node = M.grad_fn
+    node: Any = M.grad_fn
     if node is None or node.name() != _COMPRESSED or M.retains_grad or M._backward_hooks:
         return M
     try:
@@ -64,11 +64,11 @@ class _Constructed(Function):
         return pattern.with_values(values.detach())
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, g: Optional[Tensor]):
+    def backward(ctx: Any, g: Optional[Tensor]) -> Any:
         if g is None:
             return None, None, None
         if torch._C._will_engine_execute_node(ctx.next_functions[1][0]):

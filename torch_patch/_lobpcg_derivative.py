@@ -31,7 +31,7 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_complement import is_small_and_dense, solve_on_complement
+from torch._lobpcg_complement import in_double, is_small_and_dense, solve_on_complement
 from torch._lobpcg_gauge import CheckOptions, generic_basis, is_late, pair_factors, SecondOrderAtMost
 from torch._lobpcg_pattern import apply, hermitian_apply, hermitian_outer, multiply
 from torch._lobpcg_resolvent import nearest_outside, rayleigh_quotient, reduced_resolvent, SolveOptions
@@ -58,7 +58,9 @@ def _pair_eps(A: Any, B: Any, E: Tensor, m: int) -> float:
     return torch.finfo(torch.float64 if is_small_and_dense(A, B, m) else E.dtype).eps
 
 
-def _newton_step(A, B, E, X, residual, scale, largest: bool, tol: float) -> Tuple[Tensor, Tensor, Tensor]:
+def _newton_step(
+    A: Any, B: Any, E: Tensor, X: Tensor, residual: Tensor, scale: Tensor, largest: bool, tol: float
+) -> Tuple[Tensor, Tensor, Tensor]:
     """E, X, residual after the step, or as they were where it does not help."""
     m, k = X.shape[-2:]
     eps = torch.finfo(E.dtype).eps
@@ -70,7 +72,7 @@ def _newton_step(A, B, E, X, residual, scale, largest: bool, tol: float) -> Tupl
     # A dense forward is at rounding level already: nothing to win.
     if not single and bool((residual <= math.sqrt(m) * eps * scale).all()):
         return E, X, residual
-    A, B, e, x = (M.to(torch.promote_types(M.dtype, torch.float64)) if M is not None else None for M in (A, B, E, X))
+    A, B, e, x = (in_double(M) for M in (A, B, E, X))
     r = multiply(A, x) - multiply(B, x) * e.unsqueeze(-2)
     before = torch.linalg.vector_norm(r, dim=-2)
     # A relative error of the step is as good as the square of what it corrects.
@@ -95,7 +97,20 @@ class ComputedPairs:
     """A pencil and what the forward found: E (*, k), X (*, m, k), further approximate pairs T (*, p), Y (*, m, p),
     residuals (*, k + p) with the scale they are measured against, the preconditioner, and how it was solved."""
 
-    def __init__(self, A, B, E, X, T, Y, residual, scale, iK, tol: float, options: SolveOptions) -> None:
+    def __init__(
+        self,
+        A: Any,
+        B: Any,
+        E: Tensor,
+        X: Tensor,
+        T: Tensor,
+        Y: Tensor,
+        residual: Tensor,
+        scale: Tensor,
+        iK: Any,
+        tol: float,
+        options: SolveOptions,
+    ) -> None:
         self.A, self.B, self.E, self.X, self.T, self.Y = A, B, E, X, T, Y
         self.residual, self.scale, self.iK = residual, scale, iK
         self.tol, self.options, self.largest = tol, options, options.largest
@@ -155,7 +170,7 @@ def reverse_mode(
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Cotangents of A and B, each Hermitian and in the layout of its matrix, or None where not needed.
 
-    gE: (*, k) or None, gX: (*, m, k) or None.  Without gX there is no linear system to solve.
+    gE: (*, k) or None, gX: (*, m, k) or None, not both None.  Without gX there is no linear system to solve.
     """
     E, X = pairs.E, pairs.X
     G = None if gX is None else X.mH @ gX  # (*, k, k)
@@ -164,8 +179,8 @@ def reverse_mode(
     N = None
     if clustered and _may_be_differentiated():
         E, F, N = _in_cluster(pairs, F)
-    W = None if gE is None else X * gE.unsqueeze(-2)
-    if gX is not None:
+    W: Any = None if gE is None else X * gE.unsqueeze(-2)
+    if G is not None and gX is not None:
         K = (G - G.mH) / 2
         C = K * F
         if Z is None or N is not None:

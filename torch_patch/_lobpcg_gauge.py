@@ -8,7 +8,7 @@ vmap; its result is the mask of the pairs (i, j) whose factor F_ij = 1 / (E_j - 
 
 import math
 import warnings
-from typing import Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -71,23 +71,23 @@ class SecondOrderAtMost(Function):
     """W -> W; warns where a third derivative passes through."""
 
     @staticmethod
-    def forward(W, order):
+    def forward(W: Tensor, order: int) -> Tensor:
         return W.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.order = inputs[1]
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> Any:
         return _warn_third(g, ctx.order), None
 
     @staticmethod
-    def jvp(ctx, t, _):
+    def jvp(ctx: Any, t: Tensor, _: Any) -> Tensor:
         return _warn_third(t, ctx.order)
 
     @staticmethod
-    def vmap(info, in_dims, W, order):
+    def vmap(info: Any, in_dims: Tuple[Any, ...], W: Tensor, order: int) -> Any:
         return SecondOrderAtMost.apply(W, order), in_dims[0]
 
 
@@ -107,26 +107,36 @@ class _PairMask(Function):
     """(E, G, gE, ...) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
 
     @staticmethod
-    def forward(E, G, gE, x, g, T, residual, scale, options):
+    def forward(
+        E: Tensor,
+        G: Optional[Tensor],
+        gE: Optional[Tensor],
+        x: Tensor,
+        g: Optional[Tensor],
+        T: Tensor,
+        residual: Tensor,
+        scale: Tensor,
+        options: CheckOptions,
+    ) -> Tensor:
         mask = _pair_mask(E, G, gE, x, g, T, residual, scale, options).to(E.dtype)
         options.clustered = options.clustered or bool((mask.sum(-1) < options.k - 1).any())
         shapes = [mask.shape] + ([] if G is None else [G.shape]) + ([] if gE is None else [gE.shape + gE.shape[-1:]])
         return mask.expand(broadcast(*shapes)).contiguous()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: Any) -> Any:
         return (None,) * 9
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> None:
         return None
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
+    def vmap(info: Any, in_dims: Tuple[Any, ...], *inputs: Any) -> Any:
         tensors, _ = batched_first(info.batch_size, in_dims[:-1], inputs[:-1], trailing=(1, 2, 1, 1, 1, 1, 1, 1))
         mask = _PairMask.apply(*tensors, inputs[-1])
         if all(dim is None for dim in in_dims[:3]):
@@ -134,7 +144,7 @@ class _PairMask(Function):
         return mask, 0
 
 
-def _first(condition: Tensor, dims: int) -> list:
+def _first(condition: Tensor, dims: int) -> List[int]:
     """Trailing `dims` indices of the first true element."""
     return condition.nonzero()[0, -dims:].tolist()
 
@@ -178,7 +188,17 @@ def generic_basis(E: Tensor, X: Tensor, scale: Tensor, options: CheckOptions) ->
     return X @ torch.linalg.matrix_exp(angles - angles.mT).to(X.dtype)
 
 
-def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
+def _pair_mask(
+    E: Tensor,
+    G: Optional[Tensor],
+    gE: Optional[Tensor],
+    x: Tensor,
+    g: Optional[Tensor],
+    T: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    options: CheckOptions,
+) -> Tensor:
     k, m = options.k, options.m
     eps = torch.finfo(E.dtype).eps
     # B^-1 measures residuals; the longest of the B-orthonormal vectors stands for the root of its norm.
@@ -189,7 +209,7 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     rounding, blur = _rounding(E, size, options)
     equal = distinct & (gap <= blur)
     _check_outside(E, gE, longest, g, gap, equal, T, residual, scale, rounding, blur, options)
-    amplitude = None
+    amplitude: Any = None
     if G is not None and g is not None:
         amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
         amplitude = (amplitude + amplitude.mT) / 2
@@ -200,6 +220,7 @@ def _pair_mask(E, G, gE, x, g, T, residual, scale, options) -> Tensor:
     if not bool(close.any()):
         return distinct.expand(gap.shape)
     if options.forward_mode:
+        assert G is not None
         split = equal & (G.abs() > 16 * math.sqrt(m) * eps * size)
         if bool(split.any()):
             i, j = _first(split, 2)
@@ -304,7 +325,7 @@ def _check_weights(gE: Tensor, gap: Tensor, equal: Tensor) -> None:
         _warn_cluster(i, j, gap, "the loss weighs them differently")
 
 
-def _mixing(E, x, T, residual, rounding, options: CheckOptions) -> Tensor:
+def _mixing(E: Tensor, x: Tensor, T: Tensor, residual: Tensor, rounding: Tensor, options: CheckOptions) -> Tensor:
     """How much two pairs mix, times their gap: rounding, and |r_i| |r_j| / (distance to the rest) by Rayleigh-Ritz."""
     if not T.shape[-1]:
         return rounding
@@ -338,7 +359,20 @@ def is_late(residual: Tensor, scale: Tensor, m: int, k: int, tol: float) -> Tens
     return residual[..., :k] > reachable * scale[..., :k]
 
 
-def _check_outside(E, gE, x, g, gap, equal, T, residual, scale, rounding, blur, options) -> None:
+def _check_outside(
+    E: Tensor,
+    gE: Optional[Tensor],
+    x: Tensor,
+    g: Optional[Tensor],
+    gap: Tensor,
+    equal: Tensor,
+    T: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    rounding: Tensor,
+    blur: Tensor,
+    options: CheckOptions,
+) -> None:
     """One warning where a pair that matters missed the tolerance or is close to the rest of the spectrum.
 
     The estimate of the gradient's relative error is (|r_j| |x_j| + rounding) / (distance to the rest).

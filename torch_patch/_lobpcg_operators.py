@@ -14,7 +14,7 @@ second order.
 """
 
 import contextlib
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def is_traced(*operands: Any) -> bool:
     return False
 
 
-def eigenpairs_in_graph(A, B, X, iK, settings: tuple) -> Tuple[Tensor, Tensor]:
+def eigenpairs_in_graph(A: Any, B: Any, X: Any, iK: Any, settings: Tuple[Any, ...]) -> Tuple[Tensor, Tensor]:
     """E (*, k), X (*, m, k) as outputs of the operator solve.  A, B, X, iK: tensors or None;
     settings: the numbers that this operator takes.
 
@@ -66,7 +66,7 @@ def eigenpairs_in_graph(A, B, X, iK, settings: tuple) -> Tuple[Tensor, Tensor]:
                 f"lobpcg: {name} is a callable, which a graph cannot hold; pass a tensor, or call lobpcg outside of "
                 "what is traced"
             )
-        if name in "AB" and is_sparse(M) and M.requires_grad:
+        if name in "AB" and M is not None and is_sparse(M) and M.requires_grad:
             raise NotImplementedError(
                 f"lobpcg: {name} is sparse and requires a gradient, whose size a graph cannot know; pass a dense "
                 "matrix, or call lobpcg outside of what is traced"
@@ -75,7 +75,7 @@ def eigenpairs_in_graph(A, B, X, iK, settings: tuple) -> Tuple[Tensor, Tensor]:
     return _operators.solve(A, B, X, iK, *settings)[:2]
 
 
-def _apply(function: Any, *arguments) -> Tuple[Tensor, ...]:
+def _apply(function: Any, *arguments: Any) -> Tuple[Tensor, ...]:
     """function.apply on the current level alone: inside an operator, the dispatcher takes the levels of torch.func."""
     functorch = torch._C._functorch
     allowed = functorch.get_single_level_autograd_function_allowed()
@@ -90,12 +90,12 @@ def _apply(function: Any, *arguments) -> Tuple[Tensor, ...]:
 _DIFFERENTIATED = 8
 
 
-def _of_problem(settings: tuple) -> tuple:
+def _of_problem(settings: Tuple[Any, ...]) -> Tuple[Any, ...]:
     """The arguments of Problem, without the first."""
     return settings[0], settings[5], settings[4], settings[_DIFFERENTIATED]
 
 
-def _differentiated(settings: tuple, A: Tensor, B: Optional[Tensor]) -> tuple:
+def _differentiated(settings: Tuple[Any, ...], A: Tensor, B: Optional[Tensor]) -> Tuple[Any, ...]:
     """The settings, told whether a derivative may be asked for."""
     known = settings[_DIFFERENTIATED] or may_be_differentiated(A, B)
     return (*settings[:_DIFFERENTIATED], known, *settings[_DIFFERENTIATED + 1 :])
@@ -108,7 +108,7 @@ class _Below:
     def __init__(self) -> None:
         self.grad, self.forward_ad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
 
-    def __call__(self, operator, *arguments):
+    def __call__(self, operator: Callable[..., Any], *arguments: Any) -> Any:
         with torch.set_grad_enabled(self.grad), forward_ad._set_fwd_grad_enabled(self.forward_ad):
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*arguments)
@@ -117,26 +117,33 @@ class _Below:
 class _GraphProblem(Problem):
     """The same problem, computed by operators.  `settings`: the numbers that the operator solve takes."""
 
-    def __init__(self, settings: tuple) -> None:
-        super().__init__(None, *_of_problem(settings))
+    def __init__(self, settings: Tuple[Any, ...]) -> None:
+        super().__init__(_operators.solve, *_of_problem(settings))
         self.settings, self.below = settings, _Below()
 
-    def pairs(self, A, B, X, iK):
+    def pairs(self, A: Any, B: Any, X: Optional[Tensor], iK: Any) -> Any:
         return self.below(_operators.solve, A, B, X, iK, *self.settings)
 
-    def reverse(self, pairs, gE, gX, need_A, need_B):
+    def reverse(
+        self, pairs: ComputedPairs, gE: Optional[Tensor], gX: Optional[Tensor], need_A: bool, need_B: bool
+    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         found = iter(_operators.reverse(*_tensors(pairs), gE, gX, pairs.largest, pairs.tol, [need_A, need_B]))
         return next(found) if need_A else None, next(found) if need_B else None
 
-    def tangent(self, pairs, dA, dB):
-        return tuple(_operators.tangent(*_tensors(pairs), dA, dB, pairs.largest, pairs.tol))
+    def tangent(self, pairs: ComputedPairs, dA: Optional[Tensor], dB: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+        dE, dX = _operators.tangent(*_tensors(pairs), dA, dB, pairs.largest, pairs.tol)
+        return dE, dX
 
 
-def _tensors(p: ComputedPairs) -> tuple:
+def _tensors(p: ComputedPairs) -> Tuple[Any, ...]:
     return p.A, p.B, p.iK, p.E, p.X, p.T, p.Y, p.residual, p.scale
 
 
 # ----------------------------------------------------------------------------- derivatives as operators
+
+
+_Formulas = Callable[..., Sequence[Tensor]]
+_Shapes = List[Tuple[Sequence[int], torch.dtype]]
 
 
 class _Derivative:
@@ -146,47 +153,53 @@ class _Derivative:
     shapes: (shape, dtype) of each output.  vjp, jvp: the operators that are its own derivatives, or None.
     """
 
-    def __init__(self, name: str, trailing: tuple, compute, shapes, vjp=None, jvp=None) -> None:
-        self.name, self.trailing, self.compute, self.shapes, self.vjp, self.jvp = (
-            name,
-            trailing,
-            compute,
-            shapes,
-            vjp,
-            jvp,
-        )
+    def __init__(
+        self,
+        name: str,
+        trailing: Tuple[int, ...],
+        compute: _Formulas,
+        shapes: Callable[..., _Shapes],
+        vjp: Optional["_Derivative"] = None,
+        jvp: Optional["_Derivative"] = None,
+    ) -> None:
+        self.name, self.trailing, self.compute, self.shapes = name, trailing, compute, shapes
+        self.vjp, self.jvp = vjp, jvp
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Any) -> Tuple[Tensor, ...]:
         return tuple(getattr(_operators, self.name)(*arguments))
 
 
-def _computed(A, B, iK, E, X, T, Y, residual, scale, largest, tol) -> ComputedPairs:
-    found = (M.detach() for M in (E, X, T, residual[..., : E.shape[-1]]))
-    options = SolveOptions(largest, system_tolerance(*found, tol))
+def _computed(tensors: Sequence[Any], largest: bool, tol: float) -> ComputedPairs:
+    A, B, iK, E, X, T, Y, residual, scale = tensors
+    system_tol = system_tolerance(E.detach(), X.detach(), T.detach(), residual[..., : E.shape[-1]].detach(), tol)
+    options = SolveOptions(largest, system_tol)
     return ComputedPairs(A, B, E, X, T, Y, residual, scale, iK, tol, options)
 
 
-def _reverse(A, B, iK, E, X, T, Y, residual, scale, gE, gX, largest, tol, needed):
-    pairs = _computed(A, B, iK, E, X, T, Y, residual, scale, largest, tol)
-    with without_autocast(X):
+def _reverse(*arguments: Any) -> List[Tensor]:
+    gE, gX, largest, tol, needed = arguments[9:]
+    pairs = _computed(arguments[:9], largest, tol)
+    with without_autocast(pairs.X):
         return [g for g in reverse_mode(pairs, gE, gX, *needed) if g is not None]
 
 
-def _reverse_shapes(*arguments):
+def _reverse_shapes(*arguments: Any) -> _Shapes:
     return [(M.shape, M.dtype) for M, need in zip(arguments[:2], arguments[-1]) if need]
 
 
-def _tangent(A, B, iK, E, X, T, Y, residual, scale, dA, dB, largest, tol):
-    with without_autocast(X):
-        return forward_mode(_computed(A, B, iK, E, X, T, Y, residual, scale, largest, tol), dA, dB)
+def _tangent(*arguments: Any) -> Tuple[Tensor, Tensor]:
+    dA, dB, largest, tol = arguments[9:]
+    with without_autocast(arguments[4]):
+        return forward_mode(_computed(arguments[:9], largest, tol), dA, dB)
 
 
-def _tangent_shapes(A, B, iK, E, X, T, Y, residual, scale, dA, dB, largest, tol):
+def _tangent_shapes(*arguments: Any) -> _Shapes:
+    E, X, dA, dB = (arguments[i] for i in (3, 4, 9, 10))
     batch = broadcast(*[M.shape[:-2] for M in (X, dA, dB) if M is not None])
     return [(batch + list(E.shape[-1:]), E.dtype), (batch + list(X.shape[-2:]), X.dtype)]
 
 
-def _vjp_shapes(*arguments):
+def _vjp_shapes(*arguments: Any) -> _Shapes:
     return [(M.shape, M.dtype) for M, need in zip(arguments, arguments[-1]) if need]
 
 
@@ -194,23 +207,25 @@ def _vjp_shapes(*arguments):
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 
-def _above_autograd():
+def _above_autograd() -> Any:
     """The dispatcher at its beginning again, for a kernel that differentiates inside."""
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
 
 
-def _vjp_of(compute):
+def _vjp_of(compute: _Formulas) -> _Formulas:
     """(arguments of compute, in which two cotangents stand behind the tensors, then needed) -> their cotangents."""
 
-    def vjp(*arguments):
+    def vjp(*arguments: Any) -> List[Tensor]:
         tensors, cotangents, numbers = arguments[:11], arguments[11:13], arguments[13:-1]
         needed = arguments[-1]
         with _above_autograd(), torch.enable_grad():
-            leaves = [M if M is None else M.detach().requires_grad_(need) for M, need in zip(tensors, needed)]
+            leaves: List[Any] = [
+                M if M is None else M.detach().requires_grad_(need) for M, need in zip(tensors, needed)
+            ]
             outputs = compute(*leaves, *numbers)
             pairs = [(o, h) for o, h in zip(outputs, cotangents) if h is not None and o.requires_grad]
             inputs = [leaf for leaf, need in zip(leaves, needed) if need]
-            found = [None] * len(inputs)
+            found: Sequence[Optional[Tensor]] = [None] * len(inputs)
             if pairs:
                 outputs, cotangents = zip(*pairs)
                 found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
@@ -219,11 +234,11 @@ def _vjp_of(compute):
     return vjp
 
 
-def _jvp_of(compute):
+def _jvp_of(compute: _Formulas) -> _Formulas:
     """(arguments of compute, in which tangents of A, B, E, X and of the last two stand behind the tensors) -> tangents
     of the outputs."""
 
-    def jvp(*arguments):
+    def jvp(*arguments: Any) -> List[Tensor]:
         tensors, tangents, numbers = list(arguments[:11]), arguments[11:17], arguments[17:]
         # There is one level only: torch.func.jvp around a call that is traced with values has it open.
         level = contextlib.nullcontext() if forward_ad._current_level >= 0 else forward_ad.dual_level()
@@ -238,7 +253,7 @@ def _jvp_of(compute):
     return jvp
 
 
-def _jvp_shapes_of(shapes):
+def _jvp_shapes_of(shapes: Callable[..., _Shapes]) -> Callable[..., _Shapes]:
     return lambda *arguments: shapes(*arguments[:11], *arguments[17:])
 
 
@@ -247,7 +262,13 @@ _VARIABLE = (0, 1, 3, 4, 9, 10)
 _BATCHED = (2, 2, 2, 1, 2, 1, 2, 1, 1)
 
 
-def _with_derivatives(name: str, last: tuple, of_outputs: tuple, compute, shapes) -> List[_Derivative]:
+def _with_derivatives(
+    name: str,
+    last: Tuple[int, ...],
+    of_outputs: Tuple[int, ...],
+    compute: _Formulas,
+    shapes: Callable[..., _Shapes],
+) -> List[_Derivative]:
     """A derivative, its vjp and its jvp.  last: trailing dimensions of the two tensors behind the pairs."""
     tensors = _BATCHED + last
     vjp = _Derivative(name + "_vjp", tensors + of_outputs, _vjp_of(compute), _vjp_shapes)
@@ -266,11 +287,11 @@ class _Derived(Function):
     """(below, derivative, its arguments) -> its outputs: the operator, with the operators that are its derivatives."""
 
     @staticmethod
-    def forward(below, derivative, *arguments):
+    def forward(below: _Below, derivative: _Derivative, *arguments: Any) -> Tuple[Tensor, ...]:
         return below(derivative, *arguments)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, ctx.derivative, *arguments = inputs
         ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
         ctx.positions = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
@@ -280,23 +301,23 @@ class _Derived(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *cotangents):
+    def backward(ctx: Any, *cotangents: Any) -> Any:
         tensors, numbers = _arguments(ctx, ctx.derivative.vjp)
         if ctx.derivative.name == "reverse":
             # Outputs are those that are needed: put their cotangents where A's and B's are expected.
             given = iter(cotangents)
-            cotangents = [next(given) if need else None for need in numbers[-1]]
+            cotangents = tuple(next(given) if need else None for need in numbers[-1])
         needed = list(ctx.needs_input_grad[2 : 2 + len(tensors)])
         found = iter(ctx.derivative.vjp(*tensors, *cotangents, *numbers, needed))
         return (None, None, *[next(found) if need else None for need in needed], *[None] * len(numbers))
 
     @staticmethod
-    def jvp(ctx, _below, _derivative, *tangents):
+    def jvp(ctx: Any, _below: Any, _derivative: Any, *tangents: Any) -> Any:
         tensors, numbers = _arguments(ctx, ctx.derivative.jvp)
         return ctx.derivative.jvp(*tensors, *[tangents[i] for i in _VARIABLE], *numbers)
 
 
-def _arguments(ctx, further: Optional[_Derivative]) -> Tuple[list, list]:
+def _arguments(ctx: Any, further: Optional[_Derivative]) -> Tuple[List[Any], List[Any]]:
     if further is None:
         raise NotImplementedError(
             "lobpcg: third derivatives cannot be traced into a graph; differentiate the traced function where it is "
@@ -309,7 +330,9 @@ def _arguments(ctx, further: Optional[_Derivative]) -> Tuple[list, list]:
     return arguments[:end], arguments[end:]
 
 
-def _mapped_derivative(derivative: _Derivative, size: int, in_dims, arguments):
+def _mapped_derivative(
+    derivative: _Derivative, size: int, in_dims: Sequence[Any], arguments: Sequence[Any]
+) -> Tuple[List[Tensor], List[int]]:
     """The derivative of a batch of problems: the operator on batched arguments, then out_dims."""
     end = len(derivative.trailing)
     one = [a if dim is None else a.select(dim, 0) for a, dim in zip(arguments[:end], in_dims)]
@@ -321,8 +344,8 @@ def _mapped_derivative(derivative: _Derivative, size: int, in_dims, arguments):
             tensors[i] = M.expand((size,) + tuple(M.shape[1:]))
     outputs = derivative(*tensors, *arguments[end:])
     shapes = derivative.shapes(*one, *arguments[end:])
-    outputs = [output.reshape((size,) + tuple(shape)) for output, (shape, _) in zip(outputs, shapes)]
-    return outputs, [0] * len(outputs)
+    mapped = [output.reshape((size,) + tuple(shape)) for output, (shape, _) in zip(outputs, shapes)]
+    return mapped, [0] * len(mapped)
 
 
 # ------------------------------------------------------------------------------------------ registration
@@ -365,22 +388,22 @@ def define_operators(
     sizes(A, B, X, iK, *settings): the batch shape, how many pairs that function returns, and how many residuals.
     """
 
-    def solve(A, B, X, iK, *settings):
+    def solve(A: Any, B: Any, X: Any, iK: Any, *settings: Any) -> Tuple[Tensor, ...]:
         problem = Problem(solver(*settings), *_of_problem(settings))
         with torch.no_grad(), without_autocast(A):
             return problem.pairs(hermitian_part(A), hermitian_part(B), X, iK)
 
-    def solve_differentiably(A, B, X, iK, *settings):
+    def solve_differentiably(A: Any, B: Any, X: Any, iK: Any, *settings: Any) -> Tuple[Tensor, ...]:
         settings = _differentiated(settings, A, B)
         if _by_operators(A, B, X, iK):
             return _apply(LOBPCGAutogradFunction, A, B, X, iK, _GraphProblem(settings))
         problem = Problem(solver(*settings), *_of_problem(settings))
         return _apply(LOBPCGAutogradFunction, *with_gradients(hermitian_part(A), hermitian_part(B)), X, iK, problem)
 
-    def solve_mapped(info, in_dims, A, B, X, iK, *settings):
+    def solve_mapped(info: Any, in_dims: Sequence[Any], A: Any, B: Any, X: Any, iK: Any, *settings: Any) -> Any:
         return _operators.solve(*mapped_operands(info.batch_size, in_dims, A, B, X, iK), *settings), (0,) * 6
 
-    def solve_without_values(A, B, X, iK, *settings):
+    def solve_without_values(A: Tensor, B: Any, X: Any, iK: Any, *settings: Any) -> Tuple[Tensor, ...]:
         batch, found, n = sizes(A, B, X, iK, *settings)
         k, m = settings[0], A.shape[-1]
         found = found if settings[_DIFFERENTIATED] else k
@@ -395,22 +418,22 @@ def define_operators(
 
 
 def _define_derivative(derivative: _Derivative, hermitian_part: Callable[[Any], Any]) -> None:
-    def compute(A, B, *others):
+    def compute(A: Any, B: Any, *others: Any) -> Sequence[Tensor]:
         return derivative.compute(hermitian_part(A), hermitian_part(B), *others)
 
-    def values(*arguments):
+    def values(*arguments: Any) -> List[Tensor]:
         with torch.no_grad():
             return [_owned(output) for output in compute(*arguments)]
 
-    def without_values(*arguments):
+    def without_values(*arguments: Any) -> List[Tensor]:
         return [_empty(arguments[0], shape, dtype) for shape, dtype in derivative.shapes(*arguments)]
 
-    def differentiable(*arguments):
+    def differentiable(*arguments: Any) -> List[Tensor]:
         if _by_operators(*arguments):
             return list(_apply(_Derived, _Below(), derivative, *arguments))
         return list(compute(*arguments))
 
-    def mapped(info, in_dims, *arguments):
+    def mapped(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
         return _mapped_derivative(derivative, info.batch_size, in_dims, arguments)
 
     _define_differentiable(derivative.name, values, without_values, differentiable, mapped)
@@ -421,25 +444,31 @@ def _by_operators(*arguments: Any) -> bool:
     return torch._C._are_functorch_transforms_active() or is_traced(*arguments)
 
 
-def _define_differentiable(name: str, values, without_values, differentiable, mapped) -> None:
-    def by_vmap(*arguments):
+def _define_differentiable(
+    name: str,
+    values: Callable[..., Any],
+    without_values: Callable[..., Any],
+    differentiable: Callable[..., Any],
+    mapped: Callable[..., Any],
+) -> None:
+    def by_vmap(*arguments: Any) -> Any:
         from torch._functorch.autograd_function import custom_function_call_vmap_helper
         from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-        interpreter = retrieve_current_functorch_interpreter()
+        interpreter: Any = retrieve_current_functorch_interpreter()
         return custom_function_call_vmap_helper(interpreter, mapped, getattr(_operators, name), *arguments)
 
     kernels = {"CompositeExplicitAutograd": values, "Autograd": differentiable, "FuncTorchBatched": by_vmap}
     _define(name, {**kernels, **dict.fromkeys(("Meta", "SparseMeta", "SparseCsrMeta"), without_values)})
 
 
-def _define(name: str, kernels) -> None:
+def _define(name: str, kernels: Dict[str, Callable[..., Any]]) -> None:
     _library.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
     for key, kernel in kernels.items():
         _library.impl(name, kernel, key)
 
 
-def _empty(like: Tensor, shape, dtype: torch.dtype) -> Tensor:
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device=like.device)
 
 

@@ -10,7 +10,7 @@ in O(nnz p) time and O(nnz + m p) memory.  Both directions, products and gradien
 """
 
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -211,7 +211,7 @@ class Pattern:
             ends = ends + torch.arange(ends.shape[0], device=ends.device)[:, None] * self.plain.shape[-1]
         return ends.reshape(-1)
 
-    def chunks(self, width: int):
+    def chunks(self, width: int) -> Iterator[Tuple[int, int, Tensor, Tensor]]:
         """(start, end, rows, columns) over all stored elements, few enough at a time for gathered rows to fit."""
         step = max(1, _CHUNK_ELEMENTS // max(1, width * max(self.block)))
         for start in range(0, self.count, step):
@@ -276,7 +276,7 @@ class _PatternValues(Function):
         return _values_on_pattern(U, V, pattern, hermitian)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         U, V, ctx.pattern, ctx.hermitian = inputs
         ctx.save_for_backward(U, V)
         ctx.save_for_forward(U, V)
@@ -284,7 +284,7 @@ class _PatternValues(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def backward(ctx, g: Optional[Tensor]):
+    def backward(ctx: Any, g: Optional[Tensor]) -> Any:
         U, V = ctx.saved_tensors
         gU = gV = None
         if g is not None and ctx.needs_input_grad[0]:
@@ -294,13 +294,13 @@ class _PatternValues(Function):
         return gU, gV, None, None
 
     @staticmethod
-    def _times(ctx, g: Tensor, V: Tensor, adjoint: bool) -> Tensor:
+    def _times(ctx: Any, g: Tensor, V: Tensor, adjoint: bool) -> Tensor:
         product = _PatternProduct.apply(g, V, ctx.pattern, adjoint)
         return (product + _PatternProduct.apply(g, V, ctx.pattern, not adjoint)) / 2 if ctx.hermitian else product
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx, dU, dV, _pattern, _hermitian):
+    def jvp(ctx: Any, dU: Optional[Tensor], dV: Optional[Tensor], _pattern: Any, _hermitian: Any) -> Any:
         U, V = ctx.saved_tensors
         pairs = ((dU, V), (U, dV))
         terms = [_PatternValues.apply(*pair, ctx.pattern, ctx.hermitian) for pair in pairs if None not in pair]
@@ -315,7 +315,7 @@ class _PatternProduct(Function):
         return _product_on_pattern(values, V, pattern, adjoint)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         values, V, ctx.pattern, ctx.adjoint = inputs
         ctx.save_for_backward(values, V)
         ctx.save_for_forward(values, V)
@@ -323,7 +323,7 @@ class _PatternProduct(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def backward(ctx, g: Optional[Tensor]):
+    def backward(ctx: Any, g: Optional[Tensor]) -> Any:
         values, V = ctx.saved_tensors
         gvalues = gV = None
         if g is not None and ctx.needs_input_grad[0]:
@@ -334,7 +334,7 @@ class _PatternProduct(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx, dvalues, dV, _pattern, _adjoint):
+    def jvp(ctx: Any, dvalues: Optional[Tensor], dV: Optional[Tensor], _pattern: Any, _adjoint: Any) -> Any:
         values, V = ctx.saved_tensors
         terms = [
             _PatternProduct.apply(*pair, ctx.pattern, ctx.adjoint)
@@ -352,12 +352,12 @@ class _SparseFromValues(Function):
         return pattern.with_values(values)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.pattern = inputs[1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, g: Optional[Tensor]):
+    def backward(ctx: Any, g: Optional[Tensor]) -> Any:
         if g is None:
             return None, None
         if is_sparse(g):
@@ -380,12 +380,12 @@ class _Values(Function):
         return G.values().clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.pattern = Pattern(inputs[0].detach())
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, h: Optional[Tensor]):
+    def backward(ctx: Any, h: Optional[Tensor]) -> Any:
         return None if h is None else _SparseFromValues.apply(h, ctx.pattern)
 
 
@@ -397,7 +397,7 @@ class _SparseProduct(Function):
         return multiply(M, V)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         M, V = inputs
         ctx.save_for_backward(M, V)
         ctx.save_for_forward(M, V)
@@ -405,7 +405,7 @@ class _SparseProduct(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def backward(ctx, g: Optional[Tensor]):
+    def backward(ctx: Any, g: Optional[Tensor]) -> Any:
         M, V = ctx.saved_tensors
         gM = gV = None
         if g is not None and ctx.needs_input_grad[0]:
@@ -416,7 +416,7 @@ class _SparseProduct(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx, dM, dV):
+    def jvp(ctx: Any, dM: Optional[Tensor], dV: Optional[Tensor]) -> Any:
         M, V = ctx.saved_tensors
         terms = []
         if dM is not None:

@@ -17,7 +17,7 @@ Forward mode:
 """
 
 import math
-from typing import Any, Optional, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -62,19 +62,21 @@ def reduced_resolvent(
 
 class ReducedResolvent(Function):
     @staticmethod
-    def forward(A, B, E, X, b, Y, iK, T, options):
+    def forward(
+        A: Any, B: Any, E: Tensor, X: Tensor, b: Tensor, Y: Any, iK: Any, T: Any, options: SolveOptions
+    ) -> Tensor:
         with without_autocast(X):
             return solve_on_complement(A, B, E, X, b, Y, iK, options.largest, options.tol, T=T)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         A, B, E, X, b, Y, iK, T, ctx.options = inputs
         save(ctx, A=A, B=B, E=E, X=X, b=b, Y=Y, iK=iK, T=T, z=output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @accepts_legacy_vmap
-    def backward(ctx, gz):
+    def backward(ctx: Any, gz: Optional[Tensor]) -> Any:
         if gz is None:
             return (None,) * 9
         s = saved(ctx)
@@ -97,7 +99,7 @@ class ReducedResolvent(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx, dA, dB, dE, dX, db, dY, diK, dT, _options):
+    def jvp(ctx: Any, dA: Any, dB: Any, dE: Any, dX: Any, db: Any, _dY: Any, _diK: Any, _dT: Any, _options: Any) -> Any:
         refuse_nested_forward_mode()
         s = saved(ctx)
         A, B, E, X, b, z = s["A"], s["B"], s["E"], s["X"], s["b"], s["z"]
@@ -118,15 +120,16 @@ class ReducedResolvent(Function):
             return reduced_resolvent(A, B, E, X, rhs, s["Y"], s["iK"], ctx.options, s["T"]) - X @ (dBX.mH @ z)
 
     @staticmethod
-    def vmap(info, in_dims, A, B, E, X, b, Y, iK, T, options):
-        A, B, E, X, Y, iK, T, b = _mapped(info, in_dims[:4] + in_dims[5:8] + in_dims[4:5], A, B, E, X, Y, iK, T, b)
+    def vmap(info: Any, in_dims: Tuple[Any, ...], *arguments: Any) -> Any:
+        A, B, E, X, b, Y, iK, T, options = arguments
+        in_dims = in_dims[:4] + in_dims[5:8] + in_dims[4:5]
+        A, B, E, X, Y, iK, T, b = _mapped(info.batch_size, in_dims, A, B, E, X, Y, iK, T, b)
         return ReducedResolvent.apply(A, B, E, X, b, Y, iK, T, options), 0
 
 
-def _mapped(info, in_dims, A, B, E, X, Y, iK, T, b):
-    """The arguments with the mapped dimension first, in such a way that they broadcast."""
-    size = info.batch_size
-    tensors, _ = batched_first(size, in_dims, (A, B, E, X, Y, iK, T, b), trailing=(2, 2, 1, 2, 2, 2, 1, 2))
+def _mapped(size: int, in_dims: Tuple[Any, ...], *arguments: Any) -> List[Any]:
+    """A, B, E, X, Y, iK, T, b with the mapped dimension first, in such a way that they broadcast."""
+    tensors, _ = batched_first(size, in_dims, arguments, trailing=(2, 2, 1, 2, 2, 2, 1, 2))
     A, B, E, X, Y, iK, T, b = tensors
     # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
     operator_mapped = any(dim is not None for dim in in_dims[:-1])
@@ -136,7 +139,7 @@ def _mapped(info, in_dims, A, B, E, X, Y, iK, T, b):
         E = E.expand((size,) + tuple(E.shape))
     if operator_mapped and in_dims[3] is None:
         X = X.expand((size,) + tuple(X.shape))
-    return A, B, E, X, Y, iK, T, b
+    return [A, B, E, X, Y, iK, T, b]
 
 
 def rayleigh_quotient(B: Any, Z: Tensor, b: Tensor, largest: bool) -> Tensor:
@@ -150,7 +153,18 @@ def rayleigh_quotient(B: Any, Z: Tensor, b: Tensor, largest: bool) -> Tensor:
     return torch.where(there, top / length / torch.where(there, bottom, torch.ones_like(bottom)), far)
 
 
-def nearest_outside(A: Any, B: Any, E, X, Y, iK, T, residual, late: Tensor, options: SolveOptions) -> Tensor:
+def nearest_outside(
+    A: Any,
+    B: Any,
+    E: Tensor,
+    X: Tensor,
+    Y: Tensor,
+    iK: Any,
+    T: Tensor,
+    residual: Tensor,
+    late: Tensor,
+    options: SolveOptions,
+) -> Tensor:
     """(*, 1): distance from E_k to a Ritz value of the complement close to it.  A constant to autograd.
 
     Infinity where that is known: the guard T nearest to E_k, with its residual (*, k + p), shows that none is there, or
@@ -161,7 +175,18 @@ def nearest_outside(A: Any, B: Any, E, X, Y, iK, T, residual, late: Tensor, opti
 
 class _NearestOutside(Function):
     @staticmethod
-    def forward(A, B, E, X, Y, iK, T, residual, late, options):
+    def forward(
+        A: Any,
+        B: Any,
+        E: Tensor,
+        X: Tensor,
+        Y: Tensor,
+        iK: Any,
+        T: Tensor,
+        residual: Tensor,
+        late: Tensor,
+        options: SolveOptions,
+    ) -> Tensor:
         k, m, p = E.shape[-1], X.shape[-2], T.shape[-1]
         last, far = E[..., -1:], -math.inf if options.largest else math.inf
         if bool(late.any()):
@@ -182,22 +207,22 @@ class _NearestOutside(Function):
             return rayleigh_quotient(B, z, b, options.largest)[..., -1:]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: Any) -> Any:
         return (None,) * 10
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> None:
         return None
 
     @staticmethod
-    def vmap(info, in_dims, A, B, E, X, Y, iK, T, residual, late, options):
-        A, B, E, X, Y, iK, T, _ = _mapped(info, in_dims[:7] + (None,), A, B, E, X, Y, iK, T, None)
-        tested, _ = batched_first(info.batch_size, in_dims[7:9], (residual, late), trailing=(1, 1))
-        return _NearestOutside.apply(A, B, E, X, Y, iK, T, *tested, options), 0
+    def vmap(info: Any, in_dims: Tuple[Any, ...], *arguments: Any) -> Any:
+        pencil = _mapped(info.batch_size, in_dims[:7] + (None,), *arguments[:7], None)
+        tested, _ = batched_first(info.batch_size, in_dims[7:9], arguments[7:9], trailing=(1, 1))
+        return _NearestOutside.apply(*pencil[:7], *tested, arguments[9]), 0
 
 
 def _real(x: Tensor) -> Tensor:
