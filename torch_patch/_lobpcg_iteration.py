@@ -162,7 +162,8 @@ class LOBPCG:
         if self.converged() and self.drift > 8.0 * self.eps:
             # The verdict is given on fresh products where carried ones may have lost a digit of the residual, and the
             # pairs are returned B-orthonormal to rounding, whatever tol is.
-            if self.drift > 1e-3 * self.fparams["tol"] or self.orthonormality_loss() > 32.0 * self.eps:
+            rounding = (32.0 + self.m**0.5) * self.eps  # of inner products of length m
+            if self.drift > 1e-3 * self.fparams["tol"] or self.orthonormality_loss() > rounding:
                 self.refresh()
                 self.update_residual()
                 self.update_converged_count()
