@@ -16,8 +16,9 @@ from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch._lobpcg_conjugate_gradient import conjugate_gradients, deduct, Deflation, inner, State, take
-from torch._lobpcg_pattern import column_major, fast_operand, multiply
+from torch._lobpcg_conjugate_gradient import conjugate_gradients, Deflation, inner, State, take
+from torch._lobpcg_pattern import column_major, multiply
+from torch._lobpcg_projected import Complement
 
 
 # Measured on one core: while k m^3 is below this, k factorisations take less time than one with iterations on top.
@@ -148,76 +149,6 @@ def _safe_norm(V: Tensor) -> Tensor:
     top = V.abs().amax(-2, keepdim=True)
     unit = torch.where(top > 0, top, torch.ones_like(top))
     return top * torch.linalg.vector_norm(V / unit, dim=-2, keepdim=True)
-
-
-class Complement:
-    """The operators z_j -> s (A - E_j B) z_j / scale between complement and dual, one shift per column.
-
-    Invariants: X^H B X = I; `project` maps onto {z : X^H B z = 0}, `project_dual` onto {b : X^H b = 0}, its adjoint.
-    """
-
-    Bu: Tensor  # where u is given
-
-    def __init__(self, A: Any, B: Any, shifts: Tensor, X: Tensor, largest: bool) -> None:
-        self.A, self.B = fast_operand(A), fast_operand(B)
-        self.shifts, self.X = shifts, column_major(X)  # (*, q), (*, m, k)
-        self.BX = column_major(multiply(self.B, self.X))
-        self.sign = -1.0 if largest else 1.0
-        self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
-        self.quiet = self.probe = False
-        self.u: Optional[Tensor] = None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
-
-    def set_scale(self, b: Tensor) -> None:
-        """Divide by a power of two near the norm of the operator, so that no dot product leaves the range."""
-        top = self.raw(b).abs().amax((-2, -1), keepdim=True)
-        one = torch.ones_like(top)
-        self.scale = torch.where(top > 0, torch.ldexp(one, torch.frexp(top).exponent), one)  # (*, 1, 1)
-
-    def raw(self, z: Tensor) -> Tensor:
-        """s (A - E_j B) z_j / scale."""
-        factor = self.sign / self.scale
-        Az = multiply(self.A, z) * factor
-        return Az.addcmul_(multiply(self.B, z), self.shifts[..., None, :] * -factor)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.project_dual(self.raw(z))
-
-    def project(self, z: Tensor) -> Tensor:
-        z = deduct(z, self.X, self.BX.mH @ z)
-        return z if self.u is None else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
-
-    def project_dual(self, b: Tensor) -> Tensor:
-        b = deduct(b, self.BX, self.X.mH @ b)
-        return b if self.u is None else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
-
-    def exclude(self, u: Tensor) -> "Complement":
-        """The same operators on the complement of u_j too; u: (*, m, q) in the complement of X."""
-        part = self.restrict(slice(None))
-        part.Bu = multiply(self.B, u)
-        size = torch.sqrt(inner(u, part.Bu))
-        part.u, part.Bu = u / size, part.Bu / size
-        return part
-
-    def restrict(self, columns: Any) -> "Complement":
-        """The same operators for some of the columns."""
-        part = object.__new__(Complement)
-        part.__dict__.update(self.__dict__)
-        part.shifts = self.shifts[..., columns]
-        if self.u is not None:
-            part.u, part.Bu = take(self.u, columns), take(self.Bu, columns)
-        return part
-
-    def dense(self) -> Tuple[Tensor, Optional[Tensor]]:
-        """A and B as dense Hermitian matrices: O(m^2) memory, called for small m only."""
-        return _dense(self.A, self.X), None if self.B is None else _dense(self.B, self.X)
-
-
-def _dense(M: Any, like: Tensor) -> Tensor:
-    if not isinstance(M, Tensor):
-        M = M(torch.eye(like.shape[-2], dtype=like.dtype, device=like.device))
-    if M.layout != torch.strided:
-        M = M.to_dense()
-    return M
 
 
 # ---------------------------------------------------------------------------------------------- factorised

@@ -1,6 +1,6 @@
 """Conjugate gradients on many columns with one shift each: projected, preconditioned, deflated, restarted.
 
-The operator K_j = s (A - E_j B) / scale is a torch._lobpcg_complement.Complement, positive definite on the complement
+The operator K_j = s (A - E_j B) / scale is a torch._lobpcg_projected.Complement, positive definite on the complement
 of the eigenvectors.  Extra columns that the forward carried are deflated (Saad, Yeung, Erhel, Guyomarc'h 2000).
 """
 
