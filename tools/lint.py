@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from patchset.plan import make_stages, originals
+from patchset.plan import unpatched_stages
 from patchset.series import load_series
 from patchset.steps import contents_after, make_overlay
-from patchset.store import Store
 from patchset.target import find_target
 
 
@@ -38,9 +37,7 @@ ignore_errors = True
 def patched_torch() -> list[str]:
     """Make TYPED anew of the torch that this interpreter imports; the modules that the series puts there."""
     series, target = load_series(ROOT), find_target(None)
-    store = Store(target.root)
-    original = originals(store, store.applied())
-    stages = make_stages(series, target, original)
+    stages, original = unpatched_stages(series, target)
     shutil.rmtree(TYPED, ignore_errors=True)
     make_overlay(TYPED, target.root, contents_after(stages, len(stages), original))
     whole = [path for patch in series.patches for path in patch.new + patch.replace]

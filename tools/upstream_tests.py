@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from patchset.errors import PatchError
-from patchset.plan import make_stages, originals
+from patchset.plan import unpatched_stages
 from patchset.series import load_series
 from patchset.steps import contents_after, make_overlay
-from patchset.store import Store
 from patchset.target import find_target
 from upstream.source import fetched, FetchError
 
@@ -81,9 +80,8 @@ def copy_tests(tree: Path, folder: Path, woven: bool, python: str) -> None:
         raise PatchError(f"{tree} has no test/", "the source tree of a release", "name it with --tree")
     shutil.copytree(tree / "test", folder, symlinks=True)
     if woven:
-        target = find_target(str(tree))
-        store = Store(target.root)
-        for stage in make_stages(load_series(ROOT), target, originals(store, store.applied())):
+        stages, _ = unpatched_stages(load_series(ROOT), find_target(str(tree)))
+        for stage in stages:
             for path, data in stage.files.items():
                 if path.startswith("test/"):
                     (folder / path[len("test/") :]).write_bytes(data)
@@ -111,9 +109,7 @@ def torch_of(python: str) -> Path:
 def make_pytorches(torch: Path, folder: Path) -> tuple[Path, Path]:
     """The PyTorch in the folder `torch`, patched and unpatched, by links."""
     target = find_target(str(torch))
-    store = Store(target.root)
-    original = originals(store, store.applied())
-    stages = make_stages(load_series(ROOT), target, original)
+    stages, original = unpatched_stages(load_series(ROOT), target)
     for name, number in (("patched", len(stages)), ("baseline", 0)):
         make_overlay(folder / name, target.root, contents_after(stages, number, original))
     return folder / "patched", folder / "baseline"

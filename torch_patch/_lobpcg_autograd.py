@@ -11,6 +11,7 @@ from torch._lobpcg_function import (
     accepts_legacy_vmap,
     batched_first,
     broadcast,
+    in_transform,
     refuse_nested_forward_mode,
     save,
     saved,
@@ -18,7 +19,7 @@ from torch._lobpcg_function import (
 )
 from torch._lobpcg_pattern import by_rows, is_sparse, is_symmetric_pattern
 from torch._lobpcg_resolvent import SolveOptions
-from torch.autograd import forward_ad, Function
+from torch.autograd import Function
 
 
 class Problem:
@@ -98,9 +99,8 @@ def with_gradients(A: Any, B: Any) -> Tuple[Any, Any]:
 
 def may_be_differentiated(*operands: Any) -> bool:
     """Whether autograd records, or a transform is active (which may be vmap alone)."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(isinstance(M, Tensor) and M.requires_grad for M in operands)
+    recorded = torch.is_grad_enabled() and any(isinstance(M, Tensor) and M.requires_grad for M in operands)
+    return recorded or in_transform()
 
 
 class LOBPCGAutogradFunction(Function):

@@ -39,8 +39,11 @@ _SMALL_BELOW = 257
 
 def is_small_and_dense(A: Any, B: Any, m: int) -> bool:
     """Whether a further dense solve, or one in double precision, costs little compared with the forward."""
-    dense = all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (A, B))
-    return dense and m < _SMALL_BELOW
+    return _is_dense(A, B) and m < _SMALL_BELOW
+
+
+def _is_dense(A: Any, B: Any) -> bool:
+    return all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (A, B))
 
 
 def system_tolerance(E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: float) -> Tensor:
@@ -271,7 +274,7 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: Any) 
     """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance."""
     eps = torch.finfo(op.shifts.dtype).eps
     m, q = b.shape[-2:]
-    dense = all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (op.A, op.B))
+    dense = _is_dense(op.A, op.B)
     precondition = None if iK is None else lambda r: multiply(iK, r)
     z = torch.zeros_like(b)
     rtol = torch.as_tensor(tol, dtype=op.shifts.dtype, device=b.device).clamp(min=4 * eps).reshape(-1)

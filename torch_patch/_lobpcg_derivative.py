@@ -32,6 +32,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_complement import in_double, is_small_and_dense, solve_on_complement
+from torch._lobpcg_function import in_transform
 from torch._lobpcg_gauge import CheckOptions, generic_basis, is_late, pair_factors, SecondOrderAtMost
 from torch._lobpcg_pattern import apply, hermitian_apply, hermitian_outer, multiply
 from torch._lobpcg_resolvent import nearest_outside, rayleigh_quotient, reduced_resolvent, SolveOptions
@@ -205,11 +206,7 @@ def reverse_mode(
 def _may_be_differentiated() -> bool:
     """Whether what is computed now can be differentiated later: create_graph=True, or any forward mode or
     torch.func."""
-    return (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch.is_grad_enabled() or in_transform()
 
 
 def _in_cluster(pairs: ComputedPairs, F: Tensor) -> Tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any, Callable, ContextManager, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def save(ctx: Any, **values: Any) -> None:
@@ -20,6 +21,11 @@ def save(ctx: Any, **values: Any) -> None:
 
 def saved(ctx: Any) -> Dict[str, Any]:
     return {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors))}
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward mode is at work, of which requires_grad and grad mode say nothing."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def without_autocast(like: Tensor) -> ContextManager[Any]:

@@ -213,3 +213,10 @@ def originals(store: Store, applied: Transaction | None) -> Original:
         return disk.state_of(place), disk.read(place)
 
     return original
+
+
+def unpatched_stages(series: Series, target: Target) -> tuple[list[Stage], Original]:
+    """What each patch writes on the PyTorch as it was before any of them, and what the files held then."""
+    store = Store(target.root)
+    original = originals(store, store.applied())
+    return make_stages(series, target, original), original

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .classes import part_of
-from .plan import make_stages, Original, originals, Stage
+from .plan import Original, Stage, unpatched_stages
 from .series import check_classes, load_series, Patch, Series
-from .store import Store
 from .target import find_target
 
 
@@ -22,9 +21,7 @@ def check_steps(project: Path, pytest: Sequence[str] = (), say: Callable[[str], 
     """Import torch and run the tests of each patch in turn with this interpreter; 1 if a step fails."""
     series, target = load_series(project), find_target(None)
     check_classes(series)
-    store = Store(target.root)
-    original = originals(store, store.applied())
-    stages = make_stages(series, target, original)
+    stages, original = unpatched_stages(series, target)
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         for number, stage in enumerate(stages, 1):
