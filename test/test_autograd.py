@@ -682,14 +682,14 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         for layout in self.layouts:
             A = self.leaf(self.problems.laplacian(12, 9).build(torch.float64, layout)[0])
             E, X = torch.lobpcg(A, **self.options)
-            with mock.patch("torch._lobpcg_complement.Complement.raw", side_effect=AssertionError("a product")):
+            with mock.patch("torch._lobpcg_impl.complement.Complement.raw", side_effect=AssertionError("a product")):
                 g = torch.autograd.grad((E, X), A, (torch.zeros_like(E), torch.zeros_like(X)))[0]
             self.assertEqual((g.layout, g._nnz()), (layout, A._nnz()))
             self.assertEqual(g.to_dense(), torch.zeros(108, 108).double())
 
     def test_symmetric_pattern_is_recognised(self):
         """Against the dense pattern: symmetric, with one position taken out or moved, empty, in a batch."""
-        from torch._lobpcg_pattern import is_symmetric_pattern
+        from torch._lobpcg_impl.sparse import is_symmetric_pattern
 
         ones = (self.weights(30) > 1.2).double()
         cut, moved = ones.clone(), ones.clone()

@@ -105,7 +105,7 @@ class TestLobpcgSolver(LobpcgTestCase):
     """The solver as torch.lobpcg calls it, with checked arguments and without autograd."""
 
     def solve_with(self, solver, p, largest, method):
-        from torch._lobpcg_arguments import ortho_parameters, settle
+        from torch._lobpcg_impl.arguments import ortho_parameters, settle
 
         dtype = torch.complex128 if p.is_complex else torch.float64
         A, B = p.build(dtype)
@@ -117,14 +117,14 @@ class TestLobpcgSolver(LobpcgTestCase):
         self.assert_pairs(A, B, E, X, exact, tol, p.condition, p.error(dtype))
 
     def test_catalogue(self):
-        from torch._lobpcg_solver import solve
+        from torch._lobpcg_impl.solver import solve
 
         for p, largest, method in itertools.product(self.problems.catalogue(), (False, True), (None, "ortho")):
             with self.subTest(problem=p.name, largest=largest, method=method):
                 self.solve_with(solve, p, largest, method)
 
     def test_scripted(self):
-        from torch._lobpcg_solver import solve
+        from torch._lobpcg_impl.solver import solve
 
         for name, method in itertools.product(("mikota60", "laplacian12x9"), (None, "basic")):
             with self.subTest(problem=name, method=method):

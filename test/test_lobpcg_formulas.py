@@ -6,13 +6,13 @@ import unittest
 import warnings
 
 import torch
-import torch._lobpcg_autograd as differentiation
-import torch._lobpcg_complement as complement
-import torch._lobpcg_derivative as derivative
-from torch._lobpcg_iteration import EigenPairs
-from torch._lobpcg_pattern import _PatternValues, apply, hermitian_apply, hermitian_outer, is_symmetric_pattern, Pattern
-from torch._lobpcg_resolvent import reduced_resolvent, SolveOptions
-from torch._lobpcg_solver import hermitian_part
+import torch._lobpcg_impl.autograd as differentiation
+import torch._lobpcg_impl.complement as complement
+import torch._lobpcg_impl.derivative as derivative
+from torch._lobpcg_impl.iteration import EigenPairs
+from torch._lobpcg_impl.sparse import _PatternValues, apply, hermitian_apply, hermitian_outer, is_symmetric_pattern, Pattern
+from torch._lobpcg_impl.resolvent import reduced_resolvent, SolveOptions
+from torch._lobpcg_impl.solver import hermitian_part
 from torch.testing._internal.common_utils import run_tests
 
 

@@ -13,7 +13,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_pattern import _SparseFromValues, _Values, Pattern
+from torch._lobpcg_impl.sparse import _Values, Pattern, SparseFromValues
 from torch.autograd import Function
 
 
@@ -128,7 +128,7 @@ class _ValuesAt(Function):
             return None, None
         h = torch.where(ctx.stored, h, torch.zeros_like(h))
         values = torch.zeros_like(ctx.pattern.values).index_add(0, ctx.where, h)
-        return _SparseFromValues.apply(values, ctx.pattern), None
+        return SparseFromValues.apply(values, ctx.pattern), None
 
 
 def _find(pattern: Pattern, indices: Tensor) -> Tuple[Tensor, Tensor]:

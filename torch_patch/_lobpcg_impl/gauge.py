@@ -12,7 +12,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_function import batched_first, broadcast
+from torch._lobpcg_impl.transforms import batched_first, broadcast
 from torch.autograd import Function
 
 

@@ -44,6 +44,11 @@ def broadcast(*shapes: Sequence[int]) -> List[int]:
     return out[::-1]
 
 
+def sum_to(g: Tensor, shape: Sequence[int]) -> Tensor:
+    """g summed over the dimensions in which `shape` was broadcast."""
+    return g if g.shape == tuple(shape) else g.sum_to_size(shape)
+
+
 def batched_first(
     size: int, in_dims: Sequence[Any], values: Sequence[Any], trailing: Sequence[int]
 ) -> Tuple[List[Any], int]:
