@@ -1904,22 +1904,22 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             tested = tests if dtype.is_complex else ("test_schema", *tests)
             check = functools.partial(torch.library.opcheck, test_utils=tested)
             A, B = self.hermitian(12, dtype), self.hermitian(12, dtype, definite=True)
-            settings = (2, 4, 0, 1000, 1e-8, False, "ortho", False, True, [], [])
-            pairs = operators.solve(A, B, None, None, *settings)
-            tail = (False, 1e-8)
+            numbers = dict(k=2, n=4, chosen=0, niter=1000, tol=1e-8, largest=False, method="ortho", iterate=False)
+            numbers.update(differentiated=True, ortho_names=[], ortho_values=[])
+            pairs = operators.solve(A, B, None, None, **numbers)
             gE, gX = torch.ones_like(pairs[0]), pairs[1] * torch.arange(12).unsqueeze(-1)
             # The loss of opcheck is the sum of everything, which a phase changes.
             a, b = (self.leaf(M, not dtype.is_complex) for M in (A, B))
-            check(operators.lobpcg.default, (a, 2, b, *[None] * 7, [], []))
-            check(operators.solve.default, (a, b, None, None, *settings))
+            check(operators.lobpcg.default, (a, 2, b, *[None] * 7), dict(ortho_iparams=None))
+            check(operators.solve.default, (a, b, None, None), numbers)
             for iterate, differentiated in itertools.product((False, True), repeat=2):
-                operands = A, B, None, None, *settings[:7], iterate, differentiated, [], []
-                found = operators.solve(*[M.to("meta") if isinstance(M, torch.Tensor) else M for M in operands])
-                for made, T in zip(operators.solve(*operands), found):
+                options = dict(numbers, iterate=iterate, differentiated=differentiated)
+                found = operators.solve(A.to("meta"), B.to("meta"), None, None, **options)
+                for made, T in zip(operators.solve(A, B, None, None, **options), found):
                     self.assertEqual((T.shape, T.dtype, T.stride()), (made.shape, made.dtype, made.stride()))
             for needed in ([True, True], [False, True]):
-                check(operators.reverse.default, (A, B, None, *pairs, gE, gX, *tail, needed))
-            check(operators.tangent.default, (A, B, None, *pairs, A, B, *tail))
+                check(operators.reverse.default, (A, B, None, *pairs, gE, gX), dict(numbers, needed=needed))
+            check(operators.tangent.default, (A, B, None, *pairs, A, B), numbers)
 
     def test_subclass_with_torch_function(self):
         """A torch function mode or subclass sees torch.lobpcg, compiled or not."""

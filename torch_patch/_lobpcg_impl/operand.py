@@ -598,7 +598,7 @@ class Pencil:
         for M in (same.A, same.B):
             M.check_hermitian(probe)
         same.B.check_positive()
-        if self.iK is not None:
+        if isinstance(self.iK, _Matrix):  # the products of a callable are checked, each
             self.iK.check_finite(probe)
         return same
 
