@@ -32,11 +32,15 @@ SPARSE = {
 
 def split_duplicates(S):
     i, v = S.indices(), S.values()
-    return torch.sparse_coo_tensor(torch.cat([i, i], 1), torch.cat([v / 4, v * 3 / 4]), S.shape)
+    return torch.sparse_coo_tensor(
+        torch.cat([i, i], 1), torch.cat([v / 4, v * 3 / 4]), S.shape
+    )
 
 
 def random(*shape, dtype, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def hermitian(M):
@@ -53,7 +57,9 @@ def pairs_of(A, B, E, X, tol, largest=False, further=None):
     """Exact pairs as a derivative gets them; A, B: matrices, callables or None."""
     empty = X[..., :0]
     T, Y = (E[..., :0], empty) if further is None else further
-    options = settle(X.shape[-2], X.dtype, E.shape[-1], None, None, None, tol, largest, None)
+    options = settle(
+        X.shape[-2], X.dtype, E.shape[-1], None, None, None, tol, largest, None
+    )
     zero = torch.zeros_like(E)
     return Pairs(Pencil.of(A, B, None, X), options, E, X, T, Y, zero, zero + 1)
 
@@ -67,7 +73,9 @@ def pencil(m, dtype, batch=()):
 def spectral(A, B):
     """All eigenpairs, ascending, through the Cholesky factor of B; differentiable."""
     L = torch.linalg.cholesky(B)
-    C = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, A, upper=False).mH, upper=False)
+    C = torch.linalg.solve_triangular(
+        L, torch.linalg.solve_triangular(L, A, upper=False).mH, upper=False
+    )
     E, U = torch.linalg.eigh(C)
     return E, torch.linalg.solve_triangular(L.mH, U, upper=True)
 
@@ -77,13 +85,19 @@ def exact(n, largest):
 
     def solve(pencil, X, options):
         A = hermitian(pencil.A.dense())
-        B = hermitian(pencil.B.dense()) if pencil.generalized else torch.eye(A.shape[-1], dtype=A.dtype)
+        B = (
+            hermitian(pencil.B.dense())
+            if pencil.generalized
+            else torch.eye(A.shape[-1], dtype=A.dtype)
+        )
         E, U = spectral(A, B)
         if largest:
             E, U = E.flip(-1), U.flip(-1)
         E, U = E[..., :n], U[..., :n]
         residual = torch.linalg.vector_norm(A @ U - B @ U * E.unsqueeze(-2), dim=-2)
-        size = torch.linalg.matrix_norm(A, 2).unsqueeze(-1) + E.abs() * torch.linalg.matrix_norm(B, 2).unsqueeze(-1)
+        size = torch.linalg.matrix_norm(A, 2).unsqueeze(
+            -1
+        ) + E.abs() * torch.linalg.matrix_norm(B, 2).unsqueeze(-1)
         return EigenPairs(E, U, residual, size * torch.linalg.vector_norm(U, dim=-2))
 
     return solve
@@ -110,7 +124,10 @@ def system(A, B, E, X, b):
 
 class FormulaTest(unittest.TestCase):
     def assertRelative(self, value, reference, bound):
-        error = float(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
+        error = float(
+            torch.linalg.vector_norm(value - reference)
+            / torch.linalg.vector_norm(reference)
+        )
         self.assertLessEqual(error, bound)
 
     def setUp(self):
@@ -126,7 +143,14 @@ class ResolventTest(FormulaTest):
         E, X = spectral(A, B)
         if largest:
             E, X = E.flip(-1), X.flip(-1)
-        return A, B, E[:k], X[:, :k], X[:, k : k + extra], random(m, k, dtype=dtype, seed=3)
+        return (
+            A,
+            B,
+            E[:k],
+            X[:, :k],
+            X[:, k : k + extra],
+            random(m, k, dtype=dtype, seed=3),
+        )
 
     def test_every_route_solves_the_full_system(self):
         for dtype in DTYPES:
@@ -142,8 +166,12 @@ class ResolventTest(FormulaTest):
                     "factorised": lambda: complement._factorised(op, rhs, 3),
                     "spectral": lambda: complement._spectral(op, rhs, A, B),
                     "iterations": lambda: complement._iterate(op, rhs, None, 1e-14),
-                    "deflated": lambda: complement._iterate(op, rhs, Y + 1e-2 * b[:, :2], 1e-14),
-                    "preconditioned": lambda: complement._iterate(preconditioned, rhs, Y, 1e-14),
+                    "deflated": lambda: complement._iterate(
+                        op, rhs, Y + 1e-2 * b[:, :2], 1e-14
+                    ),
+                    "preconditioned": lambda: complement._iterate(
+                        preconditioned, rhs, Y, 1e-14
+                    ),
                 }
                 for name, route in routes.items():
                     with self.subTest(name, dtype=dtype, largest=largest):
@@ -155,7 +183,11 @@ class ResolventTest(FormulaTest):
         b = b * torch.tensor([1.0, 1e-9, 1e9, 0.0], dtype=b.dtype)
         z = reduced_resolvent(pairs_of(lambda V: A @ V, lambda V: B @ V, E, X, 0.0), b)
         reference = system(A, B, E, X, b)
-        self.assertRelative(z[:, :3] / b[:, :3].norm(dim=0), reference[:, :3] / b[:, :3].norm(dim=0), 1e-10)
+        self.assertRelative(
+            z[:, :3] / b[:, :3].norm(dim=0),
+            reference[:, :3] / b[:, :3].norm(dim=0),
+            1e-10,
+        )
         self.assertEqual(float(z[:, 3].abs().max()), 0.0)
 
     def test_further_dimensions_are_further_columns(self):
@@ -169,17 +201,24 @@ class ResolventTest(FormulaTest):
     def test_reverse_and_forward_mode(self):
         for dtype in DTYPES:
             A, B, E, X, _, b = self.setup_pairs(dtype, m=9)
-            ours = lambda A, B, E, X, b: reduced_resolvent(pairs_of(A, B, E, X, 1e-15), b)
+            ours = lambda A, B, E, X, b: reduced_resolvent(
+                pairs_of(A, B, E, X, 1e-15), b
+            )
             herm = lambda A, B, E, X, b: system(hermitian(A), hermitian(B), E, X, b)
             inputs = tuple(t.clone().requires_grad_() for t in (A, B, E, X, b))
             cotangent = random(9, 3, dtype=dtype, seed=7)
             expected = torch.autograd.grad(herm(*inputs), inputs, cotangent)
             actual = torch.autograd.grad(ours(*inputs), inputs, cotangent)
-            for name, value, reference in zip(("gA", "gB", "gE", "gX", "gb"), actual, expected):
+            for name, value, reference in zip(
+                ("gA", "gB", "gE", "gX", "gb"), actual, expected
+            ):
                 with self.subTest(name, dtype=dtype):
                     self.assertRelative(value, reference, 1e-11)
             plain = (A, B, E, X, b)
-            tangents = tuple(random(*t.shape, dtype=t.dtype, seed=20 + i) for i, t in enumerate(plain))
+            tangents = tuple(
+                random(*t.shape, dtype=t.dtype, seed=20 + i)
+                for i, t in enumerate(plain)
+            )
             _, dz = torch.func.jvp(ours, plain, tangents)
             _, reference = torch.func.jvp(herm, plain, tangents)
             self.assertRelative(dz, reference, 1e-11)
@@ -192,25 +231,44 @@ class EigenpairsTest(FormulaTest):
                 for generalized in (False, True):
                     for batch in ((), (2,)):
                         A, B = pencil(12, dtype, batch)
-                        B = B if generalized else torch.eye(12, dtype=dtype).expand_as(A)
+                        B = (
+                            B
+                            if generalized
+                            else torch.eye(12, dtype=dtype).expand_as(A)
+                        )
                         A, B = A.clone().requires_grad_(), B.clone().requires_grad_()
                         inputs = (A, B) if generalized else (A,)
                         E, X = spectral(hermitian(A), hermitian(B))
                         E, X = (E.flip(-1), X.flip(-1)) if largest else (E, X)
-                        expected = torch.autograd.grad(invariant_loss(E[..., :3], X[..., :3]), inputs)
-                        E, X = differentiable_eigenpairs(A, B if generalized else None, exact(5, largest), 3, largest, 1e-12
+                        expected = torch.autograd.grad(
+                            invariant_loss(E[..., :3], X[..., :3]), inputs
+                        )
+                        E, X = differentiable_eigenpairs(
+                            A,
+                            B if generalized else None,
+                            exact(5, largest),
+                            3,
+                            largest,
+                            1e-12,
                         )
                         actual = torch.autograd.grad(invariant_loss(E, X), inputs)
                         for name, value, reference in zip("AB", actual, expected):
-                            with self.subTest(name, dtype=dtype, largest=largest, batch=batch):
+                            with self.subTest(
+                                name, dtype=dtype, largest=largest, batch=batch
+                            ):
                                 self.assertRelative(value, reference, 1e-11)
                                 self.assertRelative(value, value.mH, 1e-14)
 
     def test_forward_mode_against_differences(self):
         for dtype in DTYPES:
             A, B = pencil(10, dtype)
-            dA, dB = random(10, 10, dtype=dtype, seed=5), random(10, 10, dtype=dtype, seed=6)
-            f = lambda A, B: differentiable_eigenpairs(A, B, exact(4, True), 2, True, 1e-12)
+            dA, dB = (
+                random(10, 10, dtype=dtype, seed=5),
+                random(10, 10, dtype=dtype, seed=6),
+            )
+            f = lambda A, B: differentiable_eigenpairs(
+                A, B, exact(4, True), 2, True, 1e-12
+            )
 
             def projector(A, B, f=f):
                 E, X = f(A, B)
@@ -218,7 +276,10 @@ class EigenpairsTest(FormulaTest):
 
             _, (dE, dP) = torch.func.jvp(projector, (A, B), (dA, dB))
             h = 1e-5
-            plus, minus = projector(A + h * dA, B + h * dB), projector(A - h * dA, B - h * dB)
+            plus, minus = (
+                projector(A + h * dA, B + h * dB),
+                projector(A - h * dA, B - h * dB),
+            )
             self.assertRelative(dE, (plus[0] - minus[0]) / (2 * h), 1e-8)
             self.assertRelative(dP, (plus[1] - minus[1]) / (2 * h), 1e-8)
 
@@ -231,14 +292,18 @@ class EigenpairsTest(FormulaTest):
         finally:
             derivative.reduced_resolvent = solve
         exact_E, _ = spectral(A, B)
-        for value, reference in zip((gA, gB), torch.autograd.grad(exact_E[-3:].square().sum(), (A, B))):
+        for value, reference in zip(
+            (gA, gB), torch.autograd.grad(exact_E[-3:].square().sum(), (A, B))
+        ):
             self.assertRelative(value, hermitian(reference), 1e-12)
 
     def test_pattern_that_is_not_symmetric(self):
         index = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]])
         values = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
         S = torch.sparse_coo_tensor(index, values, (3, 3)).requires_grad_()
-        with self.assertRaisesRegex(ValueError, r"sparse A .* \(r, c\) without \(c, r\)"):
+        with self.assertRaisesRegex(
+            ValueError, r"sparse A .* \(r, c\) without \(c, r\)"
+        ):
             differentiable_eigenpairs(S, None, exact(1, False), 1, False, 1e-10)
 
     def test_hermitian_part_copies_only_what_is_not_hermitian(self):
@@ -268,7 +333,9 @@ class ClusterTest(FormulaTest):
             for gap in (0.0, 1e-15, 1e-13, 1e-10, 1e-6):
                 e, Q, A = self.problem(20, [1.0, 1.0 + gap, 1.0 + 2 * gap, 3.0], dtype)
                 W = hermitian(random(20, 20, dtype=dtype, seed=3))
-                _, X = differentiable_eigenpairs(A, None, exact(6, False), 4, False, 1e-12)
+                _, X = differentiable_eigenpairs(
+                    A, None, exact(6, False), 4, False, 1e-12
+                )
                 (gA,) = torch.autograd.grad((X @ X.mH * W.mT).sum().real, A)
                 with self.subTest(gap=gap, dtype=dtype):
                     self.assertRelative(gA, self.projector_gradient(e, Q, 4, W), 1e-10)
@@ -280,7 +347,9 @@ class ClusterTest(FormulaTest):
             _, B = pencil(16, dtype)
             L = torch.linalg.cholesky(B)
             A = hermitian(L @ ((Q * e) @ Q.mH) @ L.mH)
-            W, dA, dB = (hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5))
+            W, dA, dB = (
+                hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5)
+            )
             dA, dB = dA * 1e-1, dB * 1e-1
 
             def value(h):
@@ -289,28 +358,42 @@ class ClusterTest(FormulaTest):
 
             h = 1e-5
             difference = (value(h) - value(-h)) / (2 * h)
-            f = lambda A, B: differentiable_eigenpairs(A, B, exact(5, False), 3, False, 1e-12)[1]
+            f = lambda A, B: differentiable_eigenpairs(
+                A, B, exact(5, False), 3, False, 1e-12
+            )[1]
 
             def loss(A, B, f=f, W=W):
                 X = f(A, B)
                 return (X @ X.mH * W.mT).sum().real
 
-            gA, gB = torch.autograd.grad(loss(*(inputs := [M.clone().requires_grad_() for M in (A, B)])), inputs)
+            gA, gB = torch.autograd.grad(
+                loss(*(inputs := [M.clone().requires_grad_() for M in (A, B)])), inputs
+            )
             with self.subTest(dtype=dtype):
-                self.assertRelative((gA.conj() * dA).sum().real + (gB.conj() * dB).sum().real, difference, 1e-7)
+                self.assertRelative(
+                    (gA.conj() * dA).sum().real + (gB.conj() * dB).sum().real,
+                    difference,
+                    1e-7,
+                )
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # the tangent splits the cluster
+                    warnings.simplefilter(
+                        "ignore", RuntimeWarning
+                    )  # the tangent splits the cluster
                     _, tangent = torch.func.jvp(loss, (A, B), (dA, dB))
                 self.assertRelative(tangent, difference, 1e-7)
 
     def test_second_derivative(self):
         """A triple eigenvalue and a simple one, at any gap, along one direction: differences of the loss itself."""
-        for dtype, gap, generalized in itertools.product(DTYPES, (0.0, 1e-13, 1e-7), (False, True)):
+        for dtype, gap, generalized in itertools.product(
+            DTYPES, (0.0, 1e-13, 1e-7), (False, True)
+        ):
             e, Q, _ = self.problem(16, [1.0, 1.0 + gap, 1.0 + 2 * gap, 2.5], dtype)
             B = pencil(16, dtype)[1] if generalized else torch.eye(16, dtype=dtype)
             L = torch.linalg.cholesky(B)
             A = hermitian(L @ ((Q * e) @ Q.mH) @ L.mH)
-            W, dA, dB = (hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5))
+            W, dA, dB = (
+                hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5)
+            )
             dB = dB * (0.1 if generalized else 0.0)
 
             def loss(E, X):
@@ -324,17 +407,35 @@ class ClusterTest(FormulaTest):
 
             h = 3e-3
             f = [value(i * h) for i in range(-4, 5)]
-            weights = [-1 / 560, 8 / 315, -1 / 5, 8 / 5, -205 / 72, 8 / 5, -1 / 5, 8 / 315, -1 / 560]
+            weights = [
+                -1 / 560,
+                8 / 315,
+                -1 / 5,
+                8 / 5,
+                -205 / 72,
+                8 / 5,
+                -1 / 5,
+                8 / 315,
+                -1 / 560,
+            ]
             expected = sum(w * v for w, v in zip(weights, f)) / h**2
             t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-            pair = differentiable_eigenpairs(A + t * dA, B + t * dB if generalized else None, exact(6, False), 4, False, 1e-12
+            pair = differentiable_eigenpairs(
+                A + t * dA,
+                B + t * dB if generalized else None,
+                exact(6, False),
+                4,
+                False,
+                1e-12,
             )
             (g,) = torch.autograd.grad(loss(*pair), t, create_graph=True)
             (second,) = torch.autograd.grad(g, t, create_graph=True)
             with self.subTest(gap=gap, dtype=dtype, generalized=generalized):
                 self.assertRelative(second.detach(), expected, 1e-5)
                 if gap < 1e-10:
-                    with self.assertWarnsRegex(RuntimeWarning, "beyond the second are incomplete"):
+                    with self.assertWarnsRegex(
+                        RuntimeWarning, "beyond the second are incomplete"
+                    ):
                         torch.autograd.grad(second, t)
 
     def test_second_derivative_that_cannot_be_known(self):
@@ -348,7 +449,9 @@ class ClusterTest(FormulaTest):
     def test_loss_that_sees_the_gauge(self):
         _, _, A = self.problem(20, [1.0, 1.0])
         E, X = differentiable_eigenpairs(A, None, exact(5, False), 3, False, 1e-12)
-        with self.assertRaisesRegex(RuntimeError, "eigenvalues 0 and 1 are equal to rounding"):
+        with self.assertRaisesRegex(
+            RuntimeError, "eigenvalues 0 and 1 are equal to rounding"
+        ):
             torch.autograd.grad((X[:, 0] ** 4).sum(), A, retain_graph=True)
         with self.assertWarnsRegex(RuntimeWarning, "weighs them differently"):
             torch.autograd.grad(E[0], A)
@@ -362,7 +465,9 @@ class ClusterTest(FormulaTest):
             e, Q, A = self.problem(m, [1.0, 2.0, 3.0, 3.0])
             W = hermitian(random(m, m, dtype=torch.float64, seed=3))
             _, X = differentiable_eigenpairs(A, None, exact(6, False), 3, False, 1e-12)
-            with self.assertWarnsRegex(RuntimeWarning, r"eigenvalue 2 of the k=3 .* rounding"):
+            with self.assertWarnsRegex(
+                RuntimeWarning, r"eigenvalue 2 of the k=3 .* rounding"
+            ):
                 (gA,) = torch.autograd.grad((X @ X.mH * W).sum(), A, retain_graph=True)
             self.assertLess(float(gA.abs().max()), 1e3)
             # The part that exists: vectors outside of the cluster do not notice it.
@@ -374,10 +479,14 @@ class ClusterTest(FormulaTest):
 
         def rough(*args):
             pairs = exact(5, False)(*args)
-            return EigenPairs(pairs.E, pairs.X, pairs.residual + 1e-3 * pairs.scale, pairs.scale)
+            return EigenPairs(
+                pairs.E, pairs.X, pairs.residual + 1e-3 * pairs.scale, pairs.scale
+            )
 
         E, _ = differentiable_eigenpairs(A, None, rough, 3, False, 1e-8)
-        with self.assertWarnsRegex(RuntimeWarning, r"relative residual 1.0e-03 where tol=1.0e-08 .* niter"):
+        with self.assertWarnsRegex(
+            RuntimeWarning, r"relative residual 1.0e-03 where tol=1.0e-08 .* niter"
+        ):
             torch.autograd.grad(E.sum(), A)
 
 
@@ -399,9 +508,17 @@ class PatternTest(FormulaTest):
                 with self.subTest(name, dtype=dtype):
                     matrix = operand(S, "A")
                     (g,) = matrix.pullback((U, V))
-                    self.assertEqual((g.layout, g.dtype, g.shape), (S.layout, S.dtype, S.shape))
-                    self.assertRelative(g.to_dense(), hermitian(U @ V.mH) * stored, 1e-15)
-                    for product in (matrix.apply(V), matrix.product(V), matrix.tangent((S,), V)):
+                    self.assertEqual(
+                        (g.layout, g.dtype, g.shape), (S.layout, S.dtype, S.shape)
+                    )
+                    self.assertRelative(
+                        g.to_dense(), hermitian(U @ V.mH) * stored, 1e-15
+                    )
+                    for product in (
+                        matrix.apply(V),
+                        matrix.product(V),
+                        matrix.tangent((S,), V),
+                    ):
                         self.assertRelative(product, M @ V, 1e-14)
                     self.assertTrue(is_symmetric_pattern(S))
 
@@ -409,25 +526,44 @@ class PatternTest(FormulaTest):
         for name in ("coo", "csr", "bsr"):
             for dtype in DTYPES:
                 pattern = Pattern(SPARSE[name](self.matrix(dtype)))
-                U, V = (random(8, 2, dtype=dtype, seed=s).requires_grad_() for s in (6, 7))
+                U, V = (
+                    random(8, 2, dtype=dtype, seed=s).requires_grad_() for s in (6, 7)
+                )
                 for part in (False, True):
-                    values = lambda U, V, part=part: PatternValues.apply(U, V, pattern, part)
+                    values = lambda U, V, part=part: PatternValues.apply(
+                        U, V, pattern, part
+                    )
                     with self.subTest(name, dtype=dtype, hermitian=part):
-                        self.assertTrue(torch.autograd.gradcheck(values, (U, V), fast_mode=True))
-                        self.assertTrue(torch.autograd.gradgradcheck(values, (U, V), fast_mode=True))
+                        self.assertTrue(
+                            torch.autograd.gradcheck(values, (U, V), fast_mode=True)
+                        )
+                        self.assertTrue(
+                            torch.autograd.gradgradcheck(values, (U, V), fast_mode=True)
+                        )
 
     def test_batches_that_the_matrix_lacks_are_summed(self):
-        U, V = random(4, 8, 3, dtype=torch.float64, seed=6), random(4, 8, 3, dtype=torch.float64, seed=7)
+        U, V = (
+            random(4, 8, 3, dtype=torch.float64, seed=6),
+            random(4, 8, 3, dtype=torch.float64, seed=7),
+        )
         M = self.matrix(torch.float64)
         for S in (M, M.to_sparse_csr()):
-            stored = M != 0 if S.layout != torch.strided else torch.ones_like(M, dtype=torch.bool)
+            stored = (
+                M != 0
+                if S.layout != torch.strided
+                else torch.ones_like(M, dtype=torch.bool)
+            )
             (g,) = operand(S, "A").pullback((U, V))
-            self.assertRelative(g.to_dense(), hermitian(U @ V.mH).sum(0) * stored, 1e-14)
+            self.assertRelative(
+                g.to_dense(), hermitian(U @ V.mH).sum(0) * stored, 1e-14
+            )
 
     def test_pattern_that_is_not_symmetric(self):
         for index in ([[0, 1, 0], [0, 1, 1]], [[0, 1, 0, 2], [0, 1, 2, 1]]):
             values = torch.ones(len(index[0]), dtype=torch.float64)
-            self.assertFalse(is_symmetric_pattern(torch.sparse_coo_tensor(index, values, (3, 3))))
+            self.assertFalse(
+                is_symmetric_pattern(torch.sparse_coo_tensor(index, values, (3, 3)))
+            )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.solver import solve
-from torch._lobpcg_impl.transforms import accepts_legacy_vmap, refuse_nested_forward_mode, without_autocast
+from torch._lobpcg_impl.transforms import (
+    accepts_legacy_vmap,
+    refuse_nested_forward_mode,
+    without_autocast,
+)
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -170,18 +174,28 @@ def lobpcg(
     SIAM J. Sci. Comput. 23(6), 2165-2182. Gradient: Magnus (1985), Econometric Theory 1, 179-191.
     """
     if torch.jit.is_scripting():
-        return torch.ops._lobpcg.lobpcg(A, k, B, X, n, iK, niter, tol, largest, method, ortho_iparams=ortho_iparams)
+        return torch.ops._lobpcg.lobpcg(
+            A, k, B, X, n, iK, niter, tol, largest, method, ortho_iparams=ortho_iparams
+        )
     numbers = (k, n, niter, tol, largest, method)
-    return _lobpcg(A, B, X, iK, numbers, tracker, (ortho_iparams, ortho_fparams, ortho_bparams))
+    return _lobpcg(
+        A, B, X, iK, numbers, tracker, (ortho_iparams, ortho_fparams, ortho_bparams)
+    )
 
 
 @torch.jit.unused
-def _lobpcg(A: Any, B: Any, X: Any, iK: Any, numbers: Any, tracker: Any, ortho: Any) -> tuple[Tensor, Tensor]:
+def _lobpcg(
+    A: Any, B: Any, X: Any, iK: Any, numbers: Any, tracker: Any, ortho: Any
+) -> tuple[Tensor, Tensor]:
     """lobpcg outside TorchScript: overridden, in a graph, or here."""
-    others = dict(zip(("ortho_iparams", "ortho_fparams", "ortho_bparams"), ortho), tracker=tracker)
+    others = dict(
+        zip(("ortho_iparams", "ortho_fparams", "ortho_bparams"), ortho), tracker=tracker
+    )
     if has_torch_function((A, B, X, iK)):
         named = dict(zip(("k", "n", "niter", "tol", "largest", "method"), numbers))
-        return handle_torch_function(lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, **named, **others)
+        return handle_torch_function(
+            lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, **named, **others
+        )
     options = options_of(A, B, X, iK, *numbers, **others)
     if is_traced(A, B, X, iK):
         return eigenpairs_in_graph(A, B, X, iK, options)
@@ -189,7 +203,9 @@ def _lobpcg(A: Any, B: Any, X: Any, iK: Any, numbers: Any, tracker: Any, ortho: 
     pencil = Pencil.of(hermitian_part(A), hermitian_part(B), iK, X).with_gradients()
     if may_be_differentiated(*pencil.parameters):
         options = dataclasses.replace(options, differentiated=True)
-        outputs = LOBPCGAutogradFunction.apply(pencil.bare(), X, options, *pencil.parameters)
+        outputs = LOBPCGAutogradFunction.apply(
+            pencil.bare(), X, options, *pencil.parameters
+        )
     else:
         # A Function with nothing to record costs a fifth of a small solve.
         with torch.no_grad(), without_autocast(pencil.empty()):
@@ -207,9 +223,13 @@ class LOBPCGAutogradFunction(Function):
     """
 
     @staticmethod
-    def forward(pencil: Pencil, X: Optional[Tensor], options: Options, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        pencil: Pencil, X: Optional[Tensor], options: Options, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
         with without_autocast(pencil.empty()):
-            return _find_pairs(pencil.with_parameters(parameters, X), X, options).tensors
+            return _find_pairs(
+                pencil.with_parameters(parameters, X), X, options
+            ).tensors
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -225,7 +245,9 @@ class LOBPCGAutogradFunction(Function):
         if gE is None and gX is None:
             return (None,) * len(ctx.needs_input_grad)
         pairs = _saved_pairs(ctx)
-        need_A, need_B, *_ = (any(needed) for needed in pairs.pencil.split(ctx.needs_input_grad[3:]))
+        need_A, need_B, *_ = (
+            any(needed) for needed in pairs.pencil.split(ctx.needs_input_grad[3:])
+        )
         with without_autocast(pairs.X):
             gA, gB = reverse_mode(pairs, gE, gX, need_A, need_B)
         of_iK = (None,) * (len(ctx.needs_input_grad) - 3 - len(gA) - len(gB))
@@ -233,7 +255,9 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx: Any, _pencil: Any, _X: Any, _options: Any, *tangents: Optional[Tensor]) -> Any:
+    def jvp(
+        ctx: Any, _pencil: Any, _X: Any, _options: Any, *tangents: Optional[Tensor]
+    ) -> Any:
         refuse_nested_forward_mode()
         pairs = _saved_pairs(ctx)
         dA, dB, *_ = pairs.pencil.split(tangents)
@@ -245,7 +269,14 @@ class LOBPCGAutogradFunction(Function):
         return dE, dX, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, pencil: Pencil, X: Any, options: Options, *parameters: Any) -> Any:
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        pencil: Pencil,
+        X: Any,
+        options: Options,
+        *parameters: Any,
+    ) -> Any:
         tensors, dims = (*parameters, X), (*in_dims[3:], in_dims[1])
         *parameters, X = mapped_matrices(info.batch_size, dims, tensors)
         return LOBPCGAutogradFunction.apply(pencil, X, options, *parameters), (0,) * 6
@@ -253,7 +284,9 @@ class LOBPCGAutogradFunction(Function):
 
 def _saved_pairs(ctx: Any) -> Pairs:
     E, X, T, Y, residual, scale, *parameters = ctx.saved_tensors
-    return Pairs(ctx.pencil.with_parameters(parameters), ctx.options, E, X, T, Y, residual, scale)
+    return Pairs(
+        ctx.pencil.with_parameters(parameters), ctx.options, E, X, T, Y, residual, scale
+    )
 
 
 def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
@@ -266,8 +299,20 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     _warn_unconverged(found.residual[..., :k], found.scale[..., :k], options)
     last = found.E.shape[-1] if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
-    pairs = corrected(Pairs(pencil, options, found.E[..., :k], found.X[..., :k], *further, found.residual, found.scale))
-    copies = (T.detach().clone(memory_format=torch.contiguous_format) for T in pairs.tensors)
+    pairs = corrected(
+        Pairs(
+            pencil,
+            options,
+            found.E[..., :k],
+            found.X[..., :k],
+            *further,
+            found.residual,
+            found.scale,
+        )
+    )
+    copies = (
+        T.detach().clone(memory_format=torch.contiguous_format) for T in pairs.tensors
+    )
     return Pairs(pencil, options, *copies)
 
 

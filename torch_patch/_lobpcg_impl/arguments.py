@@ -41,11 +41,19 @@ class Options:
     def numbers(self) -> Dict[str, Any]:
         """The fields that an operator's schema can hold; integer parameters as two lists."""
         unfit = ("ortho_iparams", "ortho_fparams", "ortho_bparams", "tracker")
-        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unfit}
-        return dict(held, ortho_names=list(self.ortho_iparams), ortho_values=list(self.ortho_iparams.values()))
+        held = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in unfit
+        }
+        return dict(
+            held,
+            ortho_names=list(self.ortho_iparams),
+            ortho_values=list(self.ortho_iparams.values()),
+        )
 
     @classmethod
-    def of_numbers(cls, ortho_names: List[str], ortho_values: List[int], **held: Any) -> "Options":
+    def of_numbers(
+        cls, ortho_names: List[str], ortho_values: List[int], **held: Any
+    ) -> "Options":
         return cls(ortho_iparams=dict(zip(ortho_names, ortho_values)), **held)
 
 
@@ -73,16 +81,31 @@ def options_of(
                 f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)"
             )
     for number, name in ((k, "k"), (n, "n"), (niter, "niter")):
-        if number is not None and (isinstance(number, bool) or not hasattr(number, "__index__")):
-            raise TypeError(f"lobpcg: {name} is {type(number).__name__} ({number}); it must be an int")
-    model, name = next(((T, name) for T, name in ((A, "A"), (X, "X"), (B, "B")) if isinstance(T, Tensor)), (None, ""))
+        if number is not None and (
+            isinstance(number, bool) or not hasattr(number, "__index__")
+        ):
+            raise TypeError(
+                f"lobpcg: {name} is {type(number).__name__} ({number}); it must be an int"
+            )
+    model, name = next(
+        (
+            (T, name)
+            for T, name in ((A, "A"), (X, "X"), (B, "B"))
+            if isinstance(T, Tensor)
+        ),
+        (None, ""),
+    )
     if model is None:
-        raise ValueError("lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n)")
+        raise ValueError(
+            "lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n)"
+        )
     if isinstance(A, Tensor):
         check_matrix(A, "A")
     check_dtype(model, name)
     if model.dim() < 2:
-        raise ValueError(f"lobpcg: X has shape {list(model.shape)}; it must be (*, m, n)")
+        raise ValueError(
+            f"lobpcg: X has shape {list(model.shape)}; it must be (*, m, n)"
+        )
     m = model.shape[-2]
     for T, other in ((B, "B"), (X, "X"), (iK, "iK")):
         if isinstance(T, Tensor):
@@ -111,12 +134,20 @@ def settle(
     """Fill in the defaults; columns: those of X, if X was given.  Raises ValueError on numbers that do not fit each
     other."""
     wanted = (1 if columns is None else columns) if k is None else k
-    block = columns if columns is not None else n if n is not None else _default_block(m, wanted)
+    block = (
+        columns
+        if columns is not None
+        else n
+        if n is not None
+        else _default_block(m, wanted)
+    )
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
     name = "ortho" if method is None else method
     if name not in ("ortho", "basic"):
-        raise ValueError(f"lobpcg: unknown method '{name}'; it must be 'ortho' or 'basic'")
+        raise ValueError(
+            f"lobpcg: unknown method '{name}'; it must be 'ortho' or 'basic'"
+        )
     tolerance = torch.finfo(dtype).eps ** 0.5 if tol is None else tol
     if not tolerance >= 0.0:
         raise ValueError(f"lobpcg: tol={tolerance}; it must be a number >= 0")
@@ -190,7 +221,9 @@ def check_alike(T: Tensor, name: str, model: Tensor, model_name: str) -> None:
 
 def check_block(T: Tensor, name: str, m: int) -> None:
     if T.dim() < 2 or T.shape[-2] != m:
-        raise ValueError(f"lobpcg: {name} has shape {list(T.shape)}; it must be (*, m, ...) with m={m}, the size of A")
+        raise ValueError(
+            f"lobpcg: {name} has shape {list(T.shape)}; it must be (*, m, ...) with m={m}, the size of A"
+        )
 
 
 def batch_shape(**operands: Any) -> List[int]:
@@ -207,7 +240,10 @@ def batch_shape(**operands: Any) -> List[int]:
 
 def _broadcast(shape: Sequence[int], batch: Sequence[int], name: str) -> List[int]:
     length = max(len(shape), len(batch))
-    pairs = zip([1] * (length - len(shape)) + list(shape), [1] * (length - len(batch)) + list(batch))
+    pairs = zip(
+        [1] * (length - len(shape)) + list(shape),
+        [1] * (length - len(batch)) + list(batch),
+    )
     out = []
     for a, b in pairs:
         if a != b and a != 1 and b != 1:

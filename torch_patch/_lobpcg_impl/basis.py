@@ -58,12 +58,18 @@ class Basis:
         """View (*, m, count) of vectors `first`, ...: of S (image 0), A S (1), B S (image_B)."""
         key = (image, first, count)
         if key not in self.views:
-            self.views[key] = self.rows.narrow(-2, first, count).narrow(-1, image * self.m, self.m).mT
+            self.views[key] = (
+                self.rows.narrow(-2, first, count).narrow(-1, image * self.m, self.m).mT
+            )
         return self.views[key]
 
     def wanted(self) -> Tuple[Tensor, Tensor, Tensor]:
         """Views X, A X, B X."""
-        return self.part(0, 0, self.n), self.part(1, 0, self.n), self.part(self.image_B, 0, self.n)
+        return (
+            self.part(0, 0, self.n),
+            self.part(1, 0, self.n),
+            self.part(self.image_B, 0, self.n),
+        )
 
     def multiply(self, first: int, pencil: Pencil) -> None:
         """Images of the vectors from `first` on."""
@@ -75,7 +81,9 @@ class Basis:
     def grams(self, first: int) -> Tuple[Tensor, Tensor]:
         """W^H A S and W^H B S, (*, q - first, q), W the vectors from `first` on."""
         W = self.part(0, first, self.q - first)
-        return gram(W, self.part(1, 0, self.q)), gram(W, self.part(self.image_B, 0, self.q))
+        return gram(W, self.part(1, 0, self.q)), gram(
+            W, self.part(self.image_B, 0, self.q)
+        )
 
     def combine(self, C: Tensor) -> None:
         """S := S C and its images; C: (*, q, p), columns are the coordinates of the new vectors."""
@@ -83,12 +91,16 @@ class Basis:
         if self.in_place:
             width = self.rows.shape[-1]
             # Where no cache is to be met, four pieces bound the memory.
-            piece = _PIECE if self.rows.device.type == "cpu" else max(_PIECE, width // 4)
+            piece = (
+                _PIECE if self.rows.device.type == "cpu" else max(_PIECE, width // 4)
+            )
             for i in range(0, width, piece):
                 part = self.rows[..., i : i + piece]
                 part[..., :p, :].copy_(C @ part[..., : self.q, :])
         else:
-            torch.matmul(C, self.rows.narrow(-2, 0, self.q), out=self.spare.narrow(-2, 0, p))
+            torch.matmul(
+                C, self.rows.narrow(-2, 0, self.q), out=self.spare.narrow(-2, 0, p)
+            )
             self.rows, self.spare = self.spare, self.rows
             self.views, self.spare_views = self.spare_views, self.views
         self.q = p

@@ -91,7 +91,9 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     asks for largest > 1e-12; 1e-6 leaves room for preconditioned residuals.  The double-precision bounds are the same
     argument.  A power of 4 has an exact square root, which undoes the scaling of B in X.
     """
-    low, high = (1e-6, 1e6) if dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
+    low, high = (
+        (1e-6, 1e6) if dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
+    )
     extreme = (largest > 0) & ((largest < low) | (largest > high))
     size = torch.where(extreme, largest, torch.ones_like(largest))
     return torch.pow(4.0, -torch.floor(0.5 * torch.log2(size)))

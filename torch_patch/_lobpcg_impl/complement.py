@@ -12,7 +12,7 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 
 import math
 import warnings
-from typing import Any, Callable, List, Optional, Tuple, Union
+from typing import Callable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ def is_small_and_dense(pencil: Pencil) -> bool:
     return pencil.is_dense() and pencil.m < _SMALL_BELOW
 
 
-def system_tolerance(E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: float) -> Tensor:
+def system_tolerance(
+    E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: float
+) -> Tensor:
     """Relative residuals (k,) for the systems of a derivative: half of the relative error that x_j itself has.
 
     E: (*, k), X: (*, m, k), T: (*, p) further eigenvalues, residual: (*, k).  With e_j = |r_j| |x_j| / gap_j, the bound
@@ -55,7 +57,14 @@ def system_tolerance(E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: flo
         return E.new_full((E.shape[-1],), tol)
     gap = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)  # (*, k)
     error = residual * norms(X) / gap
-    return (error / 2).reshape(-1, E.shape[-1]).amin(0).clamp(max=1e-3).clamp(min=tol).nan_to_num(tol)
+    return (
+        (error / 2)
+        .reshape(-1, E.shape[-1])
+        .amin(0)
+        .clamp(max=1e-3)
+        .clamp(min=tol)
+        .nan_to_num(tol)
+    )
 
 
 def solve_on_complement(
@@ -82,7 +91,9 @@ def solve_on_complement(
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
-    shifts = E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
+    shifts = (
+        E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
+    )
     op = Complement(pencil, shifts, X, largest)
     op.quiet, op.probe = quiet or probe, probe
     b = op.project_dual(columns(b))
@@ -112,7 +123,13 @@ def in_double(M: Tensor) -> Tensor:
 
 
 def _solve_in_double(
-    pencil: Pencil, X: Tensor, b: Tensor, largest: bool, tol: Union[float, Tensor], quiet: bool, probe: bool
+    pencil: Pencil,
+    X: Tensor,
+    b: Tensor,
+    largest: bool,
+    tol: Union[float, Tensor],
+    quiet: bool,
+    probe: bool,
 ) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
 
@@ -131,21 +148,29 @@ def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, 
     if further == 0:
         return b, remember
     # Sizes in full: -1 cannot be inferred in an empty batch.
-    b = b.reshape((math.prod(shape[:-1]),) + tuple(b.shape[further:])).movedim(0, -2)  # (*, m, +, k)
+    b = b.reshape((math.prod(shape[:-1]),) + tuple(b.shape[further:])).movedim(
+        0, -2
+    )  # (*, m, +, k)
     return b.reshape(tuple(b.shape[:-2]) + (math.prod(shape),)), remember
 
 
-def _further_dimensions_of_columns(z: Tensor, remember: Tensor, batch_dims: int) -> Tensor:
+def _further_dimensions_of_columns(
+    z: Tensor, remember: Tensor, batch_dims: int
+) -> Tensor:
     if remember.dim() == 1:
         return z
-    z = z.reshape(tuple(z.shape[:-1]) + (math.prod(remember.shape[:-1]), remember.shape[-1])).movedim(-2, 0)
+    z = z.reshape(
+        tuple(z.shape[:-1]) + (math.prod(remember.shape[:-1]), remember.shape[-1])
+    ).movedim(-2, 0)
     return z.reshape(tuple(remember.shape[:-1]) + tuple(z.shape[1:]))
 
 
 # ---------------------------------------------------------------------------------------------- factorised
 
 
-def _positive_matrix(op: Complement, A: Tensor, B: Optional[Tensor], shifts: Tensor) -> Tensor:
+def _positive_matrix(
+    op: Complement, A: Tensor, B: Optional[Tensor], shifts: Tensor
+) -> Tensor:
     """s (A - E_j B) / scale + sigma (B X)(B X)^H for shifts (*, q): (*, q, m, m), positive definite.
 
     On span X the quadratic form is s (E_i - E_j) / scale + sigma: sigma exceeds twice the spread of the shifts, and
@@ -167,7 +192,9 @@ def _factorised(op: Complement, b: Tensor, k: int) -> Tensor:
     """All columns by Cholesky factors, one per distinct shift (the first k), then one step of refinement."""
     A, B = op.dense()
     m, q = b.shape[-2:]
-    rhs = b.reshape(tuple(b.shape[:-1]) + (q // k, k)).movedim(-1, -3)  # (*, k, m, q / k)
+    rhs = b.reshape(tuple(b.shape[:-1]) + (q // k, k)).movedim(
+        -1, -3
+    )  # (*, k, m, q / k)
     step = max(1, _FACTOR_ELEMENTS // (m * m * max(1, b[..., 0, 0].numel())))
     pieces: List[Tensor] = []
     for start in range(0, k, step):
@@ -197,7 +224,9 @@ def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tens
     are left out, with a warning unless b does not see them.
     """
     m, k = op.X.shape[-2:]
-    Q = torch.linalg.qr(op.BX, mode="complete").Q[..., k:]  # (*, m, m - k), spans {z : X^H B z = 0}
+    Q = torch.linalg.qr(op.BX, mode="complete").Q[
+        ..., k:
+    ]  # (*, m, m - k), spans {z : X^H B z = 0}
     shift = op.shifts[..., :1, None]
     BQ = Q if B is None else B @ Q
     # Shifting by one of the E_j first keeps the digits of mu - E_j when the spectrum lies far from zero.
@@ -212,7 +241,9 @@ def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tens
         mu, U = torch.linalg.eigh((C + C.mH) / 2)
         U = torch.linalg.solve_triangular(L.mH, U, upper=True)
     U = Q @ U
-    gap = mu.unsqueeze(-1) - (op.shifts.unsqueeze(-2) - shift) * (op.sign / op.scale)  # (*, m - k, q)
+    gap = mu.unsqueeze(-1) - (op.shifts.unsqueeze(-2) - shift) * (
+        op.sign / op.scale
+    )  # (*, m - k, q)
     return _divide(op, b, U, gap, mu.abs().amax(-1))
 
 
@@ -224,12 +255,16 @@ def _by_all_pairs(op: Complement, b: Tensor, T: Tensor, Y: Tensor) -> Tensor:
     return z + _divide(op, b - op(z), Y, gap, size, quiet=True)
 
 
-def _divide(op: Complement, b: Tensor, U: Tensor, gap: Tensor, size: Tensor, quiet: bool = False) -> Tensor:
+def _divide(
+    op: Complement, b: Tensor, U: Tensor, gap: Tensor, size: Tensor, quiet: bool = False
+) -> Tensor:
     """U ((U^H b) / gap) but for gaps at rounding level, for U with U^H B U = I; size: (*) of the operator."""
     m, k = op.X.shape[-2:]
     eps = torch.finfo(gap.dtype).eps
     # Backward error of the eigensolver: m eps times the size of the operator, eigenvalues of the forward included.
-    size = torch.maximum(size, op.shifts.abs().amax(-1) / op.scale[..., 0, 0])[..., None, None]
+    size = torch.maximum(size, op.shifts.abs().amax(-1) / op.scale[..., 0, 0])[
+        ..., None, None
+    ]
     lost = gap.abs() <= m * eps * size
     c = gram(U, b)
     if op.probe:
@@ -239,7 +274,9 @@ def _divide(op: Complement, b: Tensor, U: Tensor, gap: Tensor, size: Tensor, qui
         noise = 8 * math.sqrt(m) * eps * norms(U).unsqueeze(-1)
         if not (quiet or op.quiet) and bool((lost & (c.abs() > noise)).any()):
             j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
-            width = float((torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax())
+            width = float(
+                (torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax()
+            )
             warn_cut_cluster(j, k, width)
         c = torch.where(lost, torch.zeros_like(c), c)
     return U @ (c / torch.where(lost, torch.ones_like(gap), gap))
@@ -258,14 +295,20 @@ def warn_cut_cluster(j: int, k: int, gap: float) -> None:
 # -------------------------------------------------------------------------------------------- iterations
 
 
-def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], tol: Union[float, Tensor]) -> Tensor:
+def _iterate(
+    op: Complement, b: Tensor, Y: Optional[Tensor], tol: Union[float, Tensor]
+) -> Tensor:
     """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance."""
     eps = torch.finfo(op.shifts.dtype).eps
     m, q = b.shape[-2:]
     dense = op.pencil.is_dense()
     precondition = None if op.pencil.iK is None else op.pencil.iK.apply
     z = torch.zeros_like(b)
-    rtol = torch.as_tensor(tol, dtype=op.shifts.dtype, device=b.device).clamp(min=4 * eps).reshape(-1)
+    rtol = (
+        torch.as_tensor(tol, dtype=op.shifts.dtype, device=b.device)
+        .clamp(min=4 * eps)
+        .reshape(-1)
+    )
     rtol = rtol.repeat(b.shape[-1] // rtol.numel())  # (q,)
     deflation = None
     if Y is not None and Y.shape[-1] > 0:
@@ -274,17 +317,25 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], tol: Union[float, T
     # A dense A is factorised at once where that is cheap, and elsewhere when iterations have cost as much.
     budget = min(10 * m, _MOST_ITERATIONS)
     if dense:
-        budget = m // _PRODUCTS_PER_FACTOR if precondition is None else max(50, m // _PRODUCTS_PER_FACTOR)
+        budget = (
+            m // _PRODUCTS_PER_FACTOR
+            if precondition is None
+            else max(50, m // _PRODUCTS_PER_FACTOR)
+        )
         budget = budget if budget >= 50 else 0
     state = State(math.inf, 0.0, False, False, torch.zeros_like(op.scale))
     if budget:
-        z, state = conjugate_gradients(op, b, None, deflation, precondition, rtol, budget)
+        z, state = conjugate_gradients(
+            op, b, None, deflation, precondition, rtol, budget
+        )
     if state.all_done:
         return _without_cut_cluster(op, b, z, state, precondition, rtol)
     if dense and not state.indefinite:
         A, B = op.dense()
         first = op.shifts[..., :1]
-        L, info = torch.linalg.cholesky_ex(_positive_matrix(op, A, B, first).squeeze(-3))
+        L, info = torch.linalg.cholesky_ex(
+            _positive_matrix(op, A, B, first).squeeze(-3)
+        )
         if not bool((info != 0).any()):
             precondition = lambda r: torch.cholesky_solve(r, L)  # noqa: E731
             z, state = conjugate_gradients(op, b, z, deflation, precondition, rtol, 200)
@@ -347,11 +398,19 @@ def _without_cut_cluster(
     large, u = large[singular], take(u, singular)
     excluded = op.restrict(large).exclude(u)
     again, state = conjugate_gradients(
-        excluded, excluded.project_dual(take(b, large)), None, None, precondition, rtol[large], _MOST_ITERATIONS
+        excluded,
+        excluded.project_dual(take(b, large)),
+        None,
+        None,
+        precondition,
+        rtol[large],
+        _MOST_ITERATIONS,
     )
     k = op.X.shape[-1]
     if not op.quiet:
-        warn_cut_cluster(int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max()))
+        warn_cut_cluster(
+            int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max())
+        )
     if not state.all_done and not op.quiet:
         _warn_residual(state)
     return z.index_copy(-1, large, excluded.project(again))

@@ -83,7 +83,9 @@ def judge_one(
     least_B, least_K = 1.0, 1.0
     if definite is not None:
         least_B, least_K = values[n + p], values[n + p + 1]
-    return Verdict(lead, len(running), worst, total, least, losses, least_B, least_K, index, rerr)
+    return Verdict(
+        lead, len(running), worst, total, least, losses, least_B, least_K, index, rerr
+    )
 
 
 def judge_batch(
@@ -118,7 +120,12 @@ def judge_batch(
         # Fillers show as zeros in d: more small ones than those are losses.
         losses = ((d < loss).sum(-1) - masked).max().to(real)
     counts = [waiting.sum(-1).max().to(real), lead.min().to(real)]
-    sizes = [(rerr[..., : awaited.shape[-1]] * awaited).max(), rerr.sum(), least, losses]
+    sizes = [
+        (rerr[..., : awaited.shape[-1]] * awaited).max(),
+        rerr.sum(),
+        least,
+        losses,
+    ]
     values: List[float] = torch.cat([torch.stack(counts + sizes), definite]).tolist()
     active = int(values[0])
     order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
@@ -139,7 +146,14 @@ def judge_batch(
 
 
 def settled(
-    rerr: Tensor, residual: Tensor, E: Tensor, norm_B: Tensor, k: int, last: int, small: float, late: bool
+    rerr: Tensor,
+    residual: Tensor,
+    E: Tensor,
+    norm_B: Tensor,
+    k: int,
+    last: int,
+    small: float,
+    late: bool,
 ) -> Tensor:
     """Whether columns k to last, which no caller chose, have found eigenvalues of their own, so that none before them
     was missed: (*).

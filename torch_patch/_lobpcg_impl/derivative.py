@@ -33,11 +33,25 @@ from typing import Any, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.blocks import gram, norms
-from torch._lobpcg_impl.complement import in_double, is_small_and_dense, solve_on_complement
-from torch._lobpcg_impl.gauge import CheckOptions, generic_basis, is_late, pair_factors, SecondOrderAtMost
+from torch._lobpcg_impl.complement import (
+    in_double,
+    is_small_and_dense,
+    solve_on_complement,
+)
+from torch._lobpcg_impl.gauge import (
+    CheckOptions,
+    generic_basis,
+    is_late,
+    pair_factors,
+    SecondOrderAtMost,
+)
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.pairs import Pairs
-from torch._lobpcg_impl.resolvent import nearest_outside, rayleigh_quotient, reduced_resolvent
+from torch._lobpcg_impl.resolvent import (
+    nearest_outside,
+    rayleigh_quotient,
+    reduced_resolvent,
+)
 from torch._lobpcg_impl.transforms import in_transform
 
 
@@ -53,20 +67,30 @@ def corrected(pairs: Pairs) -> Pairs:
     k = pairs.E.shape[-1]
     E, X, residual = _newton_step(pairs)
     X = generic_basis(E, X, pairs.scale[..., :k], _checks(pairs))
-    return dataclasses.replace(pairs, E=E, X=X, residual=torch.cat([residual, pairs.residual[..., k:]], -1))
+    return dataclasses.replace(
+        pairs, E=E, X=X, residual=torch.cat([residual, pairs.residual[..., k:]], -1)
+    )
 
 
 def _checks(pairs: Pairs, forward_mode: bool = False) -> CheckOptions:
     options = pairs.options
     m, k = pairs.X.shape[-2:]
     # Unit rounding of the arithmetic that the pairs have gone through.
-    eps = torch.finfo(torch.float64 if is_small_and_dense(pairs.pencil) else pairs.E.dtype).eps
+    eps = torch.finfo(
+        torch.float64 if is_small_and_dense(pairs.pencil) else pairs.E.dtype
+    ).eps
     return CheckOptions(m, k, options.tol, eps, options.largest, forward_mode)
 
 
 def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
     """E, X, residual after the step, or as they were where it does not help."""
-    pencil, E, X, largest, tol = pairs.pencil, pairs.E, pairs.X, pairs.options.largest, pairs.options.tol
+    pencil, E, X, largest, tol = (
+        pairs.pencil,
+        pairs.E,
+        pairs.X,
+        pairs.options.largest,
+        pairs.options.tol,
+    )
     m, k = X.shape[-2:]
     residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
     eps = torch.finfo(E.dtype).eps
@@ -119,14 +143,25 @@ def _factors(
         T = _with_values_outside(pairs, b, Z)
         if pairs.pencil.generalized and Z is not None:
             # Where B is small, z is long, and a residual counts for more there.
-            squared = (Z.conj() * pairs.pencil.B.product(Z)).sum(-2, keepdim=True).abs().detach()
-            Z = Z.detach() / torch.sqrt(torch.where(squared > 0, squared, torch.ones_like(squared)))
+            squared = (
+                (Z.conj() * pairs.pencil.B.product(Z))
+                .sum(-2, keepdim=True)
+                .abs()
+                .detach()
+            )
+            Z = Z.detach() / torch.sqrt(
+                torch.where(squared > 0, squared, torch.ones_like(squared))
+            )
             Y = torch.cat([Y.expand(tuple(Z.shape[:-1]) + (Y.shape[-1],)), Z], -1)
-    F = pair_factors(pairs.E, pairs.X, G, gE, gX, T, Y, pairs.residual, pairs.scale, options)
+    F = pair_factors(
+        pairs.E, pairs.X, G, gE, gX, T, Y, pairs.residual, pairs.scale, options
+    )
     return F, options.clustered
 
 
-def _with_values_outside(pairs: Pairs, b: Optional[Tensor], Z: Optional[Tensor]) -> Tensor:
+def _with_values_outside(
+    pairs: Pairs, b: Optional[Tensor], Z: Optional[Tensor]
+) -> Tensor:
     """T with more Ritz values of the complement: guard columns may be missing, or miss an eigenvalue.
 
     The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum: R_j amplifies that end most.
@@ -137,7 +172,9 @@ def _with_values_outside(pairs: Pairs, b: Optional[Tensor], Z: Optional[Tensor])
         late = is_late(pairs.residual, pairs.scale, pairs.X.shape[-2], k, options.tol)
         distance = nearest_outside(pairs, late)
     else:
-        B = pencil.with_parameters([T if T is None else T.detach() for T in pencil.parameters]).B
+        B = pencil.with_parameters(
+            [T if T is None else T.detach() for T in pencil.parameters]
+        ).B
         distance = rayleigh_quotient(B, Z.detach(), b.detach(), options.largest)
     found = pairs.E.detach()[..., -distance.shape[-1] :] + distance
     T = pairs.T.expand(tuple(found.shape[:-1]) + (pairs.T.shape[-1],))
@@ -168,7 +205,10 @@ def reverse_mode(
         if Z is None or N is not None:
             Z = reduced_resolvent(pairs, gX, E)
         if N is not None:
-            C, Z = (K + N @ C - C @ N) * F, Z + reduced_resolvent(pairs, B.product(Z @ N), E)
+            C, Z = (
+                (K + N @ C - C @ N) * F,
+                Z + reduced_resolvent(pairs, B.product(Z @ N), E),
+            )
         W = X @ C - Z if W is None else W + X @ C - Z
     if N is not None:
         W = SecondOrderAtMost.apply(W, 0)
@@ -192,9 +232,13 @@ def _may_be_differentiated() -> bool:
 def _in_cluster(pairs: Pairs, F: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """E and F constant in clustered pairs, and N = 0 that varies in their place; see the top of the module."""
     E, X = pairs.E, pairs.X
-    apart = (F.detach() == 0).to(E.dtype)  # 1 between pairs of a cluster, and on the diagonal
+    apart = (F.detach() == 0).to(
+        E.dtype
+    )  # 1 between pairs of a cluster, and on the diagonal
     clustered = (apart.sum(-1) > 1).to(E.dtype)  # (*, k)
-    S = X.mH @ (pairs.pencil.A.product(X) - pairs.pencil.B.product(X) * E.detach().unsqueeze(-2))
+    S = X.mH @ (
+        pairs.pencil.A.product(X) - pairs.pencil.B.product(X) * E.detach().unsqueeze(-2)
+    )
     N = (S + S.mH) / 2 * (apart * clustered.unsqueeze(-1))
     E = E.detach() * clustered + E * (1 - clustered)
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)
@@ -202,7 +246,9 @@ def _in_cluster(pairs: Pairs, F: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     return E, F, N - N.detach()
 
 
-def forward_mode(pairs: Pairs, dA: Sequence[Optional[Tensor]], dB: Sequence[Optional[Tensor]]) -> Tuple[Tensor, Tensor]:
+def forward_mode(
+    pairs: Pairs, dA: Sequence[Optional[Tensor]], dB: Sequence[Optional[Tensor]]
+) -> Tuple[Tensor, Tensor]:
     """Tangents of E and X for tangents of the parameters of A and B, not all None."""
     A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
     moves_B = any(tangent is not None for tangent in dB)

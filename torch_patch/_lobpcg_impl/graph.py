@@ -14,7 +14,17 @@ with values at hand, to any order; while it is traced, to second order.
 """
 
 import contextlib
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 import torch
 from torch import Tensor
@@ -24,7 +34,12 @@ from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.solver import dense_is_cheaper
 from torch._lobpcg_impl.sparse import is_sparse
-from torch._lobpcg_impl.transforms import batched_first, broadcast, in_transform, without_autocast
+from torch._lobpcg_impl.transforms import (
+    batched_first,
+    broadcast,
+    in_transform,
+    without_autocast,
+)
 from torch.autograd import forward_ad, Function
 from torch.library import Library
 
@@ -37,7 +52,10 @@ def is_traced(*operands: Any) -> bool:
     """Whether a call is recorded or has no values: a tracing mode, fake, functional or meta tensors."""
     if torch._C._len_torch_dispatch_stack():
         keys = torch._C._TorchDispatchModeKey
-        if any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)):
+        if any(
+            torch._C._get_dispatch_mode(key) is not None
+            for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+        ):
             return True
     for M in operands:
         if not isinstance(M, Tensor):
@@ -49,7 +67,9 @@ def is_traced(*operands: Any) -> bool:
     return False
 
 
-def eigenpairs_in_graph(A: Any, B: Any, X: Any, iK: Any, options: Options) -> Tuple[Tensor, Tensor]:
+def eigenpairs_in_graph(
+    A: Any, B: Any, X: Any, iK: Any, options: Options
+) -> Tuple[Tensor, Tensor]:
     """E (*, k), X (*, m, k) as outputs of the operator solve.
 
     Raises NotImplementedError for a callable, a tracker, and a sparse matrix whose gradient is asked for: the number of
@@ -77,7 +97,9 @@ def eigenpairs_in_graph(A: Any, B: Any, X: Any, iK: Any, options: Options) -> Tu
 
 def may_be_differentiated(*operands: Any) -> bool:
     """Whether autograd records, or a transform is active (which may be vmap alone)."""
-    recorded = torch.is_grad_enabled() and any(isinstance(M, Tensor) and M.requires_grad for M in operands)
+    recorded = torch.is_grad_enabled() and any(
+        isinstance(M, Tensor) and M.requires_grad for M in operands
+    )
     return recorded or in_transform()
 
 
@@ -96,10 +118,17 @@ class _Below:
     beneath in the modes that the Function was applied in, which would otherwise lose their graph."""
 
     def __init__(self) -> None:
-        self.grad, self.forward_ad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        self.grad, self.forward_ad = (
+            torch.is_grad_enabled(),
+            torch._C._is_fwd_grad_enabled(),
+        )
 
-    def __call__(self, operator: Callable[..., Any], *arguments: Any, **numbers: Any) -> Any:
-        with torch.set_grad_enabled(self.grad), forward_ad._set_fwd_grad_enabled(self.forward_ad):
+    def __call__(
+        self, operator: Callable[..., Any], *arguments: Any, **numbers: Any
+    ) -> Any:
+        with torch.set_grad_enabled(self.grad), forward_ad._set_fwd_grad_enabled(
+            self.forward_ad
+        ):
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*arguments, **numbers)
 
@@ -108,7 +137,9 @@ class EigenpairsInGraph(Function):
     """(below, numbers, A, B, X, iK) -> E, X, T, Y, residual, scale: LOBPCGAutogradFunction made of operators."""
 
     @staticmethod
-    def forward(below: _Below, numbers: Dict[str, Any], A: Any, B: Any, X: Any, iK: Any) -> Any:
+    def forward(
+        below: _Below, numbers: Dict[str, Any], A: Any, B: Any, X: Any, iK: Any
+    ) -> Any:
         return below(_operators.solve, A, B, X, iK, **numbers)
 
     @staticmethod
@@ -125,12 +156,21 @@ class EigenpairsInGraph(Function):
         if gE is None and gX is None:
             return (None,) * 6
         needed = list(ctx.needs_input_grad[2:4])
-        found = iter(_operators.reverse(*ctx.saved_tensors, gE, gX, needed=needed, **ctx.numbers))
+        found = iter(
+            _operators.reverse(*ctx.saved_tensors, gE, gX, needed=needed, **ctx.numbers)
+        )
         gA, gB = (next(found) if need else None for need in needed)
         return None, None, gA, gB, None, None
 
     @staticmethod
-    def jvp(ctx: Any, _below: Any, _numbers: Any, dA: Optional[Tensor], dB: Optional[Tensor], *_: Any) -> Any:
+    def jvp(
+        ctx: Any,
+        _below: Any,
+        _numbers: Any,
+        dA: Optional[Tensor],
+        dB: Optional[Tensor],
+        *_: Any,
+    ) -> Any:
         if dA is None and dB is None:
             E, X = ctx.saved_tensors[3:5]
             dE, dX = torch.zeros_like(E), torch.zeros_like(X)
@@ -175,7 +215,9 @@ class _Tangent(NamedTuple):
 
 
 # Trailing dimensions of each tensor that are not batch.
-_TRAILING = dict(A=2, B=2, iK=2, E=1, X=2, T=1, Y=2, residual=1, scale=1, gE=1, gX=2, dA=2, dB=2)
+_TRAILING = dict(
+    A=2, B=2, iK=2, E=1, X=2, T=1, Y=2, residual=1, scale=1, gE=1, gX=2, dA=2, dB=2
+)
 _Shapes = List[Tuple[Sequence[int], torch.dtype]]
 
 
@@ -193,19 +235,30 @@ def _reverse(tensors: _Reverse, needed: List[bool], **numbers: Any) -> List[Tens
 
 
 def _reverse_shapes(tensors: _Reverse, needed: List[bool], **_: Any) -> _Shapes:
-    return [(M.shape, M.dtype) for M, need in zip((tensors.A, tensors.B), needed) if need and M is not None]
+    return [
+        (M.shape, M.dtype)
+        for M, need in zip((tensors.A, tensors.B), needed)
+        if need and M is not None
+    ]
 
 
 def _tangent(tensors: _Tangent, **numbers: Any) -> Tuple[Tensor, Tensor]:
     pairs = _pairs(tensors, numbers)
     with without_autocast(pairs.X):
-        return forward_mode(pairs, (tensors.dA,), () if tensors.B is None else (tensors.dB,))
+        return forward_mode(
+            pairs, (tensors.dA,), () if tensors.B is None else (tensors.dB,)
+        )
 
 
 def _tangent_shapes(tensors: _Tangent, **_: Any) -> _Shapes:
     E, X = tensors.E, tensors.X
-    batch = broadcast(*[M.shape[:-2] for M in (X, tensors.dA, tensors.dB) if M is not None])
-    return [(batch + list(E.shape[-1:]), E.dtype), (batch + list(X.shape[-2:]), X.dtype)]
+    batch = broadcast(
+        *[M.shape[:-2] for M in (X, tensors.dA, tensors.dB) if M is not None]
+    )
+    return [
+        (batch + list(E.shape[-1:]), E.dtype),
+        (batch + list(X.shape[-2:]), X.dtype),
+    ]
 
 
 class _Formula(NamedTuple):
@@ -224,7 +277,11 @@ class _Formula(NamedTuple):
     @property
     def variables(self) -> List[str]:
         """The tensors that are differentiated: the others are constants of the backward solve."""
-        return [name for name in self.fields._fields if name not in ("iK", "T", "Y", "residual", "scale")]
+        return [
+            name
+            for name in self.fields._fields
+            if name not in ("iK", "T", "Y", "residual", "scale")
+        ]
 
     def split(self, tensors: Sequence[Any]) -> Tuple[Any, Sequence[Any]]:
         """The tensors by name, and what stands behind them."""
@@ -245,8 +302,16 @@ class _Operator:
     shapes: (shape, dtype) of each output.  of: the formula that it is, or is the derivative of.
     """
 
-    def __init__(self, name: str, trailing: List[int], compute: Any, shapes: Any, of: _Formula) -> None:
-        self.name, self.trailing, self.compute, self.shapes, self.of = name, trailing, compute, shapes, of
+    def __init__(
+        self, name: str, trailing: List[int], compute: Any, shapes: Any, of: _Formula
+    ) -> None:
+        self.name, self.trailing, self.compute, self.shapes, self.of = (
+            name,
+            trailing,
+            compute,
+            shapes,
+            of,
+        )
 
     def __call__(self, *tensors: Any, **numbers: Any) -> Tuple[Tensor, ...]:
         return tuple(getattr(_operators, self.name)(*tensors, **numbers))
@@ -258,7 +323,9 @@ _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 def _above_autograd() -> Any:
     """The dispatcher at its beginning again, for a kernel that differentiates inside."""
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
+    return torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(), _EXCLUDED
+    )
 
 
 def _vjp(formula: _Formula) -> Callable[..., List[Tensor]]:
@@ -267,16 +334,29 @@ def _vjp(formula: _Formula) -> Callable[..., List[Tensor]]:
     def vjp(*arguments: Any, wanted: List[bool], **numbers: Any) -> List[Tensor]:
         tensors, cotangents = formula.split(arguments)
         with _above_autograd(), torch.enable_grad():
-            leaves = [M if M is None else M.detach().requires_grad_(need) for M, need in zip(tensors, wanted)]
+            leaves = [
+                M if M is None else M.detach().requires_grad_(need)
+                for M, need in zip(tensors, wanted)
+            ]
             outputs = formula.compute(formula.fields(*leaves), **numbers)
             if "needed" in numbers:
-                cotangents = [h for h, need in zip(cotangents, numbers["needed"]) if need]
-            pairs = [(o, h) for o, h in zip(outputs, cotangents) if h is not None and o.requires_grad]
-            inputs: List[Tensor] = [leaf for leaf, need in zip(leaves, wanted) if need and leaf is not None]
+                cotangents = [
+                    h for h, need in zip(cotangents, numbers["needed"]) if need
+                ]
+            pairs = [
+                (o, h)
+                for o, h in zip(outputs, cotangents)
+                if h is not None and o.requires_grad
+            ]
+            inputs: List[Tensor] = [
+                leaf for leaf, need in zip(leaves, wanted) if need and leaf is not None
+            ]
             found: Sequence[Optional[Tensor]] = [None] * len(inputs)
             if pairs:
                 outputs, cotangents = zip(*pairs)
-                found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+                found = torch.autograd.grad(
+                    outputs, inputs, cotangents, allow_unused=True
+                )
         return [torch.zeros_like(M) if g is None else g for g, M in zip(found, inputs)]
 
     return vjp
@@ -292,7 +372,11 @@ def _jvp(formula: _Formula) -> Callable[..., List[Tensor]]:
     def jvp(*arguments: Any, **numbers: Any) -> List[Tensor]:
         tensors, tangents = formula.split(arguments)
         # There is one level only: torch.func.jvp around a call that is traced with values has it open.
-        level = contextlib.nullcontext() if forward_ad._current_level >= 0 else forward_ad.dual_level()
+        level = (
+            contextlib.nullcontext()
+            if forward_ad._current_level >= 0
+            else forward_ad.dual_level()
+        )
         with _above_autograd(), level, forward_ad._set_fwd_grad_enabled(True):
             # Copies: a dual tensor must not be expanded.
             duals = {
@@ -302,7 +386,10 @@ def _jvp(formula: _Formula) -> Callable[..., List[Tensor]]:
             }
             outputs = formula.compute(tensors._replace(**duals), **numbers)
             unpacked = [forward_ad.unpack_dual(output) for output in outputs]
-        return [torch.zeros_like(o.primal) if o.tangent is None else o.tangent for o in unpacked]
+        return [
+            torch.zeros_like(o.primal) if o.tangent is None else o.tangent
+            for o in unpacked
+        ]
 
     return jvp
 
@@ -320,19 +407,31 @@ def _operators_of(name: str, formula: _Formula) -> List[_Operator]:
     tangents = [_TRAILING[variable] for variable in formula.variables]
     return [
         _Operator(name, trailing, compute, shapes, formula),
-        _Operator(name + "_vjp", trailing + list(formula.outputs), _vjp(formula), _vjp_shapes, formula),
+        _Operator(
+            name + "_vjp",
+            trailing + list(formula.outputs),
+            _vjp(formula),
+            _vjp_shapes,
+            formula,
+        ),
         _Operator(name + "_jvp", trailing + tangents, _jvp(formula), shapes, formula),
     ]
 
 
-_DERIVATIVES = {operator.name: operator for name, f in _FORMULAS.items() for operator in _operators_of(name, f)}
+_DERIVATIVES = {
+    operator.name: operator
+    for name, f in _FORMULAS.items()
+    for operator in _operators_of(name, f)
+}
 
 
 class _Derived(Function):
     """(below, operator, numbers, its tensors) -> its outputs, with the operators that are its derivatives."""
 
     @staticmethod
-    def forward(below: _Below, operator: _Operator, numbers: Dict[str, Any], *tensors: Any) -> Tuple[Tensor, ...]:
+    def forward(
+        below: _Below, operator: _Operator, numbers: Dict[str, Any], *tensors: Any
+    ) -> Tuple[Tensor, ...]:
         return below(operator, *tensors, **numbers)
 
     @staticmethod
@@ -348,16 +447,24 @@ class _Derived(Function):
         if "needed" in ctx.numbers:
             # Outputs are those that are needed: put their cotangents where A's and B's are expected.
             given = iter(cotangents)
-            cotangents = tuple(next(given) if need else None for need in ctx.numbers["needed"])
+            cotangents = tuple(
+                next(given) if need else None for need in ctx.numbers["needed"]
+            )
         wanted = list(ctx.needs_input_grad[3:])
         found = iter(vjp(*tensors, *cotangents, wanted=wanted, **ctx.numbers))
         return (None, None, None, *[next(found) if need else None for need in wanted])
 
     @staticmethod
-    def jvp(ctx: Any, _below: Any, _operator: Any, _numbers: Any, *tangents: Any) -> Any:
+    def jvp(
+        ctx: Any, _below: Any, _operator: Any, _numbers: Any, *tangents: Any
+    ) -> Any:
         jvp, of = _derivative_of(ctx.operator, "jvp"), ctx.operator.of
         given = of.fields(*tangents)
-        return jvp(*ctx.saved_tensors, *[getattr(given, name) for name in of.variables], **ctx.numbers)
+        return jvp(
+            *ctx.saved_tensors,
+            *[getattr(given, name) for name in of.variables],
+            **ctx.numbers,
+        )
 
 
 def _derivative_of(operator: _Operator, kind: str) -> _Operator:
@@ -370,7 +477,11 @@ def _derivative_of(operator: _Operator, kind: str) -> _Operator:
 
 
 def _mapped_derivative(
-    operator: _Operator, size: int, in_dims: Sequence[Any], tensors: Sequence[Any], numbers: Dict[str, Any]
+    operator: _Operator,
+    size: int,
+    in_dims: Sequence[Any],
+    tensors: Sequence[Any],
+    numbers: Dict[str, Any],
 ) -> Tuple[List[Tensor], List[int]]:
     """The derivative of a batch of problems: the operator on batched tensors, then out_dims."""
     one = [a if dim is None else a.select(dim, 0) for a, dim in zip(tensors, in_dims)]
@@ -381,7 +492,10 @@ def _mapped_derivative(
             M = M.reshape((1,) * (1 + deepest - M.dim() + trailing) + tuple(M.shape))
             mapped[i] = M.expand((size,) + tuple(M.shape[1:]))
     outputs, shapes = operator(*mapped, **numbers), operator.shapes(*one, **numbers)
-    outputs = tuple(output.reshape((size,) + tuple(shape)) for output, (shape, _) in zip(outputs, shapes))
+    outputs = tuple(
+        output.reshape((size,) + tuple(shape))
+        for output, (shape, _) in zip(outputs, shapes)
+    )
     return list(outputs), [0] * len(outputs)
 
 
@@ -412,7 +526,11 @@ _SCHEMAS = {
 _library = Library("_lobpcg", "DEF")
 
 
-def define_operators(lobpcg: Callable[..., Any], find_pairs: Callable[..., Pairs], function: Type[Function]) -> None:
+def define_operators(
+    lobpcg: Callable[..., Any],
+    find_pairs: Callable[..., Pairs],
+    function: Type[Function],
+) -> None:
     """Register the operators, once, at import.
 
     lobpcg: torch.lobpcg; find_pairs(pencil, X, options): the forward; function: the autograd Function of an eager call.
@@ -423,41 +541,80 @@ def define_operators(lobpcg: Callable[..., Any], find_pairs: Callable[..., Pairs
 
     def solve(A: Any, B: Any, X: Any, iK: Any, **numbers: Any) -> Tuple[Tensor, ...]:
         with torch.no_grad(), without_autocast(A):
-            return find_pairs(pencil_of(A, B, X, iK), X, Options.of_numbers(**numbers)).tensors
+            return find_pairs(
+                pencil_of(A, B, X, iK), X, Options.of_numbers(**numbers)
+            ).tensors
 
-    def solve_differentiably(A: Any, B: Any, X: Any, iK: Any, **numbers: Any) -> Tuple[Tensor, ...]:
-        numbers["differentiated"] = numbers["differentiated"] or may_be_differentiated(A, B)
+    def solve_differentiably(
+        A: Any, B: Any, X: Any, iK: Any, **numbers: Any
+    ) -> Tuple[Tensor, ...]:
+        numbers["differentiated"] = numbers["differentiated"] or may_be_differentiated(
+            A, B
+        )
         if _by_operators(A, B, X, iK):
             return _apply(EigenpairsInGraph, _Below(), numbers, A, B, X, iK)
         pencil = pencil_of(A, B, X, iK).with_gradients()
-        return _apply(function, pencil.bare(), X, Options.of_numbers(**numbers), *pencil.parameters)
+        return _apply(
+            function,
+            pencil.bare(),
+            X,
+            Options.of_numbers(**numbers),
+            *pencil.parameters,
+        )
 
-    def solve_mapped(info: Any, in_dims: Sequence[Any], A: Any, B: Any, X: Any, iK: Any, **numbers: Any) -> Any:
-        return _operators.solve(*mapped_matrices(info.batch_size, in_dims, (A, B, X, iK)), **numbers), (0,) * 6
+    def solve_mapped(
+        info: Any,
+        in_dims: Sequence[Any],
+        A: Any,
+        B: Any,
+        X: Any,
+        iK: Any,
+        **numbers: Any,
+    ) -> Any:
+        return _operators.solve(
+            *mapped_matrices(info.batch_size, in_dims, (A, B, X, iK)), **numbers
+        ), (0,) * 6
 
-    def solve_without_values(A: Tensor, B: Any, X: Any, iK: Any, **numbers: Any) -> Tuple[Tensor, ...]:
+    def solve_without_values(
+        A: Tensor, B: Any, X: Any, iK: Any, **numbers: Any
+    ) -> Tuple[Tensor, ...]:
         options, m = Options.of_numbers(**numbers), A.shape[-1]
         batch, k, dense = batch_shape(A=A, B=B, X=X, iK=iK), options.k, False
         if 0 not in batch:
             dense = dense_is_cheaper(Pencil.of(A, B, iK, X), options)
         found, n = (m, k) if dense else (options.n, options.n)
         found = found if options.differentiated else k
-        E, T, residual, scale = (_empty(A, [*batch, p], A.dtype.to_real()) for p in (k, found - k, n, n))
+        E, T, residual, scale = (
+            _empty(A, [*batch, p], A.dtype.to_real()) for p in (k, found - k, n, n)
+        )
         X, Y = (_empty(A, [*batch, m, p], A.dtype) for p in (k, found - k))
         return E, X, T, Y, residual, scale
 
-    _define("lobpcg", {"CompositeImplicitAutograd": lobpcg, "FuncTorchBatchedDecomposition": lobpcg})
-    _define_differentiable("solve", solve, solve_without_values, solve_differentiably, solve_mapped)
+    _define(
+        "lobpcg",
+        {"CompositeImplicitAutograd": lobpcg, "FuncTorchBatchedDecomposition": lobpcg},
+    )
+    _define_differentiable(
+        "solve", solve, solve_without_values, solve_differentiably, solve_mapped
+    )
     for operator in _DERIVATIVES.values():
         _define_derivative(operator)
 
 
-def mapped_matrices(size: int, in_dims: Sequence[Any], matrices: Sequence[Any]) -> List[Any]:
+def mapped_matrices(
+    size: int, in_dims: Sequence[Any], matrices: Sequence[Any]
+) -> List[Any]:
     """Matrices and blocks with the mapped dimension as first batch dimension; the first, A, gets every batch dimension
     that another has, since the forward takes its batch shape from there."""
-    tensors, deepest = batched_first(size, in_dims, matrices, trailing=(2,) * len(matrices))
+    tensors, deepest = batched_first(
+        size, in_dims, matrices, trailing=(2,) * len(matrices)
+    )
     A = tensors[0]
-    mapped = [M for M, dim in zip(tensors, in_dims) if isinstance(M, Tensor) and dim is not None]
+    mapped = [
+        M
+        for M, dim in zip(tensors, in_dims)
+        if isinstance(M, Tensor) and dim is not None
+    ]
     if isinstance(A, Tensor) and in_dims[0] is None:
         A = A.expand((size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
     if isinstance(A, Tensor):
@@ -472,7 +629,10 @@ def _define_derivative(operator: _Operator) -> None:
             return [_owned(output) for output in operator.compute(*tensors, **numbers)]
 
     def without_values(*tensors: Any, **numbers: Any) -> List[Tensor]:
-        return [_empty(tensors[0], shape, dtype) for shape, dtype in operator.shapes(*tensors, **numbers)]
+        return [
+            _empty(tensors[0], shape, dtype)
+            for shape, dtype in operator.shapes(*tensors, **numbers)
+        ]
 
     def differentiable(*tensors: Any, **numbers: Any) -> List[Tensor]:
         if _by_operators(*tensors):
@@ -482,7 +642,9 @@ def _define_derivative(operator: _Operator) -> None:
     def mapped(info: Any, in_dims: Sequence[Any], *tensors: Any, **numbers: Any) -> Any:
         return _mapped_derivative(operator, info.batch_size, in_dims, tensors, numbers)
 
-    _define_differentiable(operator.name, values, without_values, differentiable, mapped)
+    _define_differentiable(
+        operator.name, values, without_values, differentiable, mapped
+    )
 
 
 def _by_operators(*arguments: Any) -> bool:
@@ -502,10 +664,22 @@ def _define_differentiable(
         from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
         interpreter: Any = retrieve_current_functorch_interpreter()
-        return custom_function_call_vmap_helper(interpreter, mapped, getattr(_operators, name), *arguments, **numbers)
+        return custom_function_call_vmap_helper(
+            interpreter, mapped, getattr(_operators, name), *arguments, **numbers
+        )
 
-    kernels = {"CompositeExplicitAutograd": values, "Autograd": differentiable, "FuncTorchBatched": by_vmap}
-    _define(name, {**kernels, **dict.fromkeys(("Meta", "SparseMeta", "SparseCsrMeta"), without_values)})
+    kernels = {
+        "CompositeExplicitAutograd": values,
+        "Autograd": differentiable,
+        "FuncTorchBatched": by_vmap,
+    }
+    _define(
+        name,
+        {
+            **kernels,
+            **dict.fromkeys(("Meta", "SparseMeta", "SparseCsrMeta"), without_values),
+        },
+    )
 
 
 def _define(name: str, kernels: Dict[str, Callable[..., Any]]) -> None:

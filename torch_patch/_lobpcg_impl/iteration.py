@@ -16,15 +16,31 @@ Invariants at the top of `update`, up to `drift`: X^H B X = I, X^H B P = 0, P^H 
 rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S as the next Ritz problem uses it.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.basis import Basis
-from torch._lobpcg_impl.blocks import columns, combine, deduct, fixed_block, gram, inner, largest_entries, norms
+from torch._lobpcg_impl.blocks import (
+    columns,
+    combine,
+    deduct,
+    fixed_block,
+    gram,
+    inner,
+    largest_entries,
+    norms,
+)
 from torch._lobpcg_impl.convergence import judge_batch, judge_one, settled, Verdict
 from torch._lobpcg_impl.operand import Pencil
-from torch._lobpcg_impl.ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten_scaled
+from torch._lobpcg_impl.ritz import (
+    hermitian,
+    real_diagonal,
+    Ritz,
+    ritz_fresh,
+    ritz_step,
+    whiten_scaled,
+)
 
 
 class EigenPairs(NamedTuple):
@@ -75,7 +91,11 @@ class LOBPCG:
         self.A, self.B, self.iK, self.X = A, B, iK, X
         self.iparams, self.fparams, self.bparams = iparams, fparams, bparams
         self.method, self.tracker = method, tracker
-        self.ivars: Dict[str, int] = {"istep": 0, "converged_count": 0, "iterations_left": iparams["niter"]}
+        self.ivars: Dict[str, int] = {
+            "istep": 0,
+            "converged_count": 0,
+            "iterations_left": iparams["niter"],
+        }
         self.fvars: Dict[str, float] = {}
         self.bvars: Dict[str, bool] = {"force_stop": False}
         self.tvars: Dict[str, Tensor] = {}
@@ -84,22 +104,39 @@ class LOBPCG:
         self.batch = X.shape[:-2]
         self.sign = -1.0 if bparams["largest"] else 1.0
         self.eps = torch.finfo(X.dtype).eps
-        self.tiny = 1e-30 if self.eps > 1e-10 else 1e-290  # keeps quotients finite, far below every square that counts
+        self.tiny = (
+            1e-30 if self.eps > 1e-10 else 1e-290
+        )  # keeps quotients finite, far below every square that counts
         self.pencil = Pencil.of(A, B, iK, X).checked() if pencil is None else pencil
         self.norm_A, self.norm_B = (
-            op.mean_square(self.pencil.probe).to(device=X.device, dtype=X.dtype.to_real()).sqrt().unsqueeze(-1)
+            op.mean_square(self.pencil.probe)
+            .to(device=X.device, dtype=X.dtype.to_real())
+            .sqrt()
+            .unsqueeze(-1)
             for op in (self.pencil.A, self.pencil.B)
         )
-        self.fvars["A_norm"] = float(self.norm_A.max()) if self.norm_A.numel() > 0 else 0.0
-        self.fvars["B_norm"] = float(self.norm_B.max()) if self.norm_B.numel() > 0 else 0.0
-        self.probe = iparams.get("chosen", self.n)  # index of the first column that no caller has chosen
+        self.fvars["A_norm"] = (
+            float(self.norm_A.max()) if self.norm_A.numel() > 0 else 0.0
+        )
+        self.fvars["B_norm"] = (
+            float(self.norm_B.max()) if self.norm_B.numel() > 0 else 0.0
+        )
+        self.probe = iparams.get(
+            "chosen", self.n
+        )  # index of the first column that no caller has chosen
         # Guard columns gain from the wanted ones' directions without directions of their own: a third of the work less
         # for a tenth more iterations, which pays where work and not the number of kernels makes the time.
-        stored = max(self.pencil.A.stored, 0 if self.pencil.iK is None else self.pencil.iK.stored)
+        stored = max(
+            self.pencil.A.stored, 0 if self.pencil.iK is None else self.pencil.iK.stored
+        )
         self.small = max(stored, 100 * X[..., 0].numel()) <= 262144
         self.orthogonal_left = 0  # iterations for which W is projected explicitly
-        self.drift = 0.0  # bound on the loss of the invariants since they were last enforced
-        self.suspicious = False  # X0 was almost invariant: a wrong invariant subspace looks the same
+        self.drift = (
+            0.0  # bound on the loss of the invariants since they were last enforced
+        )
+        self.suspicious = (
+            False  # X0 was almost invariant: a wrong invariant subspace looks the same
+        )
         self.best = self.best_rerr = float("inf")
         self.best_step = 0
         self.active = 0
@@ -115,7 +152,9 @@ class LOBPCG:
         self.unit = X.new_ones((1, 1))  # identity of the order of the last Ritz problem
         self.lost: Optional[Tensor] = None  # whether a vector of [X P] is zero
         self.host = len(self.batch) == 0 and X.device.type == "cpu"
-        self.w_index = torch.zeros(self.batch + (0,), dtype=torch.int64, device=X.device)
+        self.w_index = torch.zeros(
+            self.batch + (0,), dtype=torch.int64, device=X.device
+        )
         self.w_valid = self.E
         self.least_B = self.least_K = X.new_ones((), dtype=real)
         self.d = self.E[..., :0]  # of the last Ritz step
@@ -159,7 +198,10 @@ class LOBPCG:
             # The verdict is given on fresh products where carried ones may have lost a digit of the residual, and the
             # pairs are returned B-orthonormal to rounding, whatever tol is.
             rounding = (32.0 + self.m**0.5) * self.eps  # of inner products of length m
-            if self.drift > 1e-3 * self.fparams["tol"] or self.orthonormality_loss() > rounding:
+            if (
+                self.drift > 1e-3 * self.fparams["tol"]
+                or self.orthonormality_loss() > rounding
+            ):
                 self.refresh()
                 self.update_residual()
                 self.update_converged_count()
@@ -206,7 +248,10 @@ class LOBPCG:
         self.expose()
         E, X, residual, scale = self.E, self.X, self.residual, self.scale
         if self.pencil.rescaled:
-            sA, sB = (scale.to(E.dtype).unsqueeze(-1) for scale in (self.pencil.scale_A, self.pencil.scale_B))
+            sA, sB = (
+                scale.to(E.dtype).unsqueeze(-1)
+                for scale in (self.pencil.scale_A, self.pencil.scale_B)
+            )
             root = sB.sqrt()
             E = E / sA * sB
             X = X * root.unsqueeze(-1)
@@ -242,7 +287,9 @@ class LOBPCG:
             if attempt > 0 and not some:
                 break
             if some:
-                X = torch.where(missing, fixed_block(self.m, n, first + attempt * n, X), X)
+                X = torch.where(
+                    missing, fixed_block(self.m, n, first + attempt * n, X), X
+                )
         self.n = n
         self.basis = Basis(X, self.pencil.generalized)
         self.W = columns(torch.empty_like(X))
@@ -263,7 +310,9 @@ class LOBPCG:
 
     def check_start(self, X: Tensor, G: Tensor) -> None:
         """Error if B is seen not to be positive definite (X: unit or zero columns, G = X^H B X)."""
-        if self.pencil.generalized and bool(((real_diagonal(G) <= 0) & (norms(X) > 0.5)).any()):
+        if self.pencil.generalized and bool(
+            ((real_diagonal(G) <= 0) & (norms(X) > 0.5)).any()
+        ):
             self.raise_not_positive("B")
 
     def guard_against_invariant_start(self) -> None:
@@ -282,7 +331,9 @@ class LOBPCG:
             return
         extra = min(max(2, k // 4), self.m - self.n)
         if extra > 0 and self.n <= max(self.probe, k):
-            fresh = fixed_block(self.m, extra, 3 * self.n + 11, self.W).expand(self.batch + (self.m, extra))
+            fresh = fixed_block(self.m, extra, 3 * self.n + 11, self.W).expand(
+                self.batch + (self.m, extra)
+            )
             X, _, BX = self.basis.wanted()
             fresh = deduct(fresh, X, gram(BX, fresh))
             self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, 5 * self.n + 13)
@@ -339,9 +390,21 @@ class LOBPCG:
         gram_A, gram_B = self.basis.grams(first)
         active = self.w_index if self.active < self.n else None
         if self.unit.shape[-1] != gram_B.shape[-1]:
-            self.unit = torch.eye(gram_B.shape[-1], dtype=gram_B.dtype, device=gram_B.device)
+            self.unit = torch.eye(
+                gram_B.shape[-1], dtype=gram_B.dtype, device=gram_B.device
+            )
         step = ritz_step(
-            self.G, self.lost, gram_A, gram_B, self.unit, self.n, self.sign, active, self.eps, self.tiny, self.host
+            self.G,
+            self.lost,
+            gram_A,
+            gram_B,
+            self.unit,
+            self.n,
+            self.sign,
+            active,
+            self.eps,
+            self.tiny,
+            self.host,
         )
         if self.pencil.generalized:
             self.least_B = real_diagonal(gram_B.narrow(-1, first, self.active)).min()
@@ -349,7 +412,13 @@ class LOBPCG:
 
     def advance(self, step: Ritz) -> None:
         """Take a Ritz step."""
-        self.E, self.G, self.lost, self.d, self.least = step.e, step.G, step.lost, step.d, step.least
+        self.E, self.G, self.lost, self.d, self.least = (
+            step.e,
+            step.G,
+            step.lost,
+            step.d,
+            step.least,
+        )
         self.basis.combine(step.C)
 
     def refresh(self) -> None:
@@ -359,7 +428,16 @@ class LOBPCG:
         """
         self.basis.multiply(0, self.pencil)
         gram_A, gram_B = self.basis.grams(0)
-        self.advance(ritz_fresh(hermitian(gram_A), hermitian(gram_B), self.n, self.sign, self.eps, self.tiny))
+        self.advance(
+            ritz_fresh(
+                hermitian(gram_A),
+                hermitian(gram_B),
+                self.n,
+                self.sign,
+                self.eps,
+                self.tiny,
+            )
+        )
         self.d = self.d[..., :0]
         self.drift = 4.0 * self.eps
 
@@ -378,7 +456,12 @@ class LOBPCG:
 
     def update_converged_count(self) -> int:
         """Active set and converged_count from rerr."""
-        rerr, k, tol, lock = self.tvars["rerr"], self.iparams["k"], self.fparams["tol"], self.lock_tolerance()
+        rerr, k, tol, lock = (
+            self.tvars["rerr"],
+            self.iparams["k"],
+            self.fparams["tol"],
+            self.lock_tolerance(),
+        )
         drop, loss = self.eps**0.5, self.loss()
         definite: Optional[Tensor] = None
         if self.pencil.generalized or self.pencil.iK is not None or not self.host:
@@ -393,14 +476,43 @@ class LOBPCG:
             settled, more = self.separated(), max(candidates, k + 1)
         if self.host:
             verdict = judge_one(
-                rerr, self.d, self.least, definite, settled, k, tol, lock, candidates, more, drop, loss, self.w_index
+                rerr,
+                self.d,
+                self.least,
+                definite,
+                settled,
+                k,
+                tol,
+                lock,
+                candidates,
+                more,
+                drop,
+                loss,
+                self.w_index,
             )
         else:
             masked = self.d.shape[-1] - self.w_valid.sum(-1)
             assert definite is not None
-            verdict = judge_batch(rerr, self.d, masked, definite, settled, k, tol, lock, candidates, more, drop, loss)
+            verdict = judge_batch(
+                rerr,
+                self.d,
+                masked,
+                definite,
+                settled,
+                k,
+                tol,
+                lock,
+                candidates,
+                more,
+                drop,
+                loss,
+            )
         self.check_verdict(verdict)
-        self.active, self.ivars["converged_count"], self.best_rerr = verdict.active, verdict.lead, verdict.worst
+        self.active, self.ivars["converged_count"], self.best_rerr = (
+            verdict.active,
+            verdict.lead,
+            verdict.worst,
+        )
         self.w_index, self.w_valid = verdict.index, verdict.valid
         # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.
         if self.best_rerr < 0.9 * self.best or self.best_rerr > 100.0 * self.best:
@@ -417,18 +529,26 @@ class LOBPCG:
         last = min(max(self.probe, k), self.n - 1)
         small = max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
         late = self.ivars["istep"] >= 5
-        return settled(self.tvars["rerr"], self.residual, self.E, self.norm_B, k, last, small, late)
+        return settled(
+            self.tvars["rerr"], self.residual, self.E, self.norm_B, k, last, small, late
+        )
 
     def separated(self) -> Tensor:
         """Whether the first guard column tells how far the next eigenvalue is, which a derivative depends on: (*)."""
         k = self.iparams["k"]
         small = max(100.0 * self.fparams["tol"], 8.0 * self.eps)
-        return settled(self.tvars["rerr"], self.residual, self.E, self.norm_B, k, k, small, True)
+        return settled(
+            self.tvars["rerr"], self.residual, self.E, self.norm_B, k, k, small, True
+        )
 
     def lock_tolerance(self) -> float:
         """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep
         them at first."""
-        return 8.0 * self.eps if self.suspicious and self.ivars["istep"] < 5 else self.fparams["tol"]
+        return (
+            8.0 * self.eps
+            if self.suspicious and self.ivars["istep"] < 5
+            else self.fparams["tol"]
+        )
 
     def check_verdict(self, verdict: Verdict) -> None:
         """Errors that the numbers show; digits lost by the last Ritz step; from a loss on, ten iterations of the

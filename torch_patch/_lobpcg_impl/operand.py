@@ -181,7 +181,10 @@ class _Matrix(Operand):
         return same
 
     def in_double(self) -> Operand:
-        return operand(self.tensor.to(torch.promote_types(self.tensor.dtype, torch.float64)), self.name)
+        return operand(
+            self.tensor.to(torch.promote_types(self.tensor.dtype, torch.float64)),
+            self.name,
+        )
 
     def scaled(self, scale: Tensor) -> Operand:
         if bool((scale == 1.0).all()):
@@ -206,12 +209,20 @@ class Dense(_Matrix):
         if V.dim() > 2:
             # One matrix and many blocks are one product with a wide block instead of many products.
             return _unfold(torch.matmul(A, _fold(V)), V)
-        blocked = V.device.type == "cpu" and 4 <= p and p < A.shape[-1] and A.shape[-1] > 512
-        if not blocked or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        blocked = (
+            V.device.type == "cpu" and 4 <= p and p < A.shape[-1] and A.shape[-1] > 512
+        )
+        if (
+            not blocked
+            or torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+        ):
             return torch.matmul(A, V)
         rows, U = V.mT, V.new_empty((p, V.shape[-2]))
         for i in range(0, A.shape[-1], _ROWS_AT_A_TIME):
-            torch.mm(rows, A[i : i + _ROWS_AT_A_TIME].mT, out=U[:, i : i + _ROWS_AT_A_TIME])
+            torch.mm(
+                rows, A[i : i + _ROWS_AT_A_TIME].mT, out=U[:, i : i + _ROWS_AT_A_TIME]
+            )
         return U.mT
 
     def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
@@ -222,15 +233,24 @@ class Dense(_Matrix):
 
     def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
         (M,) = tangents
-        return torch.zeros_like(V) if M is None else (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
+        return (
+            torch.zeros_like(V)
+            if M is None
+            else (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
+        )
 
     def largest(self, V: Tensor) -> Tensor:
         if self.tensor.shape[-1] == 0:
             return self.tensor.new_zeros(self.tensor.shape[:-2], dtype=torch.float64)
-        return largest_entries(self.tensor.flatten(-2).unsqueeze(-1))[..., 0].to(torch.float64)
+        return largest_entries(self.tensor.flatten(-2).unsqueeze(-1))[..., 0].to(
+            torch.float64
+        )
 
     def mean_square(self, V: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(self.tensor, dim=(-2, -1)).square() / self.tensor.shape[-1]
+        return (
+            torch.linalg.vector_norm(self.tensor, dim=(-2, -1)).square()
+            / self.tensor.shape[-1]
+        )
 
     def diagonal(self) -> Tensor:
         d = self.tensor.diagonal(dim1=-2, dim2=-1)
@@ -252,7 +272,14 @@ class Dense(_Matrix):
             # Scaled to a unit diagonal the factorisation neither overflows nor mistakes a graded matrix for a singular
             # one.
             s = d.rsqrt()
-            bad = bool((torch.linalg.cholesky_ex(self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2))[1] > 0).any())
+            bad = bool(
+                (
+                    torch.linalg.cholesky_ex(
+                        self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
+                    )[1]
+                    > 0
+                ).any()
+            )
         if bad:
             raise ValueError(
                 f"lobpcg: {self.name} is not positive definite (its Cholesky factorisation fails); {self.name} must be "
@@ -268,7 +295,10 @@ class Sparse(_Matrix):
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         super().__init__(name, tensor)
-        if tensor.dim() > 2 and tensor.layout not in (torch.sparse_coo, torch.sparse_csr):
+        if tensor.dim() > 2 and tensor.layout not in (
+            torch.sparse_coo,
+            torch.sparse_csr,
+        ):
             raise ValueError(
                 f"lobpcg: a batch of sparse matrices in layout {tensor.layout}; batches must be COO or CSR: convert "
                 "with to_sparse_csr()"
@@ -299,7 +329,9 @@ class Sparse(_Matrix):
     @property
     def rows(self) -> Tensor:
         """The CSR matrix of products, (m, m), or (b m, b m) for a batch of b."""
-        return self._once("rows", block_diagonal if self.tensor.dim() > 2 else compressed_rows)
+        return self._once(
+            "rows", block_diagonal if self.tensor.dim() > 2 else compressed_rows
+        )
 
     @property
     def pattern(self) -> Pattern:
@@ -314,7 +346,9 @@ class Sparse(_Matrix):
             batch, (m, p) = self.tensor.shape[:-2], V.shape[-2:]
             V = V.expand(V.shape[: max(0, V.dim() - 2 - len(batch))] + batch + (m, p))
             extra = V.dim() - 2 - len(batch)
-            tall = V.reshape((math.prod(V.shape[:extra]), -1, p)).movedim(0, -2)  # (b m, +, p)
+            tall = V.reshape((math.prod(V.shape[:extra]), -1, p)).movedim(
+                0, -2
+            )  # (b m, +, p)
             U = self.rows @ tall.reshape(tall.shape[0], -1)
             return U.reshape(tall.shape).movedim(-2, 0).reshape(V.shape)
         if V.dim() > 2:
@@ -326,7 +360,11 @@ class Sparse(_Matrix):
 
     def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
         U, V = _side_by_side(self.tensor, pairs)
-        return (SparseFromValues.apply(PatternValues.apply(U, V, self.pattern, True), self.pattern),)
+        return (
+            SparseFromValues.apply(
+                PatternValues.apply(U, V, self.pattern, True), self.pattern
+            ),
+        )
 
     def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
         (M,) = tangents
@@ -336,13 +374,20 @@ class Sparse(_Matrix):
             return (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
         pattern = Pattern(M)
         V = V.expand(pattern.batch_shape + V.shape[-2:]) if pattern.batch_shape else V
-        return (PatternProduct.apply(pattern.values, V, pattern, False) + PatternProduct.apply(pattern.values, V, pattern, True)) / 2
+        return (
+            PatternProduct.apply(pattern.values, V, pattern, False)
+            + PatternProduct.apply(pattern.values, V, pattern, True)
+        ) / 2
 
     def _per_matrix(self, values: Tensor) -> Tensor:
         """Sums of nonnegative numbers, one for each stored element of `rows`, over each matrix: (*)."""
         batch = self.tensor.shape[:-2]
         which = row_indices(self.rows) // max(1, self.tensor.shape[-1])
-        return values.new_zeros(max(1, math.prod(batch))).index_add(0, which, values).reshape(batch)
+        return (
+            values.new_zeros(max(1, math.prod(batch)))
+            .index_add(0, which, values)
+            .reshape(batch)
+        )
 
     def largest(self, V: Tensor) -> Tensor:
         values = self.rows.values().abs().to(torch.float64)
@@ -350,7 +395,11 @@ class Sparse(_Matrix):
         if not batch:
             return values.amax() if values.numel() else values.new_zeros(())
         which = row_indices(self.rows) // self.tensor.shape[-1]
-        return values.new_zeros(math.prod(batch)).scatter_reduce(0, which, values, "amax").reshape(batch)
+        return (
+            values.new_zeros(math.prod(batch))
+            .scatter_reduce(0, which, values, "amax")
+            .reshape(batch)
+        )
 
     def mean_square(self, V: Tensor) -> Tensor:
         values, m = self.rows.values(), max(1, self.tensor.shape[-1])
@@ -364,7 +413,11 @@ class Sparse(_Matrix):
         # Not .real: a view of stored values cannot be viewed again.
         values = torch.real(values.clone()) if values.is_complex() else values
         values = torch.where(row == M.col_indices(), values, torch.zeros_like(values))
-        return values.new_zeros(M.shape[0]).index_add(0, row, values).reshape(self.tensor.shape[:-2] + (m,))
+        return (
+            values.new_zeros(M.shape[0])
+            .index_add(0, row, values)
+            .reshape(self.tensor.shape[:-2] + (m,))
+        )
 
     def _times(self, scale: Tensor) -> Tensor:
         M, m = self.rows, self.tensor.shape[-1]
@@ -386,7 +439,15 @@ class Sparse(_Matrix):
         M = self.rows
         crow = M.crow_indices()[which * m : (which + 1) * m + 1]
         stored = slice(int(crow[0]), int(crow[-1]))
-        return Sparse(self.name, csr_matrix(crow - crow[0], M.col_indices()[stored] - which * m, M.values()[stored], m))
+        return Sparse(
+            self.name,
+            csr_matrix(
+                crow - crow[0],
+                M.col_indices()[stored] - which * m,
+                M.values()[stored],
+                m,
+            ),
+        )
 
     def check_hermitian(self, V: Tensor) -> None:
         """By |u^H M v - conj(v^H M u)| for fixed random u, v: a single unequal pair of entries shows with probability
@@ -395,9 +456,13 @@ class Sparse(_Matrix):
         The rounding error of the two forms is at most 2 m eps ||M||_F / sqrt(m) |u| |v|, and sqrt(m) times smaller as a
         rule.
         """
-        forms = gram(V, self._multiply(V))  # (*, 2, 2): entry (i, j) is u_i . M u_j, for real u
+        forms = gram(
+            V, self._multiply(V)
+        )  # (*, 2, 2): entry (i, j) is u_i . M u_j, for real u
         skew = (forms - forms.mH).abs().amax((-2, -1))
-        limit = 8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * self.mean_square(V).sqrt()
+        limit = (
+            8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * self.mean_square(V).sqrt()
+        )
         if bool((skew > limit).any()):
             name = self.name
             raise ValueError(
@@ -417,7 +482,12 @@ class Sparse(_Matrix):
 class MatrixFree(Operand):
     """A matrix known by its products: a callable on blocks (*, m, p), a constant to autograd."""
 
-    def __init__(self, name: str, call: Callable[[Tensor], Tensor], scale: Optional[Tensor] = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        call: Callable[[Tensor], Tensor],
+        scale: Optional[Tensor] = None,
+    ) -> None:
         super().__init__(name)
         self.call, self.scale = call, scale
         self._probe: Optional[Tensor] = None
@@ -445,7 +515,9 @@ class MatrixFree(Operand):
     def scaled(self, scale: Tensor) -> Operand:
         if bool((scale == 1.0).all()):
             return self
-        return MatrixFree(self.name, self.call, scale if self.scale is None else self.scale * scale)
+        return MatrixFree(
+            self.name, self.call, scale if self.scale is None else self.scale * scale
+        )
 
     def _probed(self, V: Tensor) -> Tensor:
         """The product with the fixed block, made once."""
@@ -457,7 +529,9 @@ class MatrixFree(Operand):
         return largest_entries(self._probed(V)).amax(-1).to(torch.float64)
 
     def mean_square(self, V: Tensor) -> Tensor:
-        ratio = torch.linalg.vector_norm(self._probed(V), dim=(-2, -1)) / torch.linalg.vector_norm(V, dim=(-2, -1))
+        ratio = torch.linalg.vector_norm(
+            self._probed(V), dim=(-2, -1)
+        ) / torch.linalg.vector_norm(V, dim=(-2, -1))
         return ratio.square()
 
     def in_double(self) -> Operand:
@@ -476,10 +550,14 @@ def _fold(V: Tensor) -> Tensor:
 
 def _unfold(U: Tensor, V: Tensor) -> Tensor:
     """(m, * p) in the shape of V (*, m, p)."""
-    return U.reshape((U.shape[0],) + tuple(V.shape[:-2]) + (V.shape[-1],)).movedim(0, -2)
+    return U.reshape((U.shape[0],) + tuple(V.shape[:-2]) + (V.shape[-1],)).movedim(
+        0, -2
+    )
 
 
-def _side_by_side(M: Tensor, pairs: Sequence[Tuple[Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
+def _side_by_side(
+    M: Tensor, pairs: Sequence[Tuple[Tensor, Tensor]]
+) -> Tuple[Tensor, Tensor]:
     """U, V whose product U V^H is the sum over the pairs; batches that M lacks become columns, too."""
     if len(pairs) == 1:
         U, V = pairs[0]
@@ -496,7 +574,12 @@ def _expanded(blocks: Sequence[Tensor]) -> List[Tensor]:
 def _at(T: Tensor, position: Tuple[int, ...], trailing: int = 0) -> Tensor:
     """T at one position of the batch, to which T's own batch dimensions broadcast."""
     batch = T.shape[: T.dim() - trailing]
-    return T[tuple(i if size > 1 else 0 for i, size in zip(position[len(position) - len(batch) :], batch))]
+    return T[
+        tuple(
+            i if size > 1 else 0
+            for i, size in zip(position[len(position) - len(batch) :], batch)
+        )
+    ]
 
 
 def hermitian_part(M: Any) -> Any:
@@ -528,9 +611,21 @@ class Pencil:
     which `checked` has multiplied A and B.
     """
 
-    def __init__(self, A: Operand, B: Operand, iK: Optional[Operand], like: Tensor, batch: List[int]) -> None:
+    def __init__(
+        self,
+        A: Operand,
+        B: Operand,
+        iK: Optional[Operand],
+        like: Tensor,
+        batch: List[int],
+    ) -> None:
         self.A, self.B, self.iK = A, B, iK
-        self.m, self.dtype, self.device, self.batch = like.shape[-2], like.dtype, like.device, batch
+        self.m, self.dtype, self.device, self.batch = (
+            like.shape[-2],
+            like.dtype,
+            like.device,
+            batch,
+        )
         self.scale_A = self.scale_B = torch.ones([], dtype=torch.float64)
         self.rescaled = False
 
@@ -538,7 +633,13 @@ class Pencil:
     def of(cls, A: Any, B: Any, iK: Any, X: Optional[Tensor]) -> "Pencil":
         like = next(T for T in (A, X, B) if isinstance(T, Tensor))
         batch = arguments.batch_shape(A=A, B=B, X=X, iK=iK)
-        return cls(operand(A, "A"), operand(B, "B"), None if iK is None else operand(iK, "iK"), like, batch)
+        return cls(
+            operand(A, "A"),
+            operand(B, "B"),
+            None if iK is None else operand(iK, "iK"),
+            like,
+            batch,
+        )
 
     @property
     def generalized(self) -> bool:
@@ -556,18 +657,31 @@ class Pencil:
     def split(self, values: Sequence[Any]) -> List[Tuple[Any, ...]]:
         """One value for each parameter, as those of A, of B and of iK."""
         given = iter(values)
-        return [tuple(itertools.islice(given, len(M.parameters))) for M in self.operands]
+        return [
+            tuple(itertools.islice(given, len(M.parameters))) for M in self.operands
+        ]
 
     @property
     def probe(self) -> Tensor:
         """Two fixed vectors, (*, m, 2), of which no start block has one."""
-        return fixed_block(self.m, 2, 1 << 20, self.empty()).expand([*self.batch, self.m, 2])
+        return fixed_block(self.m, 2, 1 << 20, self.empty()).expand(
+            [*self.batch, self.m, 2]
+        )
 
-    def with_parameters(self, parameters: Sequence[Any], X: Optional[Tensor] = None) -> "Pencil":
+    def with_parameters(
+        self, parameters: Sequence[Any], X: Optional[Tensor] = None
+    ) -> "Pencil":
         """The same pencil on other tensors; their batch shape may be another."""
-        operands = [M.with_parameters(*own) for M, own in zip(self.operands, self.split(parameters))]
-        same = self.of_operands(operands[0], operands[1], None if self.iK is None else operands[2])
-        same.batch = arguments.batch_shape(**{str(i): T for i, T in enumerate([*parameters, X])})
+        operands = [
+            M.with_parameters(*own)
+            for M, own in zip(self.operands, self.split(parameters))
+        ]
+        same = self.of_operands(
+            operands[0], operands[1], None if self.iK is None else operands[2]
+        )
+        same.batch = arguments.batch_shape(
+            **{str(i): T for i, T in enumerate([*parameters, X])}
+        )
         return same
 
     def with_gradients(self) -> "Pencil":
@@ -604,9 +718,16 @@ class Pencil:
 
     def member(self, position: Tuple[int, ...]) -> "Pencil":
         """The pencil of one matrix of the batch."""
-        same = self.of_operands(*(None if M is None else M.member(position) for M in (self.A, self.B, self.iK)))
+        same = self.of_operands(
+            *(
+                None if M is None else M.member(position)
+                for M in (self.A, self.B, self.iK)
+            )
+        )
         same.batch = []
-        same.scale_A, same.scale_B = (_at(scale, position) for scale in (self.scale_A, self.scale_B))
+        same.scale_A, same.scale_B = (
+            _at(scale, position) for scale in (self.scale_A, self.scale_B)
+        )
         return same
 
     def is_dense(self) -> bool:

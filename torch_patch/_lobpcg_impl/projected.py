@@ -19,20 +19,26 @@ class Complement:
 
     Bu: Tensor  # where u is given
 
-    def __init__(self, pencil: Pencil, shifts: Tensor, X: Tensor, largest: bool) -> None:
+    def __init__(
+        self, pencil: Pencil, shifts: Tensor, X: Tensor, largest: bool
+    ) -> None:
         self.pencil = pencil
         self.shifts, self.X = shifts, columns(X)  # (*, q), (*, m, k)
         self.BX = columns(pencil.B.apply(self.X))
         self.sign = -1.0 if largest else 1.0
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
         self.quiet = self.probe = False
-        self.u: Optional[Tensor] = None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
+        self.u: Optional[Tensor] = (
+            None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
+        )
 
     def set_scale(self, b: Tensor) -> None:
         """Divide by a power of two near the norm of the operator, so that no dot product leaves the range."""
         top = self.raw(b).abs().amax((-2, -1), keepdim=True)
         one = torch.ones_like(top)
-        self.scale = torch.where(top > 0, torch.ldexp(one, torch.frexp(top).exponent), one)  # (*, 1, 1)
+        self.scale = torch.where(
+            top > 0, torch.ldexp(one, torch.frexp(top).exponent), one
+        )  # (*, 1, 1)
 
     def raw(self, z: Tensor) -> Tensor:
         """s (A - E_j B) z_j / scale."""
@@ -45,11 +51,19 @@ class Complement:
 
     def project(self, z: Tensor) -> Tensor:
         z = deduct(z, self.X, gram(self.BX, z))
-        return z if self.u is None else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
+        return (
+            z
+            if self.u is None
+            else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
+        )
 
     def project_dual(self, b: Tensor) -> Tensor:
         b = deduct(b, self.BX, gram(self.X, b))
-        return b if self.u is None else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
+        return (
+            b
+            if self.u is None
+            else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
+        )
 
     def exclude(self, u: Tensor) -> "Complement":
         """The same operators on the complement of u_j too; u: (*, m, q) in the complement of X."""
@@ -74,4 +88,6 @@ class Complement:
         if pencil.is_known():
             return pencil.A.dense(), pencil.B.dense() if pencil.generalized else None
         identity = torch.eye(pencil.m, dtype=self.X.dtype, device=self.X.device)
-        return pencil.A.apply(identity), pencil.B.apply(identity) if pencil.generalized else None
+        return pencil.A.apply(identity), pencil.B.apply(
+            identity
+        ) if pencil.generalized else None

@@ -39,13 +39,15 @@ from torch.autograd import Function
 def reduced_resolvent(pairs: Pairs, b: Tensor, E: Optional[Tensor] = None) -> Tensor:
     """R_j b_j for all pairs as one block, differentiable in the pencil's parameters, E, X and b.
 
-    b: (*, m, k), with any further leading dimensions; E: (*, k), where other shifts than pairs.E are meant.  The further
-    pairs and the preconditioner change the cost of the solve, not its result.
+    b: (*, m, k), with any further leading dimensions; E: (*, k), where other shifts than pairs.E are meant.  The
+    further pairs and the preconditioner change the cost of the solve, not its result.
     """
     shifts = pairs.E if E is None else E
     constants = (pairs.T, pairs.Y, pairs.residual)
     pencil = pairs.pencil
-    return ReducedResolvent.apply(pencil.bare(), pairs.options, shifts, pairs.X, b, *constants, *pencil.parameters)
+    return ReducedResolvent.apply(
+        pencil.bare(), pairs.options, shifts, pairs.X, b, *constants, *pencil.parameters
+    )
 
 
 class ReducedResolvent(Function):
@@ -66,7 +68,13 @@ class ReducedResolvent(Function):
         tol = system_tolerance(E, X, T, residual[..., : E.shape[-1]], options.tol)
         with without_autocast(X):
             return solve_on_complement(
-                pencil.with_parameters(parameters), E, X, b, options.largest, tol, further=(T, Y)
+                pencil.with_parameters(parameters),
+                E,
+                X,
+                b,
+                options.largest,
+                tol,
+                further=(T, Y),
             )
 
     @staticmethod
@@ -84,7 +92,9 @@ class ReducedResolvent(Function):
         z, b, pairs = _saved(ctx)
         pencil, E, X = pairs.pencil, pairs.E, pairs.X
         need_E, need_X = ctx.needs_input_grad[2:4]
-        need_A, need_B, *_ = (any(needed) for needed in pencil.split(ctx.needs_input_grad[8:]))
+        need_A, need_B, *_ = (
+            any(needed) for needed in pencil.split(ctx.needs_input_grad[8:])
+        )
         gE = gX = None
         gA, gB = [None] * len(pencil.A.parameters), [None] * len(pencil.B.parameters)
         with without_autocast(X):
@@ -104,7 +114,9 @@ class ReducedResolvent(Function):
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx: Any, _pencil: Any, _options: Any, dE: Any, dX: Any, db: Any, *others: Any) -> Any:
+    def jvp(
+        ctx: Any, _pencil: Any, _options: Any, dE: Any, dX: Any, db: Any, *others: Any
+    ) -> Any:
         refuse_nested_forward_mode()
         z, b, pairs = _saved(ctx)
         A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
@@ -126,7 +138,13 @@ class ReducedResolvent(Function):
             return reduced_resolvent(pairs, rhs) - X @ (dBX.mH @ z)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Tuple[Any, ...], pencil: Pencil, options: Options, *tensors: Any) -> Any:
+    def vmap(
+        info: Any,
+        in_dims: Tuple[Any, ...],
+        pencil: Pencil,
+        options: Options,
+        *tensors: Any,
+    ) -> Any:
         mapped = _mapped(info.batch_size, in_dims[2:], tensors)
         return ReducedResolvent.apply(pencil, options, *mapped), 0
 
@@ -138,7 +156,20 @@ def _any(tangents: Tuple[Any, ...]) -> bool:
 def _saved(ctx: Any) -> Tuple[Tensor, Tensor, Pairs]:
     """z, b and the pairs."""
     z, E, X, b, T, Y, residual, *parameters = ctx.saved_tensors
-    return z, b, Pairs(ctx.pencil.with_parameters(parameters), ctx.options, E, X, T, Y, residual, residual)
+    return (
+        z,
+        b,
+        Pairs(
+            ctx.pencil.with_parameters(parameters),
+            ctx.options,
+            E,
+            X,
+            T,
+            Y,
+            residual,
+            residual,
+        ),
+    )
 
 
 def _mapped(size: int, in_dims: Tuple[Any, ...], tensors: Tuple[Any, ...]) -> List[Any]:
@@ -160,9 +191,14 @@ def rayleigh_quotient(B: Operand, Z: Tensor, b: Tensor, largest: bool) -> Tensor
     there = length > 0
     length = torch.where(there, length, torch.ones_like(length))
     Z = Z / length.unsqueeze(-2)
-    top, bottom = _real((Z.conj() * b).sum(-2)), _real((Z.conj() * B.product(Z)).sum(-2))
+    top, bottom = (
+        _real((Z.conj() * b).sum(-2)),
+        _real((Z.conj() * B.product(Z)).sum(-2)),
+    )
     far = -math.inf if largest else math.inf
-    return torch.where(there, top / length / torch.where(there, bottom, torch.ones_like(bottom)), far)
+    return torch.where(
+        there, top / length / torch.where(there, bottom, torch.ones_like(bottom)), far
+    )
 
 
 def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
@@ -171,7 +207,15 @@ def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
     Infinity where that is known: the guard T nearest to E_k, with its residual, shows that none is there, or a pair is
     late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column.
     """
-    tensors = (pairs.E, pairs.X, late, pairs.T, pairs.Y, pairs.residual, *pairs.pencil.parameters)
+    tensors = (
+        pairs.E,
+        pairs.X,
+        late,
+        pairs.T,
+        pairs.Y,
+        pairs.residual,
+        *pairs.pencil.parameters,
+    )
     tensors = tuple(T if T is None else T.detach() for T in tensors)
     return _NearestOutside.apply(pairs.pencil.bare(), pairs.options, *tensors)
 
@@ -201,13 +245,17 @@ class _NearestOutside(Function):
             if bool((spread <= nearest / 2).all()):
                 return torch.full_like(last, far)
         t = torch.arange(1, m + 1, dtype=E.dtype, device=E.device)
-        probe = torch.sin(t * t).unsqueeze(-1).to(X.dtype)  # incommensurable with 2 pi: without symmetry
+        probe = (
+            torch.sin(t * t).unsqueeze(-1).to(X.dtype)
+        )  # incommensurable with 2 pi: without symmetry
         b = torch.cat([torch.zeros_like(X[..., :-1]), probe.expand_as(X[..., -1:])], -1)
         pencil = pencil.with_parameters(parameters)
         # The component along one eigenvector is about 1 / sqrt(m) of the whole.
         tol = 0.1 / math.sqrt(m)
         with without_autocast(X):
-            z = solve_on_complement(pencil, E, X, b, options.largest, tol, further=(T, Y), probe=True)
+            z = solve_on_complement(
+                pencil, E, X, b, options.largest, tol, further=(T, Y), probe=True
+            )
             return rayleigh_quotient(pencil.B, z, b, options.largest)[..., -1:]
 
     @staticmethod
@@ -223,10 +271,18 @@ class _NearestOutside(Function):
         return None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Tuple[Any, ...], pencil: Pencil, options: Options, *tensors: Any) -> Any:
+    def vmap(
+        info: Any,
+        in_dims: Tuple[Any, ...],
+        pencil: Pencil,
+        options: Options,
+        *tensors: Any,
+    ) -> Any:
         (late,), _ = batched_first(info.batch_size, in_dims[4:5], tensors[2:3], (1,))
         dims = in_dims[2:4] + (None,) + in_dims[5:]
-        E, X, _, *others = _mapped(info.batch_size, dims, tensors[:2] + (tensors[1],) + tensors[3:])
+        E, X, _, *others = _mapped(
+            info.batch_size, dims, tensors[:2] + (tensors[1],) + tensors[3:]
+        )
         return _NearestOutside.apply(pencil, options, E, X, late, *others), 0
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 class Ritz(NamedTuple):
-    """e: (*, n) eigenvalues, wanted ones first; C: (*, q, n + p) columns are the coordinates of the new X, then P, in [X P
-    W]; G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is.
+    """e: (*, n) eigenvalues, wanted ones first; C: (*, q, n + p) columns are the coordinates of the new X, then P, in
+    [X P W]; G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is.
 
     d: (*, p) squared sines of the angles that W's directions make with [X P] and with each other, or empty and least
     the smallest of them, where the host has looked at it.
@@ -60,7 +60,9 @@ def whiten_scaled(M: Tensor, drop: float, tiny: float) -> Tuple[Tensor, Tensor, 
 def extreme(G: Tensor, lost: Optional[Tensor], tiny: float) -> Tuple[Tensor, Tensor]:
     """Eigenpairs of G (lower triangle read; overwritten), ascending, coordinates marked in lost (*, q) last."""
     if lost is not None:
-        beyond = 2.0 * G.abs().sum((-2, -1)).clamp_min(tiny)  # more than the largest eigenvalue, and not zero
+        beyond = 2.0 * G.abs().sum((-2, -1)).clamp_min(
+            tiny
+        )  # more than the largest eigenvalue, and not zero
         G.diagonal(dim1=-2, dim2=-1).add_(lost * beyond.unsqueeze(-1))
     return torch.linalg.eigh(G)
 
@@ -86,7 +88,9 @@ def next_P(
     Z = C_rest.narrow(-2, 0, n).mH
     if columns is not None:
         C_1 = C_X.narrow(-2, 0, n)
-        Z = Z @ C_1.gather(-1, columns.unsqueeze(-2).expand(C_1.shape[:-1] + columns.shape[-1:]))
+        Z = Z @ C_1.gather(
+            -1, columns.unsqueeze(-2).expand(C_1.shape[:-1] + columns.shape[-1:])
+        )
     if host:
         Q, R = torch.linalg.qr(Z)
         own: List[float] = R.diagonal(dim1=-2, dim2=-1).abs().tolist()
@@ -108,7 +112,9 @@ class Coordinates(NamedTuple):
     least: float
 
 
-def orthonormal_coordinates(gram_B: Tensor, unit: Tensor, eps: float, tiny: float, host: bool) -> Coordinates:
+def orthonormal_coordinates(
+    gram_B: Tensor, unit: Tensor, eps: float, tiny: float, host: bool
+) -> Coordinates:
     """Coordinates that make S = [X P W] B-orthonormal, from gram_B = W^H B S (*, p, q); [X P] is so already.
 
     By Cholesky where the host may look (one matrix on the CPU) and sees no loss, since that costs a third; else by
@@ -116,9 +122,13 @@ def orthonormal_coordinates(gram_B: Tensor, unit: Tensor, eps: float, tiny: floa
     """
     p, q = gram_B.shape[-2], gram_B.shape[-1]
     if host:
-        L, info = torch.linalg.cholesky_ex(torch.cat([unit.narrow(0, 0, q - p), gram_B]))
+        L, info = torch.linalg.cholesky_ex(
+            torch.cat([unit.narrow(0, 0, q - p), gram_B])
+        )
         # Pivots are at most p times the least eigenvalue.
-        whole = torch.cat([real_diagonal(L), real_diagonal(gram_B.narrow(-1, q - p, p))])
+        whole = torch.cat(
+            [real_diagonal(L), real_diagonal(gram_B.narrow(-1, q - p, p))]
+        )
         numbers: List[float] = whole.tolist()
         least = 1.0
         for i in range(p):
@@ -126,7 +136,9 @@ def orthonormal_coordinates(gram_B: Tensor, unit: Tensor, eps: float, tiny: floa
             least = min(least, pivot * pivot / (p * max(numbers[q + i], tiny)))
         if info.item() == 0 and least > 1e-3:
             none = torch.empty(0, dtype=whole.dtype, device=whole.device)
-            return Coordinates(torch.linalg.solve_triangular(L.mH, unit, upper=True), None, none, least)
+            return Coordinates(
+                torch.linalg.solve_triangular(L.mH, unit, upper=True), None, none, least
+            )
     HH, gram_W = gram_B.split((q - p, p), -1)
     H = HH.mH
     whitened, d, dropped = whiten_scaled(gram_W - HH @ H, eps**0.5, tiny)
@@ -178,7 +190,9 @@ def ritz_step(
     return Ritz(e, T @ coordinates, new_G, lost_P, d, least)
 
 
-def ritz_fresh(gram_A: Tensor, gram_B: Tensor, n: int, sign: float, eps: float, tiny: float) -> Ritz:
+def ritz_fresh(
+    gram_A: Tensor, gram_B: Tensor, n: int, sign: float, eps: float, tiny: float
+) -> Ritz:
     """The same from the full Gram matrices of [X P], (*, q, q): its span is kept, X the n wanted Ritz vectors, P the
     others."""
     T, d, dropped = whiten_scaled(gram_B, eps**0.5, tiny)

@@ -18,7 +18,8 @@ _DENSE_UP_TO, _DENSE_UP_TO_WITH_IK = 512, 128
 
 
 def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
-    """n >= k eigenpairs of each pencil; X: (*, m, n), the start block, or None.  Dense A and B are Hermitian to the bit.
+    """n >= k eigenpairs of each pencil; X: (*, m, n), the start block, or None.  Dense A and B are Hermitian to the
+    bit.
 
     Raises ValueError on NaN, infinity, asymmetry and a B or iK that shows itself not to be positive definite.
     """
@@ -36,19 +37,35 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
     # One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order.
     positions = itertools.product(*(range(size) for size in batch))
     pairs = [iterate(pencil.member(p), start[p], options) for p in positions]
-    return EigenPairs(*(torch.stack(field).reshape([*batch, *field[0].shape]) for field in zip(*pairs)))
+    return EigenPairs(
+        *(
+            torch.stack(field).reshape([*batch, *field[0].shape])
+            for field in zip(*pairs)
+        )
+    )
 
 
 def iterate(pencil: Pencil, X: Tensor, options: Options) -> EigenPairs:
     """Run the worker on one problem or on a batch in lockstep; the pencil is checked."""
-    iparams = {"m": pencil.m, "n": options.n, "k": options.k, "niter": options.niter, "chosen": options.chosen}
+    iparams = {
+        "m": pencil.m,
+        "n": options.n,
+        "k": options.k,
+        "niter": options.niter,
+        "chosen": options.chosen,
+    }
     fparams = {"tol": options.tol}
     bparams = {"largest": options.largest, "separate": options.differentiated}
     given = (options.ortho_iparams, options.ortho_fparams, options.ortho_bparams)
     for shown, ortho in zip((iparams, fparams, bparams), given):
         shown.update({"ortho_" + name: value for name, value in ortho.items()})
-    A, B, iK = (getattr(M, "tensor", getattr(M, "call", None)) for M in (pencil.A, pencil.B, pencil.iK))
-    worker = LOBPCG(A, B, X, iK, iparams, fparams, bparams, options.method, options.tracker, pencil)
+    A, B, iK = (
+        getattr(M, "tensor", getattr(M, "call", None))
+        for M in (pencil.A, pencil.B, pencil.iK)
+    )
+    worker = LOBPCG(
+        A, B, X, iK, iparams, fparams, bparams, options.method, options.tracker, pencil
+    )
     with torch.no_grad():
         worker.run()
     return worker.result()
@@ -60,7 +77,9 @@ def dense_is_cheaper(pencil: Pencil, options: Options) -> bool:
         return False
     if pencil.m < 3 * options.n:
         return True
-    return pencil.is_dense() and pencil.m <= (_DENSE_UP_TO if pencil.iK is None else _DENSE_UP_TO_WITH_IK)
+    return pencil.is_dense() and pencil.m <= (
+        _DENSE_UP_TO if pencil.iK is None else _DENSE_UP_TO_WITH_IK
+    )
 
 
 def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
@@ -73,7 +92,10 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     if not pencil.generalized:
         E, X = torch.linalg.eigh(A)
         BX, norm_B = X, torch.ones_like(E[..., :1])
-        norm_A = torch.maximum(torch.linalg.vector_norm(E, dim=-1, keepdim=True) / m**0.5, E.abs().amax(-1, keepdim=True))
+        norm_A = torch.maximum(
+            torch.linalg.vector_norm(E, dim=-1, keepdim=True) / m**0.5,
+            E.abs().amax(-1, keepdim=True),
+        )
     else:
         B = pencil.B.dense()
         L, info = torch.linalg.cholesky_ex(B)
@@ -87,7 +109,9 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         E, V = torch.linalg.eigh(hermitian(C))
         X = torch.linalg.solve_triangular(L.mH, V, upper=True)
         BX = B @ X
-        norm_A, norm_B = (torch.linalg.matrix_norm(M).unsqueeze(-1) / m**0.5 for M in (A, B))
+        norm_A, norm_B = (
+            torch.linalg.matrix_norm(M).unsqueeze(-1) / m**0.5 for M in (A, B)
+        )
     if options.largest:
         E, X, BX = E.flip(-1), X.flip(-1), BX.flip(-1)
     # The residual costs a product with A a column: of the pairs that are asked for, not of all m.
@@ -95,11 +119,16 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     residual = norms(A @ first - BX[..., :n] * E[..., None, :n])
     scale = (norm_A + E[..., :n].abs() * norm_B) * norms(first)
     if pencil.rescaled:
-        up, root = (T.to(E.dtype).unsqueeze(-1) for T in (1.0 / pencil.scale_A, pencil.scale_B.sqrt()))
+        up, root = (
+            T.to(E.dtype).unsqueeze(-1)
+            for T in (1.0 / pencil.scale_A, pencil.scale_B.sqrt())
+        )
         E, X = E * up * root.square(), X * root.unsqueeze(-1)
         residual, scale = residual * up * root, scale * up * root
     shapes = ([m], [m, m], [n], [n])
-    return EigenPairs(*(T.expand(batch + shape) for T, shape in zip((E, X, residual, scale), shapes)))
+    return EigenPairs(
+        *(T.expand(batch + shape) for T, shape in zip((E, X, residual, scale), shapes))
+    )
 
 
 def _no_pairs(pencil: Pencil, n: int) -> EigenPairs:

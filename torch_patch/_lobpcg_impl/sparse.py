@@ -30,7 +30,9 @@ def csr_matrix(crow: Tensor, col: Tensor, values: Tensor, m: int) -> Tensor:
     ones each time, a tenth to a quarter of their cost."""
     if values.device.type == "cpu" and values.numel() < 1 << 31:
         crow, col = crow.to(torch.int32), col.to(torch.int32)
-    return torch.sparse_csr_tensor(crow, col, values.resolve_conj(), (m, m), check_invariants=False)
+    return torch.sparse_csr_tensor(
+        crow, col, values.resolve_conj(), (m, m), check_invariants=False
+    )
 
 
 def compressed_rows(M: Tensor) -> Tensor:
@@ -39,7 +41,9 @@ def compressed_rows(M: Tensor) -> Tensor:
     A CSC matrix holds the transpose's rows: for Hermitian M that is conj(M), so nothing is sorted.
     """
     if M.layout == torch.sparse_csc:
-        values = M.values().conj_physical() if M.is_complex() else M.values()  # a lazy conjugate asks CSC for strides
+        values = (
+            M.values().conj_physical() if M.is_complex() else M.values()
+        )  # a lazy conjugate asks CSC for strides
         return csr_matrix(M.ccol_indices(), M.row_indices(), values, M.shape[-1])
     if M.layout != torch.sparse_csr:
         # blocks convert to compressed rows by way of COO alone
@@ -55,13 +59,17 @@ def block_diagonal(M: Tensor) -> Tensor:
     rows, cols = pattern.positions(0, pattern.count)
     # Pattern's order is that of rows in both layouts that batches have.
     ends = torch.bincount(rows, minlength=size).cumsum(0)
-    return csr_matrix(torch.cat([ends.new_zeros(1), ends]), cols, pattern.values.reshape(-1), size)
+    return csr_matrix(
+        torch.cat([ends.new_zeros(1), ends]), cols, pattern.values.reshape(-1), size
+    )
 
 
 def row_indices(M: Tensor) -> Tensor:
     """The row of each stored element of a CSR matrix."""
     crow = M.crow_indices().to(torch.int64)
-    return torch.arange(M.shape[0], device=crow.device).repeat_interleave(crow.diff(), output_size=M.values().numel())
+    return torch.arange(M.shape[0], device=crow.device).repeat_interleave(
+        crow.diff(), output_size=M.values().numel()
+    )
 
 
 def by_rows(M: Tensor) -> Tensor:
@@ -74,13 +82,17 @@ def by_rows(M: Tensor) -> Tensor:
     pattern = Pattern(M.detach())
     rows, cols = pattern.positions(0, pattern.count)
     height, width = pattern.block
-    rows = (rows * height)[:, None, None] + torch.arange(height, device=rows.device)[:, None]
+    rows = (rows * height)[:, None, None] + torch.arange(height, device=rows.device)[
+        :, None
+    ]
     cols = (cols * width)[:, None, None] + torch.arange(width, device=cols.device)
     flat, order = (rows * M.shape[-1] + cols).reshape(-1).sort()
     counts = torch.bincount(flat // M.shape[-1], minlength=M.shape[-2])
     crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     values = _Values.apply(M).reshape(-1)[order]
-    held = torch.sparse_csr_tensor(crow, flat % M.shape[-1], values.detach(), M.shape, check_invariants=False)
+    held = torch.sparse_csr_tensor(
+        crow, flat % M.shape[-1], values.detach(), M.shape, check_invariants=False
+    )
     return SparseFromValues.apply(values, Pattern(held))
 
 
@@ -99,7 +111,9 @@ def is_symmetric_pattern(M: Tensor) -> bool:
         )
     lines = pattern.block_rows * math.prod(pattern.batch_shape)
     generator = torch.Generator("cpu").manual_seed(lines)
-    number = torch.randint(-(1 << 63), (1 << 63) - 1, (lines,), generator=generator, device="cpu").to(M.device)
+    number = torch.randint(
+        -(1 << 63), (1 << 63) - 1, (lines,), generator=generator, device="cpu"
+    ).to(M.device)
     difference = torch.zeros_like(number)
     for _, _, rows, cols in pattern.chunks(1):
         difference.index_add_(0, rows, number[cols])
@@ -130,7 +144,9 @@ class Pattern:
             self.values = M.values()
             if self.layout in (torch.sparse_bsr, torch.sparse_bsc):
                 self.block = (int(self.values.shape[-2]), int(self.values.shape[-1]))
-        self.count = self.plain.numel() if hasattr(self, "plain") else self.indices.shape[1]
+        self.count = (
+            self.plain.numel() if hasattr(self, "plain") else self.indices.shape[1]
+        )
         self.block_rows = self.shape[-2] // self.block[0]
 
     def positions(self, start: int, end: int) -> Tuple[Tensor, Tensor]:
@@ -140,23 +156,35 @@ class Pattern:
             batch = torch.zeros_like(index[0])
             for size, coordinate in zip(self.batch_shape, index):
                 batch = batch * size + coordinate
-            return batch * self.block_rows + index[-2], batch * self.block_rows + index[-1]
+            return batch * self.block_rows + index[-2], batch * self.block_rows + index[
+                -1
+            ]
         lines = self.compressed.shape[-1] - 1
         ends = self._line_ends()
         bounds = torch.tensor([start, end - 1], device=ends.device, dtype=ends.dtype)
         first, last = torch.searchsorted(ends, bounds, right=True).tolist()
         counts = ends[first : last + 1].clamp(max=end).diff(prepend=bounds[:1])
-        line = torch.arange(first, last + 1, device=ends.device).repeat_interleave(counts, output_size=end - start)
+        line = torch.arange(first, last + 1, device=ends.device).repeat_interleave(
+            counts, output_size=end - start
+        )
         plain = self.plain.reshape(-1)[start:end].to(torch.int64)
         if self.batch_shape:
             plain = plain + (line // lines) * lines
-        return (line, plain) if self.layout in (torch.sparse_csr, torch.sparse_bsr) else (plain, line)
+        return (
+            (line, plain)
+            if self.layout in (torch.sparse_csr, torch.sparse_bsr)
+            else (plain, line)
+        )
 
     def _line_ends(self) -> Tensor:
         """Number of elements stored up to the end of each compressed line, counted through all batches."""
         ends = self.compressed[..., 1:].reshape(-1, self.compressed.shape[-1] - 1)
         if self.batch_shape:
-            ends = ends + torch.arange(ends.shape[0], device=ends.device)[:, None] * self.plain.shape[-1]
+            ends = (
+                ends
+                + torch.arange(ends.shape[0], device=ends.device)[:, None]
+                * self.plain.shape[-1]
+            )
         return ends.reshape(-1)
 
     def chunks(self, width: int) -> Iterator[Tuple[int, int, Tensor, Tensor]]:
@@ -169,13 +197,26 @@ class Pattern:
     def with_values(self, values: Tensor) -> Tensor:
         """A sparse tensor of this pattern with other values, not differentiated."""
         if self.layout == torch.sparse_coo:
-            return torch.sparse_coo_tensor(self.indices, values, self.shape, is_coalesced=True, check_invariants=False)
+            return torch.sparse_coo_tensor(
+                self.indices,
+                values,
+                self.shape,
+                is_coalesced=True,
+                check_invariants=False,
+            )
         return torch.sparse_compressed_tensor(
-            self.compressed, self.plain, values, self.shape, layout=self.layout, check_invariants=False
+            self.compressed,
+            self.plain,
+            values,
+            self.shape,
+            layout=self.layout,
+            check_invariants=False,
         )
 
 
-def _values_on_pattern(U: Tensor, V: Tensor, pattern: Pattern, hermitian: bool) -> Tensor:
+def _values_on_pattern(
+    U: Tensor, V: Tensor, pattern: Pattern, hermitian: bool
+) -> Tensor:
     """U V^H, or its Hermitian part, at the stored positions, in the shape of pattern.values."""
     height, width = pattern.block
     p = U.shape[-1]
@@ -194,7 +235,9 @@ def _values_on_pattern(U: Tensor, V: Tensor, pattern: Pattern, hermitian: bool) 
     return out.reshape(pattern.values.shape)
 
 
-def _product_on_pattern(values: Tensor, V: Tensor, pattern: Pattern, adjoint: bool) -> Tensor:
+def _product_on_pattern(
+    values: Tensor, V: Tensor, pattern: Pattern, adjoint: bool
+) -> Tensor:
     """S V, or S^H V, for the matrix S with these values; V: (*, m, p)."""
     height, width = pattern.block
     p = V.shape[-1]
@@ -244,14 +287,28 @@ class PatternValues(Function):
     @staticmethod
     def _times(ctx: Any, g: Tensor, V: Tensor, adjoint: bool) -> Tensor:
         product = PatternProduct.apply(g, V, ctx.pattern, adjoint)
-        return (product + PatternProduct.apply(g, V, ctx.pattern, not adjoint)) / 2 if ctx.hermitian else product
+        return (
+            (product + PatternProduct.apply(g, V, ctx.pattern, not adjoint)) / 2
+            if ctx.hermitian
+            else product
+        )
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx: Any, dU: Optional[Tensor], dV: Optional[Tensor], _pattern: Any, _hermitian: Any) -> Any:
+    def jvp(
+        ctx: Any,
+        dU: Optional[Tensor],
+        dV: Optional[Tensor],
+        _pattern: Any,
+        _hermitian: Any,
+    ) -> Any:
         U, V = ctx.saved_tensors
         pairs = ((dU, V), (U, dV))
-        terms = [PatternValues.apply(*pair, ctx.pattern, ctx.hermitian) for pair in pairs if None not in pair]
+        terms = [
+            PatternValues.apply(*pair, ctx.pattern, ctx.hermitian)
+            for pair in pairs
+            if None not in pair
+        ]
         return sum(terms[1:], terms[0])
 
 
@@ -275,14 +332,22 @@ class PatternProduct(Function):
         values, V = ctx.saved_tensors
         gvalues = gV = None
         if g is not None and ctx.needs_input_grad[0]:
-            gvalues = PatternValues.apply(*((V, g) if ctx.adjoint else (g, V)), ctx.pattern, False)
+            gvalues = PatternValues.apply(
+                *((V, g) if ctx.adjoint else (g, V)), ctx.pattern, False
+            )
         if g is not None and ctx.needs_input_grad[1]:
             gV = PatternProduct.apply(values, g, ctx.pattern, not ctx.adjoint)
         return gvalues, gV, None, None
 
     @staticmethod
     @accepts_legacy_vmap
-    def jvp(ctx: Any, dvalues: Optional[Tensor], dV: Optional[Tensor], _pattern: Any, _adjoint: Any) -> Any:
+    def jvp(
+        ctx: Any,
+        dvalues: Optional[Tensor],
+        dV: Optional[Tensor],
+        _pattern: Any,
+        _adjoint: Any,
+    ) -> Any:
         values, V = ctx.saved_tensors
         terms = [
             PatternProduct.apply(*pair, ctx.pattern, ctx.adjoint)
