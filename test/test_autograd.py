@@ -2477,7 +2477,7 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             )
 
     def test_third_derivative_in_a_graph(self):
-        """Refused while it is traced; a graph of the function can be differentiated to any order."""
+        """Traced, and of a graph that is differentiated where it is run."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
         A = self.hermitian(5)
@@ -2495,8 +2495,12 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             )
             return torch.func.grad(of_second)
 
-        with self.assertRaisesRegex(NotImplementedError, "lobpcg: third derivatives"):
-            make_fx(third(f), tracing_mode="fake")(A)
+        other = A.flip(-1, -2) + torch.diag(torch.arange(5.0))
+        for mode in ("real", "fake", "symbolic"):
+            graph = make_fx(third(f), tracing_mode=mode)(A)
+            self.assertEqual(
+                graph(other), third(f)(other), rtol=1e-11, atol=1e-11, msg=mode
+            )
         graph = make_fx(f, tracing_mode="fake")(A)
 
         def by_backward(f):
@@ -2576,10 +2580,6 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             )
             numbers.update(differentiated=True, ortho_names=[], ortho_values=[])
             pairs = operators.solve(A, B, None, None, **numbers)
-            gE, gX = (
-                torch.ones_like(pairs[0]),
-                pairs[1] * torch.arange(12).unsqueeze(-1),
-            )
             # The loss of opcheck is the sum of everything, which a phase changes.
             a, b = (self.leaf(M, not dtype.is_complex) for M in (A, B))
             check(
@@ -2598,13 +2598,32 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                         (T.shape, T.dtype, T.stride()),
                         (made.shape, made.dtype, made.stride()),
                     )
-            for needed in ([True, True], [False, True]):
-                check(
-                    operators.reverse.default,
-                    (A, B, None, *pairs, gE, gX),
-                    dict(numbers, needed=needed),
-                )
-            check(operators.tangent.default, (A, B, None, *pairs, A, B), numbers)
+            E, X, T, Y, residual, scale = pairs
+            b = (X * torch.arange(12).unsqueeze(-1)).requires_grad_()
+            check(
+                operators.resolvent.default,
+                (A, B, None, E, X, b, T, Y, residual),
+                numbers,
+            )
+            check(
+                operators.nearest_outside.default,
+                (A, B, None, *pairs),
+                numbers,
+            )
+            G, (x, g) = X.mH @ b.detach(), (V.norm(dim=0).detach() for V in (X, b))
+            check(
+                operators.pair_mask.default,
+                (E, (G + G.mH) / 2, E, x, g, T, residual, scale),
+                dict(
+                    m=12,
+                    k=2,
+                    tol=1e-8,
+                    pair_eps=2e-16,
+                    largest=False,
+                    forward_mode=False,
+                ),
+            )
+            check(operators.second_order_at_most.default, (b, E.diag()), dict(order=2))
 
     def test_subclass_with_torch_function(self):
         """A torch function mode or subclass sees torch.lobpcg, compiled or not."""
