@@ -2476,6 +2476,28 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                 msg=f"{mode}, {name}",
             )
 
+    @parametrize("dtype", [torch.float64, torch.complex128])
+    @parametrize("generalized", [False, True])
+    def test_values_while_a_graph_is_traced(self, dtype, generalized):
+        """make_fx on tensors with values solves as an eager call does; A^H is a view that its kernels do not resolve."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        A = self.hermitian(8, dtype)
+        B = self.hermitian(8, dtype, definite=True) if generalized else None
+        seen = []
+
+        def f(A, B):
+            E, X = torch.lobpcg(A, B=B, **self.options)
+            seen.append(E)
+            return E, X
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make_fx(f, tracing_mode="real")(A, B)
+        self.assertEqual(
+            seen[-1], torch.lobpcg(A, B=B, **self.options)[0], rtol=0, atol=0
+        )
+
     def test_third_derivative_in_a_graph(self):
         """Traced, and of a graph that is differentiated where it is run."""
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -2519,6 +2541,34 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         for transform in (torch.func.grad, torch.func.jacrev):
             of_graph, of_f = (torch.func.vmap(transform(g)) for g in (graph, f))
             self.assertEqual(of_graph(two), of_f(two), rtol=1e-9, atol=1e-9)
+
+    def test_repeated_eigenvalues_in_a_graph(self):
+        """A graph knows of no cluster while it is traced; where it runs, second derivatives are those of an eager call,
+        and a third is warned of."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        double = torch.diag(torch.tensor([1.0, 1, 3, 4, 6, 9], dtype=torch.float64))
+        T = self.weights(6, seed=7)
+
+        def f(A):
+            return self.loss_of_subspace(*torch.lobpcg(A, k=2, largest=False))
+
+        def second(A):
+            return torch.func.jvp(torch.func.grad(f), (A,), (T,))[1]
+
+        def third(A):
+            return torch.func.grad(lambda A: second(A).square().sum())(A)
+
+        expected = second(double)
+        for mode in ("real", "fake", "symbolic"):
+            of_second, of_third = (
+                make_fx(g, tracing_mode=mode)(double + torch.diag(torch.arange(6.0)))
+                for g in (second, third)
+            )
+            self.assertEqual(of_second(double), expected, rtol=1e-11, atol=1e-11)
+            for version in (third, of_third):
+                with self.assertWarnsRegex(RuntimeWarning, "beyond the second are"):
+                    version(double)
 
     def test_export_round_trip(self):
         """Exported, lowered, stored and loaded: the same pairs and gradients, at other sizes too."""
@@ -2642,6 +2692,9 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         self.assertEqual(len(Counting.calls), 1)
         E = torch.compile(lambda A: torch.lobpcg(A, k=2)[0], backend="eager")(A)
         self.assertEqual(E.as_subclass(torch.Tensor), torch.lobpcg(self.A, k=2)[0])
+
+
+instantiate_parametrized_tests(TestLobpcgGraphs)
 
 
 class TestLobpcgTransformTable(LobpcgGradientCase):

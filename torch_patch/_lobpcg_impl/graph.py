@@ -66,7 +66,7 @@ def in_graphs(
             return function.apply(*restore(*tensors, **numbers))
 
         def values(*tensors: Any, **numbers: Any) -> Any:
-            with torch.no_grad():
+            with torch.no_grad(), _conjugates():
                 return _contiguous(compute(*restore(*tensors, **numbers)))
 
         def without_values(*tensors: Any, **numbers: Any) -> Any:
@@ -94,6 +94,20 @@ def _define(schema: str, kernels: Dict[str, Callable[..., Any]]) -> None:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key, kernel in kernels.items():
         _library.impl(schema[: schema.index("(")], kernel, key)
+
+
+def _conjugates() -> Any:
+    """Conjugate views as they are everywhere else.
+
+    PyTorch runs a kernel that a dispatch mode calls, such as that of make_fx on tensors with values, without the keys that
+    stand above the mode.  One of them resolves M.mH before a factorisation that knows no conjugate views: without it
+    torch.linalg.solve_triangular(M.mH, ...) solves with M^T.
+    """
+    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.Conjugate, keys.Negative):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded)
 
 
 def _contiguous(outputs: Any) -> Any:
