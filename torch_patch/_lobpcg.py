@@ -81,6 +81,10 @@ def lobpcg(
     .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`\frac12 (A + A^H)`, so gradients
         are Hermitian. A sparse one must be Hermitian, and its gradient lives on the stored entries.
 
+    .. note:: To TorchScript the whole of it is one operator, registered when torch is imported into Python: a scripted
+        function has gradients, and a module saved with :func:`torch.jit.save` needs a process with Python to run in.
+        Callables and :attr:`tracker` are refused there by type, with a RuntimeError.
+
     .. warning:: Eigenvectors are determined up to a factor of modulus one (real: a sign), inside a repeated eigenvalue
         up to a unitary matrix, and a gradient exists only for a loss that does not see that freedom, such as one of
         :math:`|x|` or :math:`x x^H`. One that sees it is an error or a warning that names the eigenvalues; only a
