@@ -226,11 +226,11 @@ def snapshot(folder: Path) -> dict:
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, permissions and links")
 
 
-def run(command, project, target):
-    """Carry out one command; returns what it says."""
+def run(command, project, target, *arguments, expected=0):
+    """Carry out one command, which is to return the status `expected`; what it says."""
     said = []
     with patcher(project, str(target), said.append) as running:
-        assert getattr(running, command)() == 0
+        assert (getattr(running, command)(*arguments) or 0) == expected, said
     return "\n".join(said)
 
 
@@ -241,9 +241,18 @@ def refusal(command, project, target):
     return str(caught.value)
 
 
+REFUSED = ("edited", "interrupted", "unpatchable")  # states in which apply or revert would stop
+
+
 def word(project, target):
-    """The state that status finds, having rolled back what was interrupted."""
-    return run("status", project, target).replace("an interrupted run was rolled back\n", "").split(":")[0]
+    """The state that status finds, which writes nothing and whose exit status says whether it is a good one."""
+    before, said = snapshot(target), []
+    with patcher(project, str(target), said.append) as running:
+        status = running.status()
+    assert snapshot(target) == before
+    found = said[0].split(":")[0]
+    assert status == (found in REFUSED)
+    return found
 
 
 def unchanged_refusal(command, project, target):

@@ -42,6 +42,14 @@ class Series(NamedTuple):
     fits: list[str]  # versions that were patched, verified and reverted
     patches: list[Patch]
 
+    @property
+    def paths(self) -> set[str]:
+        """Every file that the series writes; a page in either markup."""
+        found = {path for patch in self.patches for path in (*patch.new, *patch.replace, *patch.weave)}
+        found |= {entry.split("::")[0] for patch in self.patches for entry in patch.classes}
+        pages = [page for patch in self.patches for page in patch.docs]
+        return found | {page + suffix for page in pages for suffix in ("", ".md", ".rst")}
+
     def source(self, path: str) -> Path:
         """The file of this project that belongs to upstream's `path`."""
         for theirs, ours in (("torch/", "torch_patch/"), ("docs/", "docs_patch/"), ("test/", "test/")):

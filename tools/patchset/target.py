@@ -28,6 +28,15 @@ class Target(NamedTuple):
     def is_checkout(self) -> bool:
         return self.record is None
 
+    @property
+    def restore(self) -> str:
+        """What gives upstream's files back."""
+        if self.record:
+            return "reinstall torch (pip install --force-reinstall --no-deps torch)"
+        if (self.root / ".git").exists():
+            return "let git restore the files (git checkout -- FILE; git clean FILE for new ones)"
+        return "unpack the sources anew"
+
     def __str__(self) -> str:
         return f"{'checkout' if self.is_checkout else 'torch'} {self.version} in {self.root}"
 
