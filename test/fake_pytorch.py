@@ -143,6 +143,13 @@ PROJECT = {
     "docs_patch/source/notes/lobpcg.rst": b"LOBPCG\n======\n",
     "docs_patch/source/notes/lobpcg.md": b"# LOBPCG\n",
 }
+# What a wheel says of its compiled modules; one name is in the library alone.
+COMPILED = {
+    "torch/_C/__init__.pyi": b"class _Guard:\n    FIRST: int = ...\n\ndef _depth() -> int: ...\n_flag: bool\n",
+    "torch/_C/_functorch.pyi": b"from torch import Tensor\n\ndef get_level(x: Tensor) -> int: ...\n",
+    "torch/_C/_VariableFunctions.pyi": b"def _add_dim(x) -> None: ...\n",
+    "torch/lib/libtorch_python.so": b"\x7fELF\0_unlisted\0",
+}
 PATCHED = ["torch/_lobpcg.py", "torch/autograd/gradcheck.py"]
 NEW = ["torch/_lobpcg_worker.py", "torch/deeper/folder/problems.py", "torch/autograd/_symmetric.py"]
 
@@ -168,6 +175,7 @@ def make_wheel(folder: Path, version: str = "2.13.0+cpu", newline: bytes = b"\n"
         "torch/autograd/__init__.py": b"from .gradcheck import gradcheck\n",
         "torch/autograd/gradcheck.py": GRADCHECK.replace(b"\n", newline),
         "other/a,b.py": b"",
+        **COMPILED,
     }
     info = f"torch-{version}.dist-info"
     files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n\nBody\n".encode()

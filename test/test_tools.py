@@ -173,6 +173,25 @@ def test_a_version_that_is_known_to_fit(tmp_path, project):
         (b"from torch import autograd", None),
         (b"import torch._C._functorch", None),
         (b"from torch._lobpcg_worker import answer", "which a later patch brings"),
+        (b"from torch._C import _depth", None),
+        (b"from torch._C import _width", "imports _width from torch._C, which does not define it"),
+        (b"import torch._C._nowhere", "imports torch._C._nowhere, which is missing"),
+        (b"import torch\ntorch._C._depth()", None),
+        (b"import torch\ntorch._C._width()", "uses torch._C._width, which is missing"),
+        (b"import torch\nx = torch._C._Guard.FIRST", None),
+        (b"import torch\nx = torch._C._Guard.LAST", "uses torch._C.LAST, which is missing"),
+        (b"import torch\ndef f(x): return torch._C._functorch.get_level(x)", None),
+        (b"import torch\ndef f(x): return torch._C._functorch.level(x)", "uses torch._C._functorch.level, which"),
+        (b"import torch as t\nC = t._C\nC._width()", "uses torch._C._width, which is missing"),
+        (b"from torch import _C as C\nfrom torch._C import _functorch as f\nC._flag, f.get_level", None),
+        (b"from torch._C import _functorch as f\nf.level", "uses torch._C._functorch.level, which is missing"),
+        (b"import torch\ntorch._C._unlisted", None),
+        (b"import torch\ntorch._C._unlist", "uses torch._C._unlist, which is missing"),
+        (b"import torch\nif hasattr(torch._C, '_width'):\n    torch._C._width()", None),
+        (b"import torch\ntorch._add_dim(1)", None),
+        (b"import torch\ntorch._take_dim(1)", "uses torch._take_dim, which is missing"),
+        (b"import torch\ntorch.autograd._nothing()", "uses torch.autograd._nothing, which is missing"),
+        (b"import torch\ntorch.ops._lobpcg.solve(1); torch.linalg.nothing", None),
     ],
 )
 def test_what_the_new_files_import_must_be_there(project, wheel, line, message):
@@ -181,6 +200,7 @@ def test_what_the_new_files_import_must_be_there(project, wheel, line, message):
     if message is None:
         run("apply", project, wheel)
     else:
+        assert message in run("status", project, wheel, expected=1)
         assert message in unchanged_refusal("apply", project, wheel)
 
 
@@ -466,6 +486,7 @@ def installed(tmp_path):
     root = tmp_path / "installed"
     touched = ["torch/__init__.py", "torch/version.py", *fake.PATCHED]
     touched += [path for path in all_paths() if (target.root / path).exists()]
+    touched += [path.relative_to(target.root).as_posix() for path in (target.root / "torch/_C").rglob("*.pyi")]
     for path in dict.fromkeys(touched):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(target.root / path, root / path)

@@ -41,11 +41,11 @@ def changed_in_git(root: Path, paths: Sequence[str]) -> list[str] | None:
     if not is_working_tree(root):
         return None
     options = ("--porcelain=v1", "-z", "--untracked-files=all", "--no-renames", "--ignore-submodules=all")
-    answer = git(root, *_without_filters(root), "status", *options, "--", *paths)
+    answer = git(root, *without_filters(root), "status", *options, "--", *paths)
     return [entry[3:] for entry in answer.decode("utf-8").split("\0") if entry]
 
 
-def _without_filters(root: Path) -> list[str]:
+def without_filters(root: Path) -> list[str]:
     """Options that turn off the programs through which a checkout's settings pass its files."""
     settings = git(root, "config", "--null", "--name-only", "--list").decode("utf-8", "replace").split("\0")
     drivers = {name.rsplit(".", 1)[0] for name in settings if name.startswith("filter.")}

@@ -1,5 +1,6 @@
 """What the series does to one PyTorch: every new content computed and checked, nothing written."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from .errors import PatchError, raise_all
 from .record import Record
 from .series import check_classes, Patch, Series
 from .store import Step, Store, Transaction
-from .symbols import lost, missing, Names
+from .symbols import lost, missing, missing_private, Names
 from .target import Target, version_numbers
 from .text import comma_list, sha256
 from .weave import weave
@@ -83,6 +84,8 @@ def _staged(
     for stage in reversed(stages):
         planner.errors += missing(stage.files, later, planner.exists, planner.read, names)
         later |= {path for path in stage.files if original(path)[0] is None}
+    ours = planner.groups["new"] | planner.groups["replace"]
+    planner.errors += missing_private(ours, planner.exists, functools.cache(planner.read), names)
     raise_all(planner.errors)
     return planner, stages
 

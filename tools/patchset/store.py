@@ -190,8 +190,10 @@ class Store:
         if transaction is None:
             self.tidy()
             return False
-        if all(self.holds(step.path, step.after) for step in transaction.steps):
-            self._finish(transaction)  # killed on the threshold: to go on is one rename
+        for folder in transaction.folders:
+            self._refuse_linked(folder)
+        if transaction.action == "revert" and all(self.holds(step.path, step.after) for step in transaction.steps):
+            self._finish(transaction)  # killed when RECORD, the last step, no longer named what had been new
             return True
         foreign = self.foreign(transaction.steps)
         if foreign:
