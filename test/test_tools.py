@@ -12,10 +12,10 @@ from pathlib import Path
 import fake_pytorch as fake
 import pytest
 from fake_pytorch import in_child, posix, refusal, run, unchanged_refusal, word
-from patchset import lock, toml
+from patchset import lock
 from patchset.errors import PatchError
 from patchset.record import Record
-from patchset.series import check_classes, load_series
+from patchset.series import check_classes, load_series, tomllib
 from patchset.store import FOLDER
 from patchset.target import find_target
 
@@ -444,7 +444,7 @@ def test_pictures_and_scripts_of_a_page(tmp_path, project):
         (b'why = "it matters"\n', b"", "a reason"),
         (b"replace =", b"replaces =", "unknown keys: replaces"),
         (b"oldest", b"eldest", r"\[supported\]"),
-        (b"oldest =", b"oldest", "line 3: "),
+        (b"oldest =", b"oldest", "line 3"),
         (b"torch/_lobpcg.py", b"lobpcg.py", "a path in torch/, test/ or docs/"),
         (
             b"::TestSymmetric",
@@ -498,7 +498,7 @@ def installed(tmp_path):
 
 
 def all_paths():
-    rows = toml.loads((PROJECT_FOLDER / "torch_patch/series.toml").read_text())["patch"]
+    rows = tomllib.loads((PROJECT_FOLDER / "torch_patch/series.toml").read_text())["patch"]
     return [path for row in rows for kind in ("new", "replace", "weave") for path in row.get(kind, [])]
 
 

@@ -1,13 +1,19 @@
 """The series: what torch_patch/series.toml says, checked against the files it names."""
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import disk, toml
+from . import disk
 from .classes import class_names
 from .errors import PatchError, raise_all
 from .text import comma_list
 from .weave import check_edit, Edit
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # where pip carries the same reader
+    from pip._vendor import tomli as tomllib
 
 
 _LISTS = ("resolves", "new", "replace", "weave", "classes", "docs")
@@ -86,9 +92,9 @@ def _parsed(path: Path) -> dict[str, Any]:
     if data is None:
         raise PatchError(f"{path} is missing", "a manifest", "restore this project's files")
     try:
-        return toml.loads(data.decode("utf-8"))
-    except toml.TOMLError as error:
-        raise PatchError(f"{path}: {error}", "the TOML subset", "correct the manifest") from None
+        return tomllib.loads(data.decode("utf-8"))
+    except ValueError as error:
+        raise PatchError(f"{path}: {error}", "TOML", "correct the manifest") from None
 
 
 def _patch(row: dict[str, Any]) -> Patch:
