@@ -127,16 +127,14 @@ def _module(name: str, exists: Exists) -> bool:
 
 
 def _lacking(use: str, exists: Exists, read: Read, names: Names) -> str:
-    """The dotted name up to the part that is missing; "" if nothing is. Attributes of classes and of objects are seen
-    in stubs alone, and public names are PyTorch's promise."""
+    """The module and the private name in it that is missing; "" if none is. Public names are PyTorch's promise, and
+    what stands behind the name, an attribute of a class or of an object, cannot be told from here."""
     parts = use.split(".")
     module, rest = parts[0], parts[1:]
     while rest and _module(f"{module}.{rest[0]}", exists):
         module, rest = f"{module}.{rest[0]}", rest[1:]
-    compiled = module.startswith("torch._C")
-    for part in rest if compiled else rest[:1]:
-        if (compiled or _private(part)) and not _has(module, part, exists, read, names):
-            return f"{module}.{part}"
+    if rest and (_private(rest[0]) or module.startswith("torch._C")) and not _has(module, rest[0], exists, read, names):
+        return f"{module}.{rest[0]}"
     return ""
 
 
@@ -153,14 +151,17 @@ def _has(module: str, name: str, exists: Exists, read: Read, names: Names) -> bo
         if module != "torch":
             return False
         return any(_has(place, name, exists, read, names) for place in ("torch._C", "torch._C._VariableFunctions"))
+    if _module(f"{module}.{name}", exists):
+        return True
     word = re.escape(name.encode())
     # of a class, a function, a value, an import; the templates of a checkout have the same lines
     binding = rb"(?m)^[ \t]*(?:(?:def|class)[ \t]+%b\b|%b[ \t]*[:=]|.*\bimport\b.*\b%b\b)|\bas %b\b" % ((word,) * 4)
-    if any(re.search(binding, read(stub) or b"") for stub in _stubs(module)) or _module(f"{module}.{name}", exists):
-        return True
-    if module == "torch._C._VariableFunctions" and re.search(rb"(?m)^- func: %b[.(]" % word, read(OPERATORS) or b""):
-        return True
-    return any(name.encode() + b"\0" in (read(library) or b"") for library in LIBRARIES)
+    asked = [(stub, binding) for stub in _stubs(module)]
+    if module == "torch._C._VariableFunctions":  # whose template has no names; a build makes them of the operators
+        asked = [("torch/_C/_VariableFunctions.pyi", binding), (OPERATORS, rb"(?m)^- func: %b[.(]" % word)]
+    asked += [(library, word + rb"\0") for library in LIBRARIES]
+    answers = [re.search(pattern, data) for place, pattern in asked if (data := read(place)) is not None]
+    return any(answers) or not answers  # a part of a source tree, without a build, tells nothing
 
 
 def _bound(body: list[ast.stmt]) -> Iterator[str]:
