@@ -30,6 +30,7 @@ ROWS = (
     ("silent", ("silent",)),
     ("refused", ("refused",)),
     ("rounding", ("rounding", "undetermined")),
+    ("kink", ("kink", "zero: kink")),
     ("0:right", ("zero: right", "zero: loose", "zero: rounding")),
     ("0:alarm", ("zero: false alarm", "zero: warned")),
     ("0:silent", ("zero: silent", "zero: refused")),
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     if options.training or options.starts:
-        from trust import starts, training
+        from benchmark.loops import starts, training
 
         for dtype in options.dtype:
             for line in (training if options.training else starts)(getattr(torch, dtype)):

@@ -12,6 +12,8 @@ loss, each with its error and a verdict. A verdict names what a user would see::
     refused          an exception, though the derivative exists
     rounding         silent and off, or warned of, where rounding the given matrices accounts for it
     undetermined     rounding the given matrices changes this gradient by half of itself or more
+    kink             no word, and off, because entries of X nearer to zero than X is accurate have another sign: a loss of |x|
+                     has a kink there
 
 The oracle is dense and in double precision: a copy of the matrices *as they are in the dtype given*, all their eigenpairs,
 and the derivative as a sum over all of them,
@@ -23,12 +25,18 @@ eigenpairs: with C = V^H (dA - E_j dB) X, the pairs i and j mix by C_ij / (E_j -
 what a backward stable factorisation in that dtype may do. For a pencil the norms of A and B say little where they are graded, so C_ij is four
 times its root mean square over independent relative roundings of all entries, eps sqrt(sum_ab |V_ai|^2 |M_ab|^2 |X_bj|^2), which does not
 change when unknowns are scaled. The exact gradient is evaluated at two such perturbed sets of pairs (clusters by a small eigenproblem, entries
-of X rounded as well), and twice the larger change is what rounding allows of this loss. A gradient is not called
-wrong below that, nor a warning false above it.
+of X rounded as well), and once with the entries of X set to zero that are below four times the larger change; twice the largest difference is
+what rounding allows of this loss. A gradient is not called wrong below that, nor a warning false above it. A kink is told in the
+same way, with the entries below 1e-3 (single) or 1e-6 (double) of the root mean square of their vector set to zero.
+
+**Eigenvalues and vectors.** An eigenvalue may be off by 1e-3 (single) or 1e-7 (double) of itself or by 20 eps |A|_2; for a pencil the latter is
+20 times the root mean square above, for i = j. The angle between an eigenvector and the span of the vectors of its cluster may be 1e-2 (single)
+or 1e-4 (double), or 20 times the mixing above; where no gradient is asked for, also twice sqrt(eps) times the norm over the gap, as tol promises.
 
 **Exact zeros.** The gradient of a constant, such as the norm of orthonormal X, has no relative error. Where the exact gradient is below
 30 eps times the size that a cotangent of this norm gives in a random direction, the error is relative to that size, and its
-verdict begins with "zero".
+verdict begins with "zero". The norm is that of the cotangent at X or at a random X, whichever is larger: a loss may
+be at its minimum.
 """
 
 from __future__ import annotations
@@ -464,8 +472,10 @@ class Oracle:
             V2, X2 = self.V.abs().square(), X.abs().square()
             square = V2.T @ (A.abs().square() @ X2) + E.square() * (V2.T @ (self.B.abs().square() @ X2))
             self.mixing = 4 * eps * square.sqrt()
-        self.data = _data(problem, float(E.abs().max()) or 1.0)
+        scale = float(E.abs().max())
+        self.data = _data(problem, scale if scale > 100 * eps * self.norm else self.norm)
         self.samples = [self._perturbed(_Draw("perturbed", problem.seed, i)) for i in range(2)]
+        self.moved = torch.stack([V[:, : self.k].abs() - X.abs() for _, V, _, _ in self.samples]).abs().amax(0)
 
     def _perturbed(self, numbers):
         """Eigenvalues (m,), vectors (m, m) and a rounding of X (m, k), after a perturbation of the size of ``mixing``."""
@@ -523,40 +533,66 @@ class Oracle:
                 E[j] = E[j - 1] + sign * step
         return torch.cat([torch.tensor(E, dtype=torch.float64), e[self.k :]])
 
-    def _factors(self, loss, e, V, rounded=None):
-        """X, W and W_B with gA = Herm(W X^H), gB = Herm(W_B X^H); and the size of a gradient in a random direction."""
+    def _cotangents(self, loss, E, X):
+        E, X = E.clone().requires_grad_(True), X.clone().requires_grad_(True)
+        found = torch.autograd.grad(loss(E, X, self.data), (E, X), allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(found, (E, X))]
+
+    def _factors(self, loss, e, V, seen=None):
+        """X, W and W_B with gA = Herm(W X^H), gB = Herm(W_B X^H). seen: the X that the loss is evaluated at."""
         k = self.k
-        e = self._separated(e)
-        E = e[:k].clone().requires_grad_(True)
-        X = (V[:, :k] if rounded is None else V[:, :k] * rounded).clone().requires_grad_(True)
-        gE, gX = torch.autograd.grad(loss(E, X, self.data), (E, X), allow_unused=True)
-        E, X = E.detach(), V[:, :k]
-        gE = torch.zeros_like(E) if gE is None else gE
-        gX = torch.zeros_like(X) if gX is None else gX
+        e, X = self._separated(e), V[:, :k]
+        E = e[:k]
+        gE, gX = self._cotangents(loss, E, X if seen is None else seen)
         G = V.mH @ gX  # (m, k)
-        distance = E - e[:, None]
-        distance[torch.arange(k), torch.arange(k)] = math.inf
-        W = V @ (G / distance) + X * gE
-        W_B = -W * E - 0.5 * X * G[:k].diagonal().real
-        lengths = torch.linalg.norm(V, dim=0)[:, None]  # (m, 1)
-        typical = torch.linalg.norm(gX, dim=0) ** 2 / len(e) * ((lengths**2 / distance) ** 2).sum(0)
-        typical = typical + (gE * lengths[:k, 0]) ** 2
-        size = math.sqrt(float((typical * lengths[:k, 0] ** 2).sum()))
-        return X, W, W_B, size
+        W = V @ (G / self._distance(e)) + X * gE
+        return X, W, -W * E - 0.5 * X * G[:k].diagonal().real
+
+    def _distance(self, e):
+        """E_j - e_i, infinite for j = i, (m, k)."""
+        distance = e[: self.k] - e[:, None]
+        distance[torch.arange(self.k), torch.arange(self.k)] = math.inf
+        return distance
+
+    def _sizes(self, loss):
+        """Norm of a gradient whose cotangent has the same norm in a random direction; and what rounding here leaves of zero."""
+        e, k, X = self._separated(self.e), self.k, self.V[:, : self.k]
+        lengths = torch.linalg.norm(self.V, dim=0)
+        elsewhere = self.data.Q * lengths[:k]
+        cotangents = [self._cotangents(loss, e[:k], Y) for Y in (X, elsewhere)]
+        gE = torch.maximum(cotangents[0][0].abs(), cotangents[1][0].abs())
+        gX = torch.maximum(*(torch.linalg.norm(gX, dim=0) for _, gX in cotangents))
+        terms = (lengths[:, None] ** 2 / self._distance(e)).abs()
+        typical = (gX**2 / len(e) * (terms**2).sum(0) + (gE * lengths[:k]) ** 2) * lengths[:k] ** 2
+        noise = 30 * math.sqrt(len(e)) * torch.finfo(torch.float64).eps * gX * terms.amax(0) * lengths[:k]
+        return float(typical.sum().sqrt()), float(torch.linalg.norm(noise))
 
     def gradients(self, name, X):
-        """For each leaf: exact gradient, what rounding allows (absolute), size of its terms."""
+        """For each leaf: exact gradient; what rounding and what kinks account for, absolute; size of its terms; whether it is zero."""
         loss, problem = LOSSES[name], self.problem
         matrices = [problem.A] + ([problem.B] if problem.learn_B else [])
-        Y, W, W_B, size = self._factors(loss, self.e, self.aligned(X))
-        exact = [M.pull_back(w, Y) for M, w in zip(matrices, (W, W_B))]
-        allowed = [0.0] * len(exact)
-        for e, V, rounded, numbers in self.samples:
-            Y, W, W_B, _ = self._factors(loss, e, V, rounded)
-            for i, (M, w) in enumerate(zip(matrices, (W, W_B))):
-                g = M.pull_back(w, Y, 4 * self.eps, numbers.generator)
-                allowed[i] = max(allowed[i], 2 * float(torch.linalg.norm(g - exact[i])))
-        return [(g, a, size) for g, a in zip(exact, allowed)]
+
+        def leaves(*pairs, noise=0.0, generator=None):
+            Y, *both = self._factors(loss, *pairs)
+            return [M.pull_back(W, Y, noise, generator) for M, W in zip(matrices, both)]
+
+        V = self.aligned(X)
+        Y = V[:, : self.k]
+        exact, (size, noise) = leaves(self.e, V), self._sizes(loss)
+        others = [
+            leaves(e, U, U[:, : self.k] * rounded, noise=4 * self.eps, generator=numbers.generator)
+            for e, U, rounded, numbers in self.samples
+        ]
+        others.append(leaves(self.e, V, Y * (Y.abs() > 4 * self.moved)))
+        small = bars(problem.dtype).entry * Y.abs().square().mean(0).sqrt()
+        kinked = leaves(self.e, V, Y * (Y.abs() > small))
+        found = []
+        for i, g in enumerate(exact):
+            allowed = 2 * max(float(torch.linalg.norm(other[i] - g)) for other in others)
+            kink = 2 * float(torch.linalg.norm(kinked[i] - g))
+            zero = float(torch.linalg.norm(g)) <= max(30 * self.eps * size, noise)
+            found.append((g, allowed, kink, size, zero))
+        return found
 
 
 # Verdicts -----------------------------------------------------------------------------------------------------------
@@ -564,15 +600,16 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Bars:
-    """Relative errors: of a false alarm at most, of a silent gradient at most; of E, and of X beside rounding."""
+    """Relative errors: of a false alarm at most, of a silent gradient at most; of E, of X, and of the entries of X."""
 
     alarm: float
     wrong: float
     value: float
     vector: float
+    entry: float
 
 
-_SINGLE, _DOUBLE = Bars(1e-2, 5e-2, 1e-3, 1e-2), Bars(1e-4, 1e-3, 1e-7, 1e-4)
+_SINGLE, _DOUBLE = Bars(1e-2, 5e-2, 1e-3, 1e-2, 1e-3), Bars(1e-4, 1e-3, 1e-7, 1e-4, 1e-6)
 
 
 def bars(dtype):
@@ -661,31 +698,28 @@ def _judge_forward(oracle, pairs, text, needs_grad):
 def _judge_gradient(oracle, exact, found, said, before):
     """Verdict, error and what rounding allows, both relative, of the leaf that is worst. said, before: in backward, in forward."""
     bar, rank = bars(oracle.problem.dtype), []
-    for i, (g, allowed, size) in enumerate(exact):
-        norm = float(torch.linalg.norm(g))
-        zero = norm <= 30 * oracle.eps * size
-        scale = size if zero else norm
-        relative = allowed / scale if scale else 0.0
-        error = 0.0 if scale == 0 and found is None else math.inf
-        if found is not None:
-            distance = _finite(torch.linalg.norm(found[i] - g))
-            error = distance / scale if scale else (0.0 if distance == 0 else math.inf)
-        rank.append((error, relative, zero))
-    error, relative, zero = max(rank)
+    for i, (g, allowed, kink, size, zero) in enumerate(exact):
+        scale = (size if zero else float(torch.linalg.norm(g))) or torch.finfo(torch.float64).tiny
+        error = math.inf if found is None else _finite(torch.linalg.norm(found[i] - g)) / scale
+        rank.append((error, allowed / scale, kink / scale, zero))
+    error, rounding, kink, zero = max(rank)
     head = "zero: " if zero else ""
-    if relative > 0.5:
-        return "undetermined", error, relative
+    if rounding > 0.5:
+        return "undetermined", error, rounding
     if found is None:
-        return head + "refused", error, relative
-    if said:
-        if error <= bar.alarm:
-            return head + ("false alarm" if relative <= bar.alarm else "rounding"), error, relative
-        return head + "warned", error, relative
+        return head + "refused", error, rounding
     if error <= bar.alarm:
-        return head + "right", error, relative
-    if error <= max(bar.wrong, relative):
-        return head + ("loose" if error <= bar.wrong else "rounding"), error, relative
-    return head + ("warned" if before else "silent"), error, relative
+        false = "false alarm" if rounding <= bar.alarm else "rounding"
+        return head + (false if said else "right"), error, rounding
+    if said:
+        return head + "warned", error, rounding
+    if error <= bar.wrong:
+        return head + "loose", error, rounding
+    if error <= rounding:
+        return head + "rounding", error, rounding
+    if before:
+        return head + "warned", error, rounding
+    return head + ("kink" if error <= kink else "silent"), error, rounding
 
 
 def examine(problem, losses=None, lobpcg=None):
