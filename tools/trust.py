@@ -5,11 +5,11 @@ usage: .venv/bin/python tools/trust.py [--matrices N | --seeds LIST] [--dtype NA
        .venv/bin/python tools/trust.py --training [--dtype NAME ...]
        .venv/bin/python tools/trust.py --starts [--dtype NAME ...]
 
-The first form draws problems (torch/testing/_internal/lobpcg_ordinary.py says which, and what each verdict means), prints one row of
-counts for each family, the shares, and the worst cases with the command that repeats each. The second trains on a dense matrix
-and on a sparse graph with learned weights, each step started from the eigenvectors of the last. The third measures what a
-start at exact eigenvectors costs beside a cold start. The exit status is 1 if the first form found something silent
-and wrong or refused, 0 otherwise, 2 for a wrong call.
+The first form draws problems (torch/testing/_internal/lobpcg_ordinary.py says which, and what each verdict means),
+prints one row of counts for each family, the shares, and the worst cases with the command that repeats each. The
+second trains on a dense matrix and on a sparse graph with learned weights, each step started from the eigenvectors of
+the last. The third measures what a start at exact eigenvectors costs beside a cold start. The exit status is 1 if the
+first form found something silent and wrong or refused, 0 otherwise, 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -118,15 +118,17 @@ def table(reports: list, dtype: str) -> str:
         cells += [sum(gradient[v] for v in verdicts) for _, verdicts in ROWS]
         lines.append(line(family, cells))
     forward = Counter(entry[0] for r in reports for entry in r.forwards)
+    wrong = sum(number for verdict, number in forward.items() if "silent" in verdict)
     calm = forward["right"] + forward["false alarm"]
     usual = gradient["right"] + gradient["false alarm"]  # of the row "all"
     lines.append(
-        f"{len(reports)} matrices, {sum(forward.values())} forward passes, {sum(gradient.values())} gradients in {dtype}. "
+        f"{len(reports)} matrices, {forward.total()} forward passes, {gradient.total()} gradients in {dtype}. "
         f"False alarms: {gradient['false alarm'] / max(usual, 1):.2%} of {usual} right gradients, "
         f"{forward['false alarm'] / max(calm, 1):.2%} of {calm} right forward passes. "
-        f"Silent and wrong: {gradient['silent']} gradients, {sum(n for v, n in forward.items() if 'silent' in v)} forward "
-        f"passes. Refused: {gradient['refused'] + forward['refused']}. Exact gradient zero: {gradient['zero: silent']} silent "
-        f"and wrong, {gradient['zero: false alarm'] + gradient['zero: warned']} warned of."
+        f"Silent and wrong: {gradient['silent']} gradients, {wrong} forward passes. "
+        f"Refused: {gradient['refused'] + forward['refused']}. "
+        f"Exact gradient zero: {gradient['zero: silent']} silent and wrong, "
+        f"{gradient['zero: false alarm'] + gradient['zero: warned']} warned of."
     )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """Eigenproblems as users have them, with common losses, and an oracle that says how right torch.lobpcg is on them.
 
-``draw(seed, dtype)`` returns a problem, ``examine(problem)`` what became of it: two forward passes and one gradient for each
-loss, each with its error and a verdict. A verdict names what a user would see::
+``draw(seed, dtype)`` returns a problem, ``examine(problem)`` what became of it: two forward passes and one gradient
+for each loss, each with its error and a verdict. A verdict names what a user would see::
 
     right            no word, and the error is small
     silent           no word, and the error is above 5 % (single precision) or 1e-3 (double)
@@ -12,31 +12,34 @@ loss, each with its error and a verdict. A verdict names what a user would see::
     refused          an exception, though the derivative exists
     rounding         silent and off, or warned of, where rounding the given matrices accounts for it
     undetermined     rounding the given matrices changes this gradient by half of itself or more
-    kink             no word, and off, because entries of X nearer to zero than X is accurate have another sign: a loss of |x|
-                     has a kink there
+    kink             no word, and off, because entries of X nearer to zero than X is accurate have another sign: a loss
+                     of |x| has a kink there
 
-The oracle is dense and in double precision: a copy of the matrices *as they are in the dtype given*, all their eigenpairs,
-and the derivative as a sum over all of them,
+The oracle is dense and in double precision: a copy of the matrices *as they are in the dtype given*, all their
+eigenpairs, and the derivative as a sum over all of them,
 
     dX_j = sum_{i != j} V_i V_i^H (dA - E_j dB) X_j / (E_j - E_i) - X_j X_j^H dB X_j / 2 .
 
-**What rounding allows.** In exact arithmetic a matrix that was rounded once more, by a relative eps of the given dtype, has other
-eigenpairs: with C = V^H (dA - E_j dB) X, the pairs i and j mix by C_ij / (E_j - E_i). For a matrix alone C_ij is taken as eps |A|_2,
-what a backward stable factorisation in that dtype may do. For a pencil the norms of A and B say little where they are graded, so C_ij is four
-times its root mean square over independent relative roundings of all entries, eps sqrt(sum_ab |V_ai|^2 |M_ab|^2 |X_bj|^2), which does not
-change when unknowns are scaled. The exact gradient is evaluated at two such perturbed sets of pairs (clusters by a small eigenproblem, entries
-of X rounded as well), and once with the entries of X set to zero that are below four times the larger change; twice the largest difference is
-what rounding allows of this loss. A gradient is not called wrong below that, nor a warning false above it. A kink is told in the
-same way, with the entries below 1e-3 (single) or 1e-6 (double) of the root mean square of their vector set to zero.
+**What rounding allows.** In exact arithmetic a matrix that was rounded once more, by a relative eps of the given
+dtype, has other eigenpairs: with C = V^H (dA - E_j dB) X, the pairs i and j mix by C_ij / (E_j - E_i). For a matrix
+alone C_ij is taken as eps |A|_2, what a backward stable factorisation in that dtype may do. For a pencil the norms of
+A and B say little where they are graded, so C_ij is four times its root mean square over independent relative
+roundings of all entries, eps sqrt(sum_ab |V_ai|^2 |M_ab|^2 |X_bj|^2), which does not change when unknowns are scaled.
+The exact gradient is evaluated at two such perturbed sets of pairs (clusters by a small eigenproblem, entries of X
+rounded as well), and once with the entries of X set to zero that are below four times the larger change; twice the
+largest difference is what rounding allows of this loss. A gradient is not called wrong below that, nor a warning
+false above it. A kink is told in the same way, with the entries below 1e-3 (single) or 1e-6 (double) of the root mean
+square of their vector set to zero.
 
-**Eigenvalues and vectors.** An eigenvalue may be off by 1e-3 (single) or 1e-7 (double) of itself or by 20 eps |A|_2; for a pencil the latter is
-20 times the root mean square above, for i = j. The angle between an eigenvector and the span of the vectors of its cluster may be 1e-2 (single)
-or 1e-4 (double), or 20 times the mixing above; where no gradient is asked for, also twice sqrt(eps) times the norm over the gap, as tol promises.
+**Eigenvalues and vectors.** An eigenvalue may be off by 1e-3 (single) or 1e-7 (double) of itself or by 20 eps |A|_2;
+for a pencil the latter is 20 times the root mean square above, for i = j. The angle between an eigenvector and the
+span of the vectors of its cluster may be 1e-2 (single) or 1e-4 (double), or 20 times the mixing above; where no
+gradient is asked for, also twice sqrt(eps) times the norm over the gap, as tol promises.
 
-**Exact zeros.** The gradient of a constant, such as the norm of orthonormal X, has no relative error. Where the exact gradient is below
-30 eps times the size that a cotangent of this norm gives in a random direction, the error is relative to that size, and its
-verdict begins with "zero". The norm is that of the cotangent at X or at a random X, whichever is larger: a loss may
-be at its minimum.
+**Exact zeros.** The gradient of a constant, such as the norm of orthonormal X, has no relative error. Where the exact
+gradient is below 30 eps times the size that a cotangent of this norm gives in a random direction, the error is
+relative to that size, and its verdict begins with "zero". The norm is that of the cotangent at X or at a random X,
+whichever is larger: a loss may be at its minimum.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ from typing import Callable, Optional
 import torch
 
 
-__all__ = ["draw", "examine", "FAMILIES", "LOSSES", "Matrix", "Ordinary", "Report"]
+__all__ = ["FAMILIES", "LOSSES", "Matrix", "Ordinary", "Report", "draw", "examine"]
 
 
 # Problems -----------------------------------------------------------------------------------------------------------
@@ -60,8 +63,8 @@ __all__ = ["draw", "examine", "FAMILIES", "LOSSES", "Matrix", "Ordinary", "Repor
 class Matrix:
     """A matrix made from a parameter: the entries themselves, or what a user learns (points, weights of edges).
 
-    ``parameter`` is in the dtype of the problem. ``entries`` maps it to the values at ``index`` (2, nnz), or to the whole matrix
-    where index is None; without it, the parameter is these values.
+    ``parameter`` is in the dtype of the problem. ``entries`` maps it to the values at ``index`` (2, nnz), or to the
+    whole matrix where index is None; without it, the parameter is these values.
     """
 
     m: int
@@ -268,7 +271,7 @@ def _grid(draw, dtype, most):
 
 
 def _neighbours(draw, most):
-    """Order, edges (2, number) and weights of a graph of nearest neighbours of points in the plane, connected by a path."""
+    """Order, edges (2, number) and weights of a nearest-neighbour graph in the plane, connected by a path."""
     m = draw.size(most)
     points = draw.uniform(m, 2)
     points = points[torch.argsort(points[:, 0])]
@@ -382,7 +385,7 @@ def draw(seed, dtype=torch.float32, most=2000, family=None):
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """Constants of the losses of one problem, in the precision of its pairs: vectors (m,), weights (k,), a basis (m, k)."""
+    """Constants of the losses of one problem: vectors (m,), weights (k,), a basis (m, k), pairs of rows."""
 
     u: torch.Tensor
     v: torch.Tensor
@@ -446,8 +449,9 @@ LOSSES: dict[str, Callable] = {
 class Oracle:
     """All eigenpairs of a problem, the wanted first, in double precision; exact gradients and what rounding allows."""
 
-    # Wanted eigenvalues nearer than this (relative to the largest modulus) are set this far apart before a difference is divided by
-    # theirs: what a loss of whole clusters needs is then right to the larger number, and rounding is amplified by its inverse.
+    # Wanted eigenvalues nearer than this (relative to the largest modulus) are set this far apart before a difference
+    # is divided by theirs: what a loss of whole clusters needs is then right to the larger number, and rounding is
+    # amplified by its inverse.
     equal, apart = 1e-12, 1e-7
 
     def __init__(self, problem):
@@ -478,7 +482,7 @@ class Oracle:
         self.moved = torch.stack([V[:, : self.k].abs() - X.abs() for _, V, _, _ in self.samples]).abs().amax(0)
 
     def _perturbed(self, numbers):
-        """Eigenvalues (m,), vectors (m, m) and a rounding of X (m, k), after a perturbation of the size of ``mixing``."""
+        """Eigenvalues (m,), vectors (m, m), factors that round X (m, k): a perturbation of the size of ``mixing``."""
         k, e, V = self.k, self.e, self.V
         C = self.mixing * numbers.normal(*self.mixing.shape, dtype=V.dtype)
         small, U = torch.linalg.eigh(torch.diag(e[:k]).to(V.dtype) + _symmetric(C[:k]))
@@ -555,7 +559,7 @@ class Oracle:
         return distance
 
     def _sizes(self, loss):
-        """Norm of a gradient whose cotangent has the same norm in a random direction; and what rounding here leaves of zero."""
+        """Norm of a gradient whose cotangent has this norm in a random direction; what rounding leaves of zero here."""
         e, k, X = self._separated(self.e), self.k, self.V[:, : self.k]
         lengths = torch.linalg.norm(self.V, dim=0)
         elsewhere = self.data.Q * lengths[:k]
@@ -568,7 +572,7 @@ class Oracle:
         return float(typical.sum().sqrt()), float(torch.linalg.norm(noise))
 
     def gradients(self, name, X):
-        """For each leaf: exact gradient; what rounding and what kinks account for, absolute; size of its terms; whether it is zero."""
+        """For each leaf: exact gradient; what rounding and kinks account for; size of its terms; whether it is zero."""
         loss, problem = LOSSES[name], self.problem
         matrices = [problem.A] + ([problem.B] if problem.learn_B else [])
 
@@ -618,7 +622,11 @@ def bars(dtype):
 
 @dataclass
 class Report:
-    """What became of one problem. forwards: (verdict, error, text); gradients: (loss, verdict, error, allowed, text)."""
+    """What became of one problem.
+
+    ``forwards``: (verdict, error over what is allowed, text), without and with a gradient asked for. ``gradients``:
+    (loss, verdict, relative error, what rounding allows, text).
+    """
 
     problem: Ordinary
     forwards: list = field(default_factory=list)
@@ -664,7 +672,8 @@ def _judge_vectors(oracle, X, needs_grad):
     worst = _finite((gram - torch.eye(oracle.k)).abs().max()) / (1e3 * eps)
     for first, stop in oracle.groups(60.0):
         own = oracle._overlap(oracle.V[:, first:stop], X[:, first : min(stop, oracle.k)])
-        angle = (1 - (own.abs().square().sum(0) / gram.diagonal().real[first : min(stop, oracle.k)])).clamp_min(0).sqrt()
+        lengths = gram.diagonal().real[first : min(stop, oracle.k)]
+        angle = (1 - own.abs().square().sum(0) / lengths).clamp_min(0).sqrt()
         gaps = [float((oracle.e[a] - oracle.e[a - 1]).abs()) for a in (first, stop) if 0 < a < len(oracle.e)]
         gap = min(gaps, default=math.inf)
         allowed = max(bar.vector, 20 * float(oracle.mixing[first:stop].max()) / gap)
@@ -696,7 +705,7 @@ def _judge_forward(oracle, pairs, text, needs_grad):
 
 
 def _judge_gradient(oracle, exact, found, said, before):
-    """Verdict, error and what rounding allows, both relative, of the leaf that is worst. said, before: in backward, in forward."""
+    """Verdict, relative error, what rounding allows, of the worst leaf. said, before: in backward, in forward."""
     bar, rank = bars(oracle.problem.dtype), []
     for i, (g, allowed, kink, size, zero) in enumerate(exact):
         scale = (size if zero else float(torch.linalg.norm(g))) or torch.finfo(torch.float64).tiny
@@ -745,7 +754,8 @@ def examine(problem, losses=None, lobpcg=None):
     wanted = [M for M, needed in parts if needed]
     for name in losses or LOSSES:
         exact = oracle.gradients(name, X.detach().to(oracle.V.dtype))
-        found, said = _call(lambda: torch.autograd.grad(LOSSES[name](E, X, data), leaves, retain_graph=True))
+        loss = LOSSES[name]
+        found, said = _call(lambda loss=loss: torch.autograd.grad(loss(E, X, data), leaves, retain_graph=True))
         if found is not None:
             found = [M.read(g) for M, g in zip(wanted, found)]
         verdict, error, allowed = _judge_gradient(oracle, exact, found, said, before)
