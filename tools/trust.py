@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -30,8 +31,9 @@ ROWS = (
     ("silent", ("silent",)),
     ("refused", ("refused",)),
     ("rounding", ("rounding", "undetermined")),
+    ("unsaid", ("unsaid",)),
     ("kink", ("kink", "zero: kink")),
-    ("0:right", ("zero: right", "zero: loose", "zero: rounding")),
+    ("0:right", ("zero: right", "zero: loose", "zero: rounding", "zero: unsaid")),
     ("0:alarm", ("zero: false alarm", "zero: warned")),
     ("0:silent", ("zero: silent", "zero: refused")),
 )
@@ -133,6 +135,19 @@ def table(reports: list, dtype: str) -> str:
     return "\n".join(lines)
 
 
+def estimates(reports: list) -> str:
+    """How good the errors are that warnings of gradients state, where rounding does not decide."""
+    ratios = []
+    for r in reports:
+        for _, verdict, error, _, text in r.gradients:
+            stated = re.search(r"error of (?:about )?([0-9.]+(?:e[-+]?[0-9]+)?|inf)", text)
+            if stated and verdict in ("warned", "false alarm"):
+                ratios.append(float(stated[1]) / max(error, 1e-300))
+    good = sum(0.1 <= ratio <= 10 for ratio in ratios)
+    middle = sorted(ratios)[len(ratios) // 2] if ratios else 0.0
+    return f"Stated errors: {len(ratios)}, within a factor of ten {good}, median {middle:.1f} times the error."
+
+
 def worst(reports: list, dtype: str, number: int, most: int) -> list[str]:
     """What the contract forbids, then false alarms, the largest errors first, with the command that repeats each."""
     found = []
@@ -152,7 +167,7 @@ def counted(options: argparse.Namespace) -> int:
     for dtype in options.dtype:
         start = time.monotonic()
         reports = count(options, dtype)
-        print(table(reports, dtype), f"{time.monotonic() - start:.0f} s.")
+        print(table(reports, dtype), estimates(reports), f"{time.monotonic() - start:.0f} s.")
         print(*worst(reports, dtype, options.worst, options.most), sep="\n")
         bad += sum(len(r.bad()) for r in reports)
         kept += [dict(problem=repr(r.problem), forwards=r.forwards, gradients=r.gradients) for r in reports]

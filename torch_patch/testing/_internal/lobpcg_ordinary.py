@@ -10,8 +10,10 @@ for each loss, each with its error and a verdict. A verdict names what a user wo
     false alarm      warned of, though the error is at most 1e-2 (single) or 1e-4 (double)
     warned           warned of, and the error is larger than that
     refused          an exception, though the derivative exists
-    rounding         silent and off, or warned of, where rounding the given matrices accounts for it
+    rounding         warned of, where rounding the given matrices accounts for it
     undetermined     rounding the given matrices changes this gradient by half of itself or more
+    unsaid           one of these two without a word, and the error is above the bar of "silent": not wrong, given the
+                     matrices, but a user would want to know
     kink             no word, and off, because entries of X nearer to zero than X is accurate have another sign: a loss
                      of |x| has a kink there
 
@@ -714,7 +716,8 @@ def _judge_gradient(oracle, exact, found, said, before):
     error, rounding, kink, zero = max(rank)
     head = "zero: " if zero else ""
     if rounding > 0.5:
-        return "undetermined", error, rounding
+        unsaid = found is not None and not said and not before and error > bar.wrong
+        return ("unsaid" if unsaid else "undetermined"), error, rounding
     if found is None:
         return head + "refused", error, rounding
     if error <= bar.alarm:
@@ -725,7 +728,7 @@ def _judge_gradient(oracle, exact, found, said, before):
     if error <= bar.wrong:
         return head + "loose", error, rounding
     if error <= rounding:
-        return head + "rounding", error, rounding
+        return head + ("rounding" if before else "unsaid"), error, rounding
     if before:
         return head + "warned", error, rounding
     return head + ("kink" if error <= kink else "silent"), error, rounding
