@@ -48,7 +48,9 @@ class LobpcgGradientCase(TestCase):
         if B is None:
             return torch.linalg.eigh(A)
         L = torch.linalg.cholesky((B + B.mH) / 2)
-        C = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, A, upper=False).mH, upper=False)
+        C = torch.linalg.solve_triangular(
+            L, torch.linalg.solve_triangular(L, A, upper=False).mH, upper=False
+        )
         E, U = torch.linalg.eigh((C + C.mH) / 2)
         return E, torch.linalg.solve_triangular(L.mH, U, upper=True)
 
@@ -67,21 +69,34 @@ class LobpcgGradientCase(TestCase):
         C = V^H gX is Hermitian there and contributes -C/2 to the coefficient of dB.
         """
         with torch.no_grad():
-            E_all, V = self.dense_pairs(A.detach().to_dense(), None if B is None else B.detach().to_dense())
+            E_all, V = self.dense_pairs(
+                A.detach().to_dense(), None if B is None else B.detach().to_dense()
+            )
         if largest:
             E_all, V = E_all.flip(-1), V.flip(-1)
-        E, X = E_all[:k].clone().requires_grad_(True), V[:, :k].clone().requires_grad_(True)
-        gE, gX = torch.autograd.grad(loss(E, X), (E, X), allow_unused=True, materialize_grads=True)
+        E, X = (
+            E_all[:k].clone().requires_grad_(True),
+            V[:, :k].clone().requires_grad_(True),
+        )
+        gE, gX = torch.autograd.grad(
+            loss(E, X), (E, X), allow_unused=True, materialize_grads=True
+        )
         E, X = E.detach(), X.detach()
         C = V.mH @ gX
         distance = E - E_all.unsqueeze(-1)
         close = distance.abs() <= cluster * (E_all[0] - E_all[-1]).abs()
-        T = torch.where(close, torch.zeros_like(C), C / torch.where(close, 1.0, distance))
+        T = torch.where(
+            close, torch.zeros_like(C), C / torch.where(close, 1.0, distance)
+        )
         W = V @ T + X * gE
         inside = torch.where(close[:k], (C[:k] + C[:k].mH) / 2, torch.zeros_like(C[:k]))
         hermitian = lambda M: (M + M.mH) / 2
         gA = hermitian(W @ X.mH)
-        gB = None if B is None else -hermitian((W * E) @ X.mH) - hermitian(X @ inside @ X.mH) / 2
+        gB = (
+            None
+            if B is None
+            else -hermitian((W * E) @ X.mH) - hermitian(X @ inside @ X.mH) / 2
+        )
         return gA, gB
 
     def smallest_gap(self, A, B, k, largest):
@@ -111,7 +126,9 @@ class LobpcgGradientCase(TestCase):
 
     def loss_of_both(self, E, X):
         M = self.weights(X.size(-2), X.dtype, 1)
-        return ((X.conj() * (M @ X)).real.sum(-2) * (1 + E**2)).sum() + self.loss_of_vectors(E, X)
+        return (
+            (X.conj() * (M @ X)).real.sum(-2) * (1 + E**2)
+        ).sum() + self.loss_of_vectors(E, X)
 
     def loss_of_subspace(self, E, X):
         """trace of M X X^H and of the eigenvalues: invariant under every rotation of the k vectors."""
@@ -138,12 +155,17 @@ class LobpcgGradientCase(TestCase):
             leaves = [M for M in (A, B) if M is not None and M.requires_grad]
             found = iter(torch.autograd.grad(loss(E, X), leaves, allow_unused=True))
         messages = [str(w.message) for w in caught if "lobpcg" in str(w.message)]
-        gA, gB = (next(found) if M is not None and M.requires_grad else None for M in (A, B))
+        gA, gB = (
+            next(found) if M is not None and M.requires_grad else None for M in (A, B)
+        )
         return gA, gB, messages
 
     def relative(self, found, expected):
         found, expected = found.to_dense().to(expected.dtype), expected.to_dense()
-        return (torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)).item()
+        return (
+            torch.linalg.vector_norm(found - expected)
+            / torch.linalg.vector_norm(expected)
+        ).item()
 
     def assert_close(self, found, expected, bound, what=""):
         self.assertIsNotNone(found, f"{what}: no gradient")
@@ -153,7 +175,9 @@ class LobpcgGradientCase(TestCase):
     def assert_hermitian(self, g):
         """Up to the rounding of a sum of at most 2 k = 100 products, taken in either order."""
         g = g.to_dense()
-        self.assertLessEqual((g - g.mH).abs().max(), 100 * torch.finfo(g.dtype).eps * g.abs().max())
+        self.assertLessEqual(
+            (g - g.mH).abs().max(), 100 * torch.finfo(g.dtype).eps * g.abs().max()
+        )
 
 
 class TestLobpcgGradient(LobpcgGradientCase):
@@ -163,7 +187,9 @@ class TestLobpcgGradient(LobpcgGradientCase):
         if kind == "indefinite":
             return self.problems.indefinite(m, 1e3 if generalized else 1.0).build()
         A, _ = self.problems.wishart(m, 2 * m).build()
-        B = self.problems.prescribed(f"mass{m}", torch.logspace(-3, 0, m, dtype=torch.float64))
+        B = self.problems.prescribed(
+            f"mass{m}", torch.logspace(-3, 0, m, dtype=torch.float64)
+        )
         return A, B.build()[0] if generalized else None
 
     def test_error_against_dense_oracle(self):
@@ -175,12 +201,33 @@ class TestLobpcgGradient(LobpcgGradientCase):
             A, B = self.pencil(kind, 200, generalized)
             gap = self.smallest_gap(A, B, k, largest)
             bound = max(1e-8, 20 * 1e-11 / gap)
-            exact = self.gradient(self.loss_of_both, A, B, k=k, largest=largest, solver=self.reference)
-            methods = ("ortho", "basic", None) if self.full else ("ortho",) if k > 5 else ("ortho", None)
+            exact = self.gradient(
+                self.loss_of_both, A, B, k=k, largest=largest, solver=self.reference
+            )
+            methods = (
+                ("ortho", "basic", None)
+                if self.full
+                else ("ortho",)
+                if k > 5
+                else ("ortho", None)
+            )
             for method in methods:
-                with self.subTest(kind=kind, generalized=generalized, largest=largest, k=k, method=method):
+                with self.subTest(
+                    kind=kind,
+                    generalized=generalized,
+                    largest=largest,
+                    k=k,
+                    method=method,
+                ):
                     gA, gB, messages = self.gradient(
-                        self.loss_of_both, A, B, k=k, largest=largest, tol=1e-11, niter=3000, method=method
+                        self.loss_of_both,
+                        A,
+                        B,
+                        k=k,
+                        largest=largest,
+                        tol=1e-11,
+                        niter=3000,
+                        method=method,
                     )
                     self.assertEqual(messages, [])
                     self.assert_close(gA, exact[0], bound, "gA")
@@ -192,9 +239,13 @@ class TestLobpcgGradient(LobpcgGradientCase):
     def test_only_what_is_needed(self):
         """A with B fixed, B with A fixed, both: the same numbers, and nothing for the fixed one."""
         A, B = self.problems.indefinite(60, 10.0).build()
-        for largest, method, k in itertools.product((False, True), ("ortho", "basic", None), (1, 4, 20)):
+        for largest, method, k in itertools.product(
+            (False, True), ("ortho", "basic", None), (1, 4, 20)
+        ):
             options = dict(k=k, largest=largest, method=method, tol=1e-11, niter=3000)
-            exact = self.gradient(self.loss_of_both, A, B, k=k, largest=largest, solver=self.reference)
+            exact = self.gradient(
+                self.loss_of_both, A, B, k=k, largest=largest, solver=self.reference
+            )
             for need in ((True, False), (False, True), (True, True)):
                 with self.subTest(largest=largest, method=method, k=k, need=need):
                     found = self.gradient(self.loss_of_both, A, B, need, **options)
@@ -212,13 +263,24 @@ class TestLobpcgGradient(LobpcgGradientCase):
             (torch.float64, torch.complex128),
         ):
             loss = getattr(self, f"loss_of_{name}")
-            p = self.problems.indefinite(45, 1e2 if generalized else 1.0, is_complex=dtype.is_complex)
+            p = self.problems.indefinite(
+                45, 1e2 if generalized else 1.0, is_complex=dtype.is_complex
+            )
             A, B = p.build(dtype)
             exact = self.spectral_gradient(A, B, 4, False, loss)
             for method in ("ortho", "basic", None):
-                with self.subTest(loss=name, generalized=generalized, dtype=dtype, method=method):
+                with self.subTest(
+                    loss=name, generalized=generalized, dtype=dtype, method=method
+                ):
                     gA, gB, messages = self.gradient(
-                        loss, A, B, k=4, largest=False, method=method, tol=1e-11, niter=2000
+                        loss,
+                        A,
+                        B,
+                        k=4,
+                        largest=False,
+                        method=method,
+                        tol=1e-11,
+                        niter=2000,
                     )
                     self.assertEqual(messages, [])
                     self.assert_close(gA, exact[0], 1e-8, "gA")
@@ -230,21 +292,45 @@ class TestLobpcgGradient(LobpcgGradientCase):
     def test_the_two_oracles_agree(self):
         """The sum over the spectrum against autograd through Cholesky and eigh."""
         A, B = self.problems.indefinite(30, 1e2).build()
-        for largest, loss in itertools.product((False, True), (self.loss_of_both, self.loss_of_signed_vectors)):
-            by_autograd = self.gradient(loss, A, B, k=4, largest=largest, solver=self.reference)
+        for largest, loss in itertools.product(
+            (False, True), (self.loss_of_both, self.loss_of_signed_vectors)
+        ):
+            by_autograd = self.gradient(
+                loss, A, B, k=4, largest=largest, solver=self.reference
+            )
             by_sum = self.spectral_gradient(A, B, 4, largest, loss)
             self.assert_close(by_sum[0], by_autograd[0], 1e-10)
             self.assert_close(by_sum[1], by_autograd[1], 1e-10)
 
     def test_float32(self):
-        for k, generalized, largest in itertools.product((1, 5, 10), (False, True), (False, True)):
-            A, B = self.problems.indefinite(100, 10.0 if generalized else 1.0).build(torch.float32)
+        for k, generalized, largest in itertools.product(
+            (1, 5, 10), (False, True), (False, True)
+        ):
+            A, B = self.problems.indefinite(100, 10.0 if generalized else 1.0).build(
+                torch.float32
+            )
             wide = None if B is None else B.double()
-            exact = self.gradient(self.loss_of_vectors, A.double(), wide, k=k, largest=largest, solver=self.reference)
+            exact = self.gradient(
+                self.loss_of_vectors,
+                A.double(),
+                wide,
+                k=k,
+                largest=largest,
+                solver=self.reference,
+            )
             for method in ("ortho", None):
-                with self.subTest(k=k, generalized=generalized, largest=largest, method=method):
+                with self.subTest(
+                    k=k, generalized=generalized, largest=largest, method=method
+                ):
                     found = self.gradient(
-                        self.loss_of_vectors, A, B, k=k, largest=largest, tol=1e-6, niter=2000, method=method
+                        self.loss_of_vectors,
+                        A,
+                        B,
+                        k=k,
+                        largest=largest,
+                        tol=1e-6,
+                        niter=2000,
+                        method=method,
                     )
                     self.assertEqual(found[0].dtype, torch.float32)
                     self.assert_close(found[0], exact[0], 1e-4, "gA")
@@ -253,7 +339,13 @@ class TestLobpcgGradient(LobpcgGradientCase):
 
     def test_issue_38948(self):
         """A = S S^T with S the leaf: the gradient goes on through what made A."""
-        S = torch.randn(10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        S = torch.randn(
+            10,
+            10,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(0),
+            requires_grad=True,
+        )
 
         def loss(E, X):
             return (X @ torch.diag_embed(E) @ X.mT).abs().sum()
@@ -275,10 +367,24 @@ class TestLobpcgGradient(LobpcgGradientCase):
             T = torch.where(distance == 0, 0.0, C / distance)
             expected = V @ T @ V[:, :3].mT
             gA, _, _ = self.gradient(
-                self.loss_of_vectors, A, k=3, largest=largest, tol=1e-12, niter=2000, method=method
+                self.loss_of_vectors,
+                A,
+                k=3,
+                largest=largest,
+                tol=1e-12,
+                niter=2000,
+                method=method,
             )
             self.assert_close(gA, (expected + expected.mT) / 2, 1e-7)
-            gA, _, _ = self.gradient(self.loss_of_values, A, k=3, largest=largest, tol=1e-12, niter=2000, method=method)
+            gA, _, _ = self.gradient(
+                self.loss_of_values,
+                A,
+                k=3,
+                largest=largest,
+                tol=1e-12,
+                niter=2000,
+                method=method,
+            )
             self.assert_close(gA, (V[:, :3] * torch.arange(1, 4)) @ V[:, :3].mT, 1e-9)
 
     def test_finite_differences(self):
@@ -289,15 +395,27 @@ class TestLobpcgGradient(LobpcgGradientCase):
             gA, gB, _ = self.gradient(self.loss_of_both, A, B, method=method, **options)
 
             def value(t, dA, dB):
-                return self.loss_of_both(*torch.lobpcg(A + t * dA, B=B + t * dB, method=method, **options)).item()
+                return self.loss_of_both(
+                    *torch.lobpcg(A + t * dA, B=B + t * dB, method=method, **options)
+                ).item()
 
             for seed in range(3):
-                dA, dB = self.weights(40, seed=seed), 0.01 * self.weights(40, seed=10 + seed)
+                dA, dB = (
+                    self.weights(40, seed=seed),
+                    0.01 * self.weights(40, seed=10 + seed),
+                )
                 h = 1e-4 / torch.linalg.matrix_norm(dA, 2).item()
                 difference = (
-                    8 * (value(h, dA, dB) - value(-h, dA, dB)) - value(2 * h, dA, dB) + value(-2 * h, dA, dB)
+                    8 * (value(h, dA, dB) - value(-h, dA, dB))
+                    - value(2 * h, dA, dB)
+                    + value(-2 * h, dA, dB)
                 ) / (12 * h)
-                self.assertEqual((gA * dA).sum().item() + (gB * dB).sum().item(), difference, rtol=1e-6, atol=1e-6)
+                self.assertEqual(
+                    (gA * dA).sum().item() + (gB * dB).sum().item(),
+                    difference,
+                    rtol=1e-6,
+                    atol=1e-6,
+                )
 
     def test_batches_and_broadcast_B(self):
         """A batched, B one for all or one each: gB of a shared B is the sum over the batch."""
@@ -309,9 +427,15 @@ class TestLobpcgGradient(LobpcgGradientCase):
             options = dict(k=3, largest=False, method=method, tol=1e-11, niter=2000)
 
             def loss(E, X):
-                return sum(self.loss_of_both(*pair) for pair in zip(E.flatten(0, -2), X.flatten(0, -3)))
+                return sum(
+                    self.loss_of_both(*pair)
+                    for pair in zip(E.flatten(0, -2), X.flatten(0, -3))
+                )
 
-            members = [self.spectral_gradient(M, B, 3, False, self.loss_of_both) for M in A.flatten(0, -3)]
+            members = [
+                self.spectral_gradient(M, B, 3, False, self.loss_of_both)
+                for M in A.flatten(0, -3)
+            ]
             each_A = torch.stack([g for g, _ in members]).reshape(A.shape)
             each_B = torch.stack([g for _, g in members]).reshape(A.shape)
             with self.subTest(dtype=dtype, shape=shape, method=method):
@@ -334,11 +458,15 @@ class TestLobpcgGradient(LobpcgGradientCase):
     def test_every_k(self):
         A, B = self.problems.indefinite(24, 10.0).build()
         for k in (1, 2, 3, 7, 8, 12, 23, 24):
-            exact = self.gradient(self.loss_of_both, A, B, k=k, largest=True, solver=self.reference)
+            exact = self.gradient(
+                self.loss_of_both, A, B, k=k, largest=True, solver=self.reference
+            )
             for method in ("ortho", "basic", None) if k <= 8 else (None,):
                 with self.subTest(k=k, method=method):
                     limit = {"niter": 2000} if method else {}
-                    gA, gB, messages = self.gradient(self.loss_of_both, A, B, k=k, method=method, tol=1e-11, **limit)
+                    gA, gB, messages = self.gradient(
+                        self.loss_of_both, A, B, k=k, method=method, tol=1e-11, **limit
+                    )
                     self.assertEqual(messages, [])
                     self.assert_close(gA, exact[0], 1e-8)
                     self.assert_close(gB, exact[1], 1e-8)
@@ -347,8 +475,12 @@ class TestLobpcgGradient(LobpcgGradientCase):
         """n > k, a start block and a preconditioner change the way, not the gradient."""
         A, B = self.problems.indefinite(60, 1e2).build()
         A = A + 1.1 * B  # positive definite, so that its inverse is a preconditioner
-        exact = self.gradient(self.loss_of_both, A, B, k=3, largest=False, solver=self.reference)
-        X = torch.randn(60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        exact = self.gradient(
+            self.loss_of_both, A, B, k=3, largest=False, solver=self.reference
+        )
+        X = torch.randn(
+            60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         ways = {
             "n": dict(n=10),
             "X": dict(X=X),
@@ -356,10 +488,20 @@ class TestLobpcgGradient(LobpcgGradientCase):
             "sparse iK": dict(iK=torch.linalg.inv(A).to_sparse_csr()),
             "callable iK": dict(iK=lambda R: torch.linalg.solve(A, R)),
         }
-        for (name, way), method in itertools.product(ways.items(), ("ortho", "basic", None)):
+        for (name, way), method in itertools.product(
+            ways.items(), ("ortho", "basic", None)
+        ):
             with self.subTest(way=name, method=method):
                 gA, gB, messages = self.gradient(
-                    self.loss_of_both, A, B, k=3, largest=False, tol=1e-11, niter=2000, method=method, **way
+                    self.loss_of_both,
+                    A,
+                    B,
+                    k=3,
+                    largest=False,
+                    tol=1e-11,
+                    niter=2000,
+                    method=method,
+                    **way,
                 )
                 self.assertEqual(messages, [])
                 self.assert_close(gA, exact[0], 1e-8)
@@ -372,7 +514,15 @@ class TestLobpcgGradient(LobpcgGradientCase):
         for iK in (None, torch.linalg.inv(A)):
             expected, _ = self.spectral_gradient(A, None, 4, False, self.loss_of_both)
             gA, _, messages = self.gradient(
-                self.loss_of_both, A, k=4, n=8, largest=False, tol=1e-10, niter=3000, method="ortho", iK=iK
+                self.loss_of_both,
+                A,
+                k=4,
+                n=8,
+                largest=False,
+                tol=1e-10,
+                niter=3000,
+                method="ortho",
+                iK=iK,
             )
             self.assertEqual(messages, [])
             self.assert_close(gA, expected, 1e-6)
@@ -381,11 +531,19 @@ class TestLobpcgGradient(LobpcgGradientCase):
         """gA of a loss of X scales as 1/|A|, and is right at extreme scales."""
         A, B = self.problems.indefinite(40, 1e2).build()
         exact = self.spectral_gradient(A, B, 3, True, self.loss_of_vectors)
-        for exponent, method in itertools.product((-500, -60, 60, 500), ("ortho", None)):
+        for exponent, method in itertools.product(
+            (-500, -60, 60, 500), ("ortho", None)
+        ):
             with self.subTest(exponent=exponent, method=method):
                 s = 2.0**exponent
                 gA, gB, messages = self.gradient(
-                    self.loss_of_vectors, A * s, B, k=3, tol=1e-11, niter=2000, method=method
+                    self.loss_of_vectors,
+                    A * s,
+                    B,
+                    k=3,
+                    tol=1e-11,
+                    niter=2000,
+                    method=method,
                 )
                 self.assertEqual(messages, [])
                 self.assert_close(gA * s, exact[0], 1e-8)
@@ -395,7 +553,9 @@ class TestLobpcgGradient(LobpcgGradientCase):
         A, _ = self.problems.indefinite(30).build()
         X = torch.randn(30, 3, dtype=torch.float64, requires_grad=True)
         iK = torch.eye(30, dtype=torch.float64, requires_grad=True)
-        for needed, method in itertools.product((False, True), ("ortho", "basic", None)):
+        for needed, method in itertools.product(
+            (False, True), ("ortho", "basic", None)
+        ):
             M = self.leaf(A, needed)
             E, V = torch.lobpcg(M, X=X, iK=iK, method=method)
             if needed:
@@ -412,7 +572,9 @@ class TestLobpcgGradient(LobpcgGradientCase):
         with torch.inference_mode():
             self.assertEqual(
                 torch.lobpcg(A, k=2)[0],
-                self.problems.indefinite(30, 10.0).spectrum.new_tensor(torch.linalg.eigvalsh(A).flip(0)[:2].tolist()),
+                self.problems.indefinite(30, 10.0).spectrum.new_tensor(
+                    torch.linalg.eigvalsh(A).flip(0)[:2].tolist()
+                ),
                 atol=1e-6,
                 rtol=0,
             )
@@ -428,7 +590,9 @@ class TestLobpcgGradient(LobpcgGradientCase):
             self.assert_close(found[1], exact[1], 1e-8)
         leaf = self.leaf(A)
         E, X = torch.lobpcg(leaf, **options)
-        gA = torch.autograd.grad([E, X], leaf, [torch.zeros_like(E), torch.zeros_like(X)])[0]
+        gA = torch.autograd.grad(
+            [E, X], leaf, [torch.zeros_like(E), torch.zeros_like(X)]
+        )[0]
         self.assertEqual(gA.abs().max().item(), 0.0)
 
     def test_values_alone_need_no_solve(self):
@@ -439,9 +603,24 @@ class TestLobpcgGradient(LobpcgGradientCase):
 
         class Record(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                square = [a for a in args if isinstance(a, torch.Tensor) and tuple(a.shape[-2:]) == (m, m)]
+                square = [
+                    a
+                    for a in args
+                    if isinstance(a, torch.Tensor) and tuple(a.shape[-2:]) == (m, m)
+                ]
                 name = str(function)
-                if square and any(word in name for word in ("mm", "mul.", "linalg", "solve", "chol", "lu", "sparse")):
+                if square and any(
+                    word in name
+                    for word in (
+                        "mm",
+                        "mul.",
+                        "linalg",
+                        "solve",
+                        "chol",
+                        "lu",
+                        "sparse",
+                    )
+                ):
                     seen.append(name)
                 return function(*args, **(kwargs or {}))
 
@@ -463,7 +642,9 @@ class TestLobpcgGradient(LobpcgGradientCase):
         skew = skew - skew.mT
         exact = self.spectral_gradient(A, B, 3, True, self.loss_of_both)
         for method in ("ortho", None):
-            gA, gB, _ = self.gradient(self.loss_of_both, A + skew, B + skew, k=3, tol=1e-11, method=method)
+            gA, gB, _ = self.gradient(
+                self.loss_of_both, A + skew, B + skew, k=3, tol=1e-11, method=method
+            )
             self.assert_close(gA, exact[0], 1e-8)
             self.assert_close(gB, exact[1], 1e-8)
             self.assert_hermitian(gA)
@@ -472,15 +653,26 @@ class TestLobpcgGradient(LobpcgGradientCase):
     def test_gradient_descent_moves_eigenvalues(self):
         """End to end: springs of a chain are tuned until its lowest frequencies are the prescribed ones."""
         m = 30
-        T = torch.eye(m + 1, m, dtype=torch.float64) - torch.eye(m + 1, m, dtype=torch.float64).roll(1, 0)
+        T = torch.eye(m + 1, m, dtype=torch.float64) - torch.eye(
+            m + 1, m, dtype=torch.float64
+        ).roll(1, 0)
         logs = torch.zeros(m + 1, dtype=torch.float64, requires_grad=True)
         mass = torch.diag(1 + torch.arange(m).double() / m)
         target = self.reference(1.3 * T.mT @ T, mass, 3, False)[0].detach()
-        optimizer = torch.optim.LBFGS([logs], max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+        optimizer = torch.optim.LBFGS(
+            [logs], max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=1e-12
+        )
 
         def closure():
             optimizer.zero_grad()
-            E, _ = torch.lobpcg(T.mT @ torch.diag(logs.exp()) @ T, k=3, B=mass, largest=False, tol=1e-11, niter=2000)
+            E, _ = torch.lobpcg(
+                T.mT @ torch.diag(logs.exp()) @ T,
+                k=3,
+                B=mass,
+                largest=False,
+                tol=1e-11,
+                niter=2000,
+            )
             value = ((E / target - 1) ** 2).sum()
             value.backward()
             return value
@@ -492,7 +684,13 @@ class TestLobpcgGradient(LobpcgGradientCase):
 class TestLobpcgGradientSparse(LobpcgGradientCase):
     """Gradients to the stored values: the layout and pattern of the input, no m x m array on the way."""
 
-    layouts = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+    layouts = (
+        torch.sparse_coo,
+        torch.sparse_csr,
+        torch.sparse_csc,
+        torch.sparse_bsr,
+        torch.sparse_bsc,
+    )
     options = dict(k=3, largest=False, tol=1e-11, niter=3000)
 
     def pencils(self):
@@ -511,14 +709,22 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         return out
 
     def test_leaves(self):
-        for p, layout, dtype in itertools.product(self.pencils(), self.layouts, (torch.float64, torch.complex128)):
+        for p, layout, dtype in itertools.product(
+            self.pencils(), self.layouts, (torch.float64, torch.complex128)
+        ):
             A, B = p.build(dtype, layout)
             exact = self.spectral_gradient(A, B, 3, False, self.loss_of_both)
             for method in ("ortho", None) if dtype == torch.float64 else ("ortho",):
-                with self.subTest(problem=p.name, layout=layout, dtype=dtype, method=method):
-                    gA, gB, messages = self.gradient(self.loss_of_both, A, B, method=method, **self.options)
+                with self.subTest(
+                    problem=p.name, layout=layout, dtype=dtype, method=method
+                ):
+                    gA, gB, messages = self.gradient(
+                        self.loss_of_both, A, B, method=method, **self.options
+                    )
                     self.assertEqual(messages, [])
-                    for g, M, e in ((gA, A, exact[0]), (gB, B, exact[1]))[: 1 + (B is not None)]:
+                    for g, M, e in ((gA, A, exact[0]), (gB, B, exact[1]))[
+                        : 1 + (B is not None)
+                    ]:
                         self.assertEqual(g.layout, layout)
                         self.assertEqual(g.dtype, dtype)
                         self.assert_close(g, self.masked(e, M), 1e-8)
@@ -537,8 +743,16 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
             exact = self.spectral_gradient(A, B, 3, False, self.loss_of_both)
             gA, gB, _ = self.gradient(self.loss_of_both, A, B, **self.options)
             self.assertEqual((gA.layout, gB.layout), (of_A, of_B))
-            self.assert_close(gA, exact[0] if of_A == torch.strided else self.masked(exact[0], A), 1e-8)
-            self.assert_close(gB, exact[1] if of_B == torch.strided else self.masked(exact[1], B), 1e-8)
+            self.assert_close(
+                gA,
+                exact[0] if of_A == torch.strided else self.masked(exact[0], A),
+                1e-8,
+            )
+            self.assert_close(
+                gB,
+                exact[1] if of_B == torch.strided else self.masked(exact[1], B),
+                1e-8,
+            )
 
     def values_gradient(self, make, values):
         values = values.detach().clone().requires_grad_(True)
@@ -550,19 +764,31 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         A, _ = self.problems.laplacian(12, 9).build(torch.float64, torch.sparse_coo)
         exact, _ = self.spectral_gradient(A, None, 3, False, self.loss_of_both)
         r, c = A.indices()
-        found = self.values_gradient(lambda v: torch.sparse_coo_tensor(A.indices(), v, A.shape), A.values())
+        found = self.values_gradient(
+            lambda v: torch.sparse_coo_tensor(A.indices(), v, A.shape), A.values()
+        )
         self.assert_close(found, exact[r, c], 1e-8)
         C = A.to_sparse_csr()
         for index in (torch.int64, torch.int32):
             crow, col = C.crow_indices().to(index), C.col_indices().to(index)
-            found = self.values_gradient(lambda v: torch.sparse_csr_tensor(crow, col, v, C.shape), C.values())
+            found = self.values_gradient(
+                lambda v: torch.sparse_csr_tensor(crow, col, v, C.shape), C.values()
+            )
             self.assert_close(found, exact[r, c], 1e-8)
         D = C.to_sparse_csc()
         found = self.values_gradient(
-            lambda v: torch.sparse_csc_tensor(D.ccol_indices(), D.row_indices(), v, D.shape), D.values()
+            lambda v: torch.sparse_csc_tensor(
+                D.ccol_indices(), D.row_indices(), v, D.shape
+            ),
+            D.values(),
         )
         self.assert_close(
-            found, exact[D.row_indices(), torch.arange(108).repeat_interleave(D.ccol_indices().diff())], 1e-8
+            found,
+            exact[
+                D.row_indices(),
+                torch.arange(108).repeat_interleave(D.ccol_indices().diff()),
+            ],
+            1e-8,
         )
 
     def test_uncoalesced_duplicates(self):
@@ -572,7 +798,9 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         order = torch.randperm(2 * A._nnz(), generator=torch.Generator().manual_seed(0))
         indices = torch.cat([A.indices(), A.indices()], 1)[:, order]
         values = torch.cat([0.25 * A.values(), 0.75 * A.values()])[order]
-        found = self.values_gradient(lambda v: torch.sparse_coo_tensor(indices, v, A.shape), values)
+        found = self.values_gradient(
+            lambda v: torch.sparse_coo_tensor(indices, v, A.shape), values
+        )
         self.assert_close(found, exact[indices[0], indices[1]], 1e-8)
         leaf = torch.sparse_coo_tensor(indices, values, A.shape).requires_grad_(True)
         self.loss_of_both(*torch.lobpcg(leaf, **self.options)).backward()
@@ -580,7 +808,9 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
 
     def test_explicit_zeros_and_empty_rows(self):
         """A stored zero gets its gradient; an empty row is a zero eigenvalue, not an accident."""
-        d = torch.cat([torch.arange(1, 40, dtype=torch.float64), torch.zeros(1).double()])
+        d = torch.cat(
+            [torch.arange(1, 40, dtype=torch.float64), torch.zeros(1).double()]
+        )
         i = torch.arange(39)
         indices = torch.cat([torch.stack([i, i]), torch.tensor([[0, 5], [5, 0]])], 1)
         values = torch.cat([d[:39], torch.zeros(2).double()])
@@ -600,8 +830,12 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         indices = torch.cat([A.indices(), torch.tensor([[0], [7]])], 1)
         values = torch.cat([A.values(), torch.zeros(1).double()])
         for layout in ("coo", "csr", "csc"):
-            S = getattr(torch.sparse_coo_tensor(indices, values, A.shape), f"to_sparse_{layout}")().requires_grad_(True)
-            with self.assertRaisesRegex(ValueError, r"(?s)lobpcg: .*\bA\b.*(pattern|position)"):
+            S = getattr(
+                torch.sparse_coo_tensor(indices, values, A.shape), f"to_sparse_{layout}"
+            )().requires_grad_(True)
+            with self.assertRaisesRegex(
+                ValueError, r"(?s)lobpcg: .*\bA\b.*(pattern|position)"
+            ):
                 E, X = torch.lobpcg(S, k=2)
                 (E.sum() + X.abs().sum()).backward()
 
@@ -609,22 +843,35 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         """A change of the coefficients c of sum_e c_e b_e b_e^T (a graph's weights), sparse against dense autograd."""
         i, j = torch.arange(29), torch.arange(1, 30)
         i, j = torch.cat([i, i[:28]]), torch.cat([j, i[:28] + 2])
-        c = 1 + torch.rand(len(i), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        c = 1 + torch.rand(
+            len(i), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
 
         def laplacian(c):
             n = torch.arange(30)
-            degree = torch.zeros(30, dtype=c.dtype).index_add(0, i, c).index_add(0, j, c)
+            degree = (
+                torch.zeros(30, dtype=c.dtype).index_add(0, i, c).index_add(0, j, c)
+            )
             indices = torch.stack([torch.cat([i, j, n]), torch.cat([j, i, n])])
-            return torch.sparse_coo_tensor(indices, torch.cat([-c, -c, degree]), (30, 30)), degree
+            return torch.sparse_coo_tensor(
+                indices, torch.cat([-c, -c, degree]), (30, 30)
+            ), degree
 
         def cut(c, dense):
             L, degree = laplacian(c)
-            D = torch.sparse_coo_tensor(torch.arange(30).expand(2, 30), degree, (30, 30))
+            D = torch.sparse_coo_tensor(
+                torch.arange(30).expand(2, 30), degree, (30, 30)
+            )
             if dense:
-                return self.loss_of_both(*self.reference(L.to_dense(), D.to_dense(), 3, False))
+                return self.loss_of_both(
+                    *self.reference(L.to_dense(), D.to_dense(), 3, False)
+                )
             return self.loss_of_both(*torch.lobpcg(L, B=D, **self.options))
 
-        g = [torch.autograd.functional.jacobian(functools.partial(cut, dense=dense), c) for dense in (False, True)]
+        g = [
+            torch.autograd.functional.jacobian(functools.partial(cut, dense=dense), c)
+            for dense in (False, True)
+        ]
         self.assert_close(g[0], g[1], 1e-8)
 
     def test_no_square_array(self):
@@ -647,7 +894,9 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         def solve(A, B):
             sizes.clear()
             with Largest():
-                E, X = torch.lobpcg(A, k=4, B=B, n=8, largest=False, tol=1e-7, niter=2000)
+                E, X = torch.lobpcg(
+                    A, k=4, B=B, n=8, largest=False, tol=1e-7, niter=2000
+                )
                 (E.sum() + (X**2)[::3].sum()).backward()
             self.assertLess(max(sizes)[0], p.m**2 // 8, max(sizes))
 
@@ -668,7 +917,9 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         A, _ = self.problems.laplacian(12, 9).build(torch.float64, torch.sparse_csr)
         for through in (lambda v: v, lambda v: 1.0 * v):
             values = through(self.leaf(A.values()))
-            M = torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), values, A.shape)
+            M = torch.sparse_csr_tensor(
+                A.crow_indices(), A.col_indices(), values, A.shape
+            )
             loss = self.loss_of_both(*torch.lobpcg(M, **self.options))
             of_matrix = torch.autograd.grad(loss, M, retain_graph=True)[0]
             of_values = torch.autograd.grad(loss, values)[0]
@@ -680,26 +931,45 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         from unittest import mock
 
         for layout in self.layouts:
-            A = self.leaf(self.problems.laplacian(12, 9).build(torch.float64, layout)[0])
+            A = self.leaf(
+                self.problems.laplacian(12, 9).build(torch.float64, layout)[0]
+            )
             E, X = torch.lobpcg(A, **self.options)
-            with mock.patch("torch._lobpcg_complement.Complement.raw", side_effect=AssertionError("a product")):
-                g = torch.autograd.grad((E, X), A, (torch.zeros_like(E), torch.zeros_like(X)))[0]
+            with mock.patch(
+                "torch._lobpcg_impl.complement.Complement.raw",
+                side_effect=AssertionError("a product"),
+            ):
+                g = torch.autograd.grad(
+                    (E, X), A, (torch.zeros_like(E), torch.zeros_like(X))
+                )[0]
             self.assertEqual((g.layout, g._nnz()), (layout, A._nnz()))
             self.assertEqual(g.to_dense(), torch.zeros(108, 108).double())
 
     def test_symmetric_pattern_is_recognised(self):
         """Against the dense pattern: symmetric, with one position taken out or moved, empty, in a batch."""
-        from torch._lobpcg_pattern import is_symmetric_pattern
+        from torch._lobpcg_impl.sparse import is_symmetric_pattern
 
         ones = (self.weights(30) > 1.2).double()
         cut, moved = ones.clone(), ones.clone()
         r, c = (ones.triu(1)).nonzero()[3].tolist()
         cut[r, c] = moved[r, c] = 0
         moved[r, (ones[r] + ones[:, r] == 0).nonzero()[0]] = 1
-        for M, expected in ((ones, True), (cut, False), (moved, False), (0 * ones, True)):
-            for S in (M.to_sparse(), M.to_sparse_csr(), M.to_sparse_csc(), torch.stack([ones, M]).to_sparse()):
+        for M, expected in (
+            (ones, True),
+            (cut, False),
+            (moved, False),
+            (0 * ones, True),
+        ):
+            for S in (
+                M.to_sparse(),
+                M.to_sparse_csr(),
+                M.to_sparse_csc(),
+                torch.stack([ones, M]).to_sparse(),
+            ):
                 self.assertEqual(is_symmetric_pattern(S), expected)
-        batch = torch.stack([cut, cut.mT.contiguous()])  # symmetric as a sum, not one by one
+        batch = torch.stack(
+            [cut, cut.mT.contiguous()]
+        )  # symmetric as a sum, not one by one
         self.assertFalse(is_symmetric_pattern(batch.to_sparse()))
 
     def test_singular_B(self):
@@ -721,7 +991,9 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         self.assertEqual(messages, [])
         for g, e, M in ((gA, exact[0], A), (gB, exact[1], B)):
             self.assert_close(g, self.masked((e + e.mT) / 2, M), 1e-7)
-        empty = torch.sparse_coo_tensor(torch.stack([n[:-1], n[:-1]]), torch.ones(107).double(), A.shape)
+        empty = torch.sparse_coo_tensor(
+            torch.stack([n[:-1], n[:-1]]), torch.ones(107).double(), A.shape
+        )
         with self.assertRaisesRegex(ValueError, r"lobpcg: B is not positive definite"):
             torch.lobpcg(A, B=empty.requires_grad_(True), **self.options)
 
@@ -732,7 +1004,9 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         d = torch.cos(torch.arange(p.m, dtype=torch.float64))
 
         def loss(E, X):
-            return ((1 + torch.arange(E.size(0))) * (E + (d.unsqueeze(-1) * X * X).sum(0))).sum()
+            return (
+                (1 + torch.arange(E.size(0))) * (E + (d.unsqueeze(-1) * X * X).sum(0))
+            ).sum()
 
         def exact(first, count, r, c):
             wanted = range(first, first + count)
@@ -752,12 +1026,19 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         """One that slows the iteration down changes neither the pairs nor the gradient."""
         p, loss, exact = self.large(30, 28)
         A, _ = p.build(torch.float64, torch.sparse_csr)
-        scale = torch.logspace(-1, 1, p.m, dtype=torch.float64)[torch.arange(p.m) * 7 % p.m].unsqueeze(-1)
+        scale = torch.logspace(-1, 1, p.m, dtype=torch.float64)[
+            torch.arange(p.m) * 7 % p.m
+        ].unsqueeze(-1)
         options = dict(k=3, n=8, largest=False, tol=1e-9, niter=5000)
         gA, _, messages = self.gradient(loss, A, iK=lambda R: scale * R, **options)
         self.assertEqual(messages, [])
         r, c = A.to_sparse_coo().indices()
-        self.assertEqual(gA.values(), exact(0, 3, r, c), atol=1e-6 * gA.values().abs().max().item(), rtol=0)
+        self.assertEqual(
+            gA.values(),
+            exact(0, 3, r, c),
+            atol=1e-6 * gA.values().abs().max().item(),
+            rtol=0,
+        )
 
     def test_systems_are_solved_as_well_as_the_pairs_deserve(self):
         """Fewer preconditioned columns in backward than in forward, and an error that only the pairs' residual sets."""
@@ -800,7 +1081,14 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
         iK = torch.linalg.inv(dense)
         for preconditioner in (iK, None) if self.full else (iK,):
             gA, _, messages = self.gradient(
-                self.loss_of_both, A, k=4, n=8, largest=False, tol=1e-10, niter=3000, iK=preconditioner
+                self.loss_of_both,
+                A,
+                k=4,
+                n=8,
+                largest=False,
+                tol=1e-10,
+                niter=3000,
+                iK=preconditioner,
             )
             self.assertEqual(messages, [])
             self.assert_close(gA, self.masked(exact, A), 1e-6)
@@ -812,17 +1100,23 @@ class TestLobpcgGradientSparse(LobpcgGradientCase):
 
         def second(solve):
             v = A.values().clone().requires_grad_(True)
-            g = torch.autograd.grad(self.loss_of_both(*solve(v)), v, create_graph=True)[0]
+            g = torch.autograd.grad(self.loss_of_both(*solve(v)), v, create_graph=True)[
+                0
+            ]
             return torch.autograd.grad((g * direction).sum(), v)[0]
 
         def dense(v):
-            return self.reference(torch.zeros(35, 35).double().index_put((r, c), v), None, 3, False)
+            return self.reference(
+                torch.zeros(35, 35).double().index_put((r, c), v), None, 3, False
+            )
 
         crow = A.to_sparse_csr().crow_indices()
         for make in (
             lambda v: torch.sparse_coo_tensor(A.indices(), v, A.shape),
             lambda v: torch.sparse_coo_tensor(A.indices().flip(1), v.flip(0), A.shape),
-            lambda v: torch.sparse_coo_tensor(torch.cat([A.indices()] * 2, 1), torch.cat([v, -3 * v]) / -2, A.shape),
+            lambda v: torch.sparse_coo_tensor(
+                torch.cat([A.indices()] * 2, 1), torch.cat([v, -3 * v]) / -2, A.shape
+            ),
             lambda v: torch.sparse_coo_tensor(A.indices(), v, A.shape).to_sparse_csr(),
             lambda v: torch.sparse_csr_tensor(crow, c, v, A.shape),
             lambda v: torch.sparse_csc_tensor(crow, c, v, A.shape),
@@ -859,7 +1153,9 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
             terms = (X.conj() * (M @ X)).real.sum(-2)
             return terms[:3].sum() + E[:3].sum() ** 2 + terms[3] * E[3]
 
-        for (p, gap), largest in itertools.product(self.cluster_problems(), (False, True)):
+        for (p, gap), largest in itertools.product(
+            self.cluster_problems(), (False, True)
+        ):
             dtype = torch.complex128 if p.is_complex else torch.float64
             A, B = p.build(dtype)
             # in exact arithmetic the pairs inside the cluster contribute nothing to gA at any gap
@@ -867,23 +1163,40 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
             for method in ("ortho", None):
                 with self.subTest(problem=p.name, largest=largest, method=method):
                     gA, gB, messages = self.gradient(
-                        loss, A, B, k=4, largest=largest, tol=1e-13, niter=2000, method=method
+                        loss,
+                        A,
+                        B,
+                        k=4,
+                        largest=largest,
+                        tol=1e-13,
+                        niter=2000,
+                        method=method,
                     )
-                    self.assertEqual([m for m in messages if "not converge" not in m], [])
+                    self.assertEqual(
+                        [m for m in messages if "not converge" not in m], []
+                    )
                     bound = 1e-10 * p.condition
                     self.assert_close(gA, exact[0], bound, "gA")
                     if B is not None:
-                        self.assert_close(gB, exact[1], bound if gap < 1e-2 else 1.0, "gB")
+                        self.assert_close(
+                            gB, exact[1], bound if gap < 1e-2 else 1.0, "gB"
+                        )
 
     def test_equal_to_the_bit(self):
-        for p, k in ((self.problems.doubled(25), 4), (self.problems.get("identity"), 0), (self.problems.ring(24), 5)):
+        for p, k in (
+            (self.problems.doubled(25), 4),
+            (self.problems.get("identity"), 0),
+            (self.problems.ring(24), 5),
+        ):
             A, _ = p.build()
             k = k or p.m
             exact, _ = self.spectral_gradient(A, None, k, True, self.loss_of_subspace)
             with self.subTest(problem=p.name):
                 if p.name.startswith("ring"):
                     k = 5  # 4, then two double values: complete
-                gA, _, messages = self.gradient(self.loss_of_subspace, A, k=k, tol=1e-12)
+                gA, _, messages = self.gradient(
+                    self.loss_of_subspace, A, k=k, tol=1e-12
+                )
                 self.assertEqual(messages, [])
                 self.assertEqual(gA, exact, atol=1e-10, rtol=1e-10)
 
@@ -902,22 +1215,33 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
         by_sum = self.spectral_gradient(A, B, 3, False, self.loss_of_subspace)
         self.assertEqual((by_sum[0] * dA).sum().item(), in_A, rtol=1e-5, atol=1e-5)
         self.assertEqual((by_sum[1] * dB).sum().item(), in_B, rtol=1e-5, atol=1e-5)
-        gA, gB, _ = self.gradient(self.loss_of_subspace, A, B, k=3, largest=False, tol=1e-13, niter=500)
+        gA, gB, _ = self.gradient(
+            self.loss_of_subspace, A, B, k=3, largest=False, tol=1e-13, niter=500
+        )
         self.assertEqual((gA * dA).sum().item(), in_A, rtol=1e-5, atol=1e-5)
         self.assertEqual((gB * dB).sum().item(), in_B, rtol=1e-5, atol=1e-5)
 
     def test_batch_with_one_degenerate_member(self):
-        simple, double = self.problems.laplacian(50).build()[0], self.problems.doubled(25).build()[0]
+        simple, double = (
+            self.problems.laplacian(50).build()[0],
+            self.problems.doubled(25).build()[0],
+        )
         A = torch.stack([simple, double])
 
         def loss(E, X):
             return sum(self.loss_of_subspace(*pair) for pair in zip(E, X))
 
         for method in ("ortho", None):
-            gA, _, messages = self.gradient(loss, A, k=4, tol=1e-12, niter=2000, method=method)
+            gA, _, messages = self.gradient(
+                loss, A, k=4, tol=1e-12, niter=2000, method=method
+            )
             self.assertEqual(messages, [])
             for g, M in zip(gA, A):
-                self.assert_close(g, self.spectral_gradient(M, None, 4, True, self.loss_of_subspace)[0], 1e-9)
+                self.assert_close(
+                    g,
+                    self.spectral_gradient(M, None, 4, True, self.loss_of_subspace)[0],
+                    1e-9,
+                )
 
     def outcome(self, loss, A, B=None, **kwargs):
         """("error" | "warning" | "silent", text, gA)."""
@@ -934,44 +1258,87 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
             self.problems.clustered(40, 3, 1e-13, 1e2),
         ):
             A, B = p.build()
-            for loss, method in itertools.product((self.loss_of_vectors, self.loss_of_signed_vectors), ("ortho", None)):
+            for loss, method in itertools.product(
+                (self.loss_of_vectors, self.loss_of_signed_vectors), ("ortho", None)
+            ):
                 with self.subTest(problem=p.name, loss=loss.__name__, method=method):
-                    kind, text, _ = self.outcome(loss, A, B, k=4, tol=1e-13, niter=2000, largest=False, method=method)
+                    kind, text, _ = self.outcome(
+                        loss,
+                        A,
+                        B,
+                        k=4,
+                        tol=1e-13,
+                        niter=2000,
+                        largest=False,
+                        method=method,
+                    )
                     self.assertIn(kind, ("error", "warning"))
-                    self.assertRegex(text, r"(?s)lobpcg: .*(gap|repeated|equal|degenerate|cluster)")
+                    self.assertRegex(
+                        text, r"(?s)lobpcg: .*(gap|repeated|equal|degenerate|cluster)"
+                    )
 
     def test_values_weighted_differently_inside_a_cluster(self):
         """sum_j j E_j is not differentiable at a repeated eigenvalue: refused, or X diag(gE) X^H as eigh returns."""
         A, _ = self.problems.doubled(25).build()
         kind, text, gA = self.outcome(self.loss_of_values, A, k=4, tol=1e-13)
         if kind == "silent":  # eigh's convention: X diag(gE) X^H for the X returned
-            self.assertEqual(torch.linalg.eigvalsh(gA)[-4:], torch.tensor([1.0, 2, 3, 4]).double(), atol=1e-9, rtol=0)
+            self.assertEqual(
+                torch.linalg.eigvalsh(gA)[-4:],
+                torch.tensor([1.0, 2, 3, 4]).double(),
+                atol=1e-9,
+                rtol=0,
+            )
         else:
-            self.assertRegex(text, r"(?s)lobpcg: .*(gap|repeated|equal|degenerate|cluster)")
+            self.assertRegex(
+                text, r"(?s)lobpcg: .*(gap|repeated|equal|degenerate|cluster)"
+            )
 
     def test_phase_dependent_loss_is_refused(self):
         for generalized, method in itertools.product((False, True), ("ortho", None)):
-            A, B = self.problems.indefinite(40, 10.0 if generalized else 1.0, True).build(torch.complex128)
-            with self.assertRaisesRegex((RuntimeError, ValueError), r"(?s)lobpcg: .*phase"):
+            A, B = self.problems.indefinite(
+                40, 10.0 if generalized else 1.0, True
+            ).build(torch.complex128)
+            with self.assertRaisesRegex(
+                (RuntimeError, ValueError), r"(?s)lobpcg: .*phase"
+            ):
                 self.gradient(lambda E, X: X.real.sum(), A, B, k=3, method=method)
-            with self.assertRaisesRegex((RuntimeError, ValueError), r"(?s)lobpcg: .*phase"):
-                self.gradient(lambda E, X: X[0].imag.sum() + E.sum(), A, B, k=3, method=method)
+            with self.assertRaisesRegex(
+                (RuntimeError, ValueError), r"(?s)lobpcg: .*phase"
+            ):
+                self.gradient(
+                    lambda E, X: X[0].imag.sum() + E.sum(), A, B, k=3, method=method
+                )
 
     def test_phase_check_tolerates_rounding(self):
         """float32 rounding in an invariant loss is no dependence on the phase."""
         A, _ = self.problems.indefinite(60, is_complex=True).build(torch.complex64)
         for seed in range(10):
             M = self.weights(60, torch.complex64, seed)
-            self.gradient(lambda E, X: (X.mH @ M @ X).abs().square().sum() * 1e3, A, k=3, tol=1e-6, method="ortho")
+            self.gradient(
+                lambda E, X: (X.mH @ M @ X).abs().square().sum() * 1e3,
+                A,
+                k=3,
+                tol=1e-6,
+                method="ortho",
+            )
 
     def test_cluster_cut_at_k(self):
         """k = 2 of a triple value: a warning that names k; eigenvalue sums over complete parts stay right."""
         for gap, generalized in itertools.product((0.0, 1e-13), (False, True)):
-            A, B = self.problems.clustered(40, 3, gap, 10.0 if generalized else 1.0).build()
+            A, B = self.problems.clustered(
+                40, 3, gap, 10.0 if generalized else 1.0
+            ).build()
             for method in ("ortho", None):
                 with self.subTest(gap=gap, generalized=generalized, method=method):
                     kind, text, gA = self.outcome(
-                        self.loss_of_subspace, A, B, k=2, largest=False, tol=1e-13, niter=2000, method=method
+                        self.loss_of_subspace,
+                        A,
+                        B,
+                        k=2,
+                        largest=False,
+                        tol=1e-13,
+                        niter=2000,
+                        method=method,
                     )
                     self.assertIn(kind, ("error", "warning"))
                     self.assertRegex(text, r"(?s)lobpcg: .*k\b")
@@ -981,7 +1348,9 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
 
     def test_part_that_exists_beside_a_cut_cluster(self):
         """Simple value first, cut cluster after: a loss of the first pair alone has its exact gradient."""
-        spectrum = torch.cat([torch.tensor([-5.0]), torch.zeros(3), torch.arange(1.0, 27)]).double()
+        spectrum = torch.cat(
+            [torch.tensor([-5.0]), torch.zeros(3), torch.arange(1.0, 27)]
+        ).double()
         A, _ = self.problems.prescribed("simple then triple", spectrum).build()
 
         def loss(E, X):
@@ -989,7 +1358,9 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
 
         exact, _ = self.spectral_gradient(A, None, 1, False, self.loss_of_both)
         for method in ("ortho", None):
-            kind, _, gA = self.outcome(loss, A, k=3, largest=False, tol=1e-13, niter=2000, method=method)
+            kind, _, gA = self.outcome(
+                loss, A, k=3, largest=False, tol=1e-13, niter=2000, method=method
+            )
             self.assertIn(kind, ("silent", "warning"))
             self.assert_close(gA, exact, 1e-8)
 
@@ -1001,21 +1372,38 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
             leaf = self.leaf(A)
             with warnings.catch_warnings(record=True) as forward:
                 warnings.simplefilter("always")
-                E, X = torch.lobpcg(leaf, k=3, largest=False, niter=25, tol=1e-12, method=method)
+                E, X = torch.lobpcg(
+                    leaf, k=3, largest=False, niter=25, tol=1e-12, method=method
+                )
             with warnings.catch_warnings(record=True) as backward:
                 warnings.simplefilter("always")
                 self.loss_of_vectors(E, X).backward()
-            texts = [[str(w.message) for w in found if "lobpcg" in str(w.message)] for found in (forward, backward)]
+            texts = [
+                [str(w.message) for w in found if "lobpcg" in str(w.message)]
+                for found in (forward, backward)
+            ]
             self.assertEqual([len(t) for t in texts], [1, 1], texts)
             self.assertRegex(texts[1][0], r"(?s)lobpcg: .*gradient.*")
-            numbers = [float(x) for x in re.findall(r"\d(?:\.\d+)?e[+-]?\d+", texts[1][0])]
+            numbers = [
+                float(x) for x in re.findall(r"\d(?:\.\d+)?e[+-]?\d+", texts[1][0])
+            ]
             error = self.relative(leaf.grad, exact)
-            self.assertTrue(any(error <= 100 * x for x in numbers), (error, texts[1][0]))
+            self.assertTrue(
+                any(error <= 100 * x for x in numbers), (error, texts[1][0])
+            )
 
     def test_unconverged_values_need_no_warning_beyond_forward(self):
         """The gradient of E alone is X X^T: quadratically good, but the pairs are not, which the forward said."""
         A, _ = self.problems.laplacian(150).build()
-        _, _, messages = self.gradient(self.loss_of_values, A, k=3, largest=False, niter=25, tol=1e-12, method="ortho")
+        _, _, messages = self.gradient(
+            self.loss_of_values,
+            A,
+            k=3,
+            largest=False,
+            niter=25,
+            tol=1e-12,
+            method="ortho",
+        )
         self.assertGreaterEqual(len(messages), 1)
 
     def test_zero_and_identity(self):
@@ -1025,28 +1413,38 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
             kind, _, gA = self.outcome(self.loss_of_subspace, A, k=3)
             self.assertIn(kind, ("error", "warning"))
             kind, _, gA = self.outcome(lambda E, X: E.sum(), A, k=A.size(-1))
-            self.assertEqual(gA, torch.eye(A.size(-1), dtype=A.dtype), atol=1e-10, rtol=0)
+            self.assertEqual(
+                gA, torch.eye(A.size(-1), dtype=A.dtype), atol=1e-10, rtol=0
+            )
 
     def test_estimate_bounds_the_error_over_the_catalogue(self):
         """A forward that was stopped early: the error of the gradient is at most 100 times the estimate, and where the
         estimate is below a tenth at least a hundredth of it."""
         judged = 0
-        for p, largest, niter in itertools.product(self.problems.catalogue(), (False, True), (2, 8, 20)):
+        for p, largest, niter in itertools.product(
+            self.problems.catalogue(), (False, True), (2, 8, 20)
+        ):
             E = p.extreme(4, largest)
             if not 1e-100 < p.radius < 1e100 or E.diff().abs().min() <= 1e-6 * p.spread:
                 continue
             A, B = p.build(torch.complex128 if p.is_complex else torch.float64)
             loss = self.loss_of_both if p.radius < 1e20 else self.loss_of_vectors
-            found = self.gradient(loss, A, B, k=3, largest=largest, niter=niter, tol=1e-10)
+            found = self.gradient(
+                loss, A, B, k=3, largest=largest, niter=niter, tol=1e-10
+            )
             texts = [text for text in found[2] if "gradient" in text]
             with self.subTest(problem=p.name, largest=largest, niter=niter):
                 exact = self.spectral_gradient(A, B, 3, largest, loss)
-                error = max(self.relative(g, e) for g, e in zip(found, exact) if g is not None)
+                error = max(
+                    self.relative(g, e) for g, e in zip(found, exact) if g is not None
+                )
                 if not found[2]:
                     self.assertLessEqual(error, 1e-8)
                     continue
                 self.assertEqual(len(texts), 1)
-                estimate = float(re.search(r"residual over gap\) ([^ ]*)\. Raise niter", texts[0])[1])
+                estimate = float(
+                    re.search(r"residual over gap\) ([^ ]*)\. Raise niter", texts[0])[1]
+                )
                 self.assertLessEqual(error, 100 * estimate)
                 if estimate < 0.1:
                     self.assertGreaterEqual(error, estimate / 100)
@@ -1055,8 +1453,17 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
 
     def two_close(self, gap, special=False):
         """diag(1, 1 + gap, 3, 4, ...) of order 12, or with its eigenvectors turned."""
-        spectrum = torch.cat([torch.tensor([1.0, 1.0 + gap], dtype=torch.float64), torch.arange(3.0, 13.0).double()])
-        return self.problems.diagonal(spectrum) if special else self.problems.prescribed("two close", spectrum)
+        spectrum = torch.cat(
+            [
+                torch.tensor([1.0, 1.0 + gap], dtype=torch.float64),
+                torch.arange(3.0, 13.0).double(),
+            ]
+        )
+        return (
+            self.problems.diagonal(spectrum)
+            if special
+            else self.problems.prescribed("two close", spectrum)
+        )
 
     def test_loss_of_the_truncated_matrix(self):
         """tr(M X diag(E) X^H): exact where gE and G determine it, to 1e-10 at a gap of 1e-6, and warned of below."""
@@ -1071,12 +1478,16 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
             V = p.eigenvectors(12)
             phi = torch.cat([p.spectrum[:2], torch.zeros(10, dtype=torch.float64)])
             distance = p.spectrum.unsqueeze(-1) - p.spectrum
-            ratio = (phi.unsqueeze(-1) - phi) / torch.where(distance == 0, 1.0, distance)
+            ratio = (phi.unsqueeze(-1) - phi) / torch.where(
+                distance == 0, 1.0, distance
+            )
             ratio[:2, :2] = 1.0
             exact = V @ (V.mT @ M @ V * ratio) @ V.mT
             for method in ("ortho", None):
                 with self.subTest(gap=gap, special=special, method=method):
-                    kind, text, gA = self.outcome(loss, A, k=2, largest=False, tol=1e-13, niter=500, method=method)
+                    kind, text, gA = self.outcome(
+                        loss, A, k=2, largest=False, tol=1e-13, niter=500, method=method
+                    )
                     if gap == 1e-6:
                         self.assertEqual(kind, "silent", text)
                         self.assert_close(gA, exact, 1e-9)
@@ -1090,7 +1501,9 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
         M[0, 1] = M[1, 0] = 1.0
         for gap in (0.0, 1e-14, 1e-13, 1e-10):
             A, _ = self.two_close(gap, True).build()
-            kind, text, _ = self.outcome(lambda E, X: ((X * E) @ X.mT * M).sum(), A, k=2, largest=False)
+            kind, text, _ = self.outcome(
+                lambda E, X: ((X * E) @ X.mT * M).sum(), A, k=2, largest=False
+            )
             self.assertEqual(kind, "warning", gap)
             self.assertRegex(text, r"lobpcg: .*0 and 1.*gap")
 
@@ -1099,9 +1512,13 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
         A, _ = self.problems.clustered(40, 3, 1e-10).build()
         for M in (A, A.to_sparse_csr()):
             for loss in (self.loss_of_subspace, lambda E, X: E.sum()):
-                kind, text, _ = self.outcome(loss, M, k=2, n=2, largest=False, tol=1e-8, method="ortho")
+                kind, text, _ = self.outcome(
+                    loss, M, k=2, n=2, largest=False, tol=1e-8, method="ortho"
+                )
                 self.assertEqual(kind, "warning")
-                self.assertRegex(text, r"lobpcg: .*k=2 .*(gap|distance)|lobpcg: .*distance .*k=2")
+                self.assertRegex(
+                    text, r"lobpcg: .*k=2 .*(gap|distance)|lobpcg: .*distance .*k=2"
+                )
 
     def test_single_precision_with_ill_conditioned_B(self):
         """cond(B) = 1e3: the pairs are found in double, so neither a warning nor an error more than 1e-3."""
@@ -1109,7 +1526,9 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
         A, B = (M.to(torch.float32).double() for M in p.build())
         exact = self.spectral_gradient(A, B, 3, True, self.loss_of_vectors)
         for method in ("ortho", None):
-            *found, messages = self.gradient(self.loss_of_vectors, A.float(), B.float(), k=3, method=method)
+            *found, messages = self.gradient(
+                self.loss_of_vectors, A.float(), B.float(), k=3, method=method
+            )
             self.assertEqual(messages, [])
             for g, e in zip(found, exact):
                 self.assert_close(g, e, 1e-3)
@@ -1124,8 +1543,12 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
 
     def pencil_of(self, S, R=None):
         """Hermitian A and positive definite B from unconstrained parameters."""
-        A = S + S.mH.resolve_conj()  # a lazy conjugate has no batched forward derivative
-        return A, None if R is None else R @ R.mH.resolve_conj() + torch.eye(R.size(-1), dtype=R.dtype)
+        A = (
+            S + S.mH.resolve_conj()
+        )  # a lazy conjugate has no batched forward derivative
+        return A, None if R is None else R @ R.mH.resolve_conj() + torch.eye(
+            R.size(-1), dtype=R.dtype
+        )
 
     def parameters(self, m, dtype, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -1139,19 +1562,25 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
         def of(S, R=None):
             A, B = self.pencil_of(S, R)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tol is below what can be reached on purpose
+                warnings.simplefilter(
+                    "ignore"
+                )  # tol is below what can be reached on purpose
                 return self.invariant(*torch.lobpcg(A, B=B, **options))
 
         return of
 
     def test_gradcheck_plain(self):
         """Ordinary gradcheck perturbs single entries: dense input enters through its Hermitian part, so it passes."""
-        for dtype, method in itertools.product((torch.float64, torch.complex128), ("ortho", "basic", None)):
+        for dtype, method in itertools.product(
+            (torch.float64, torch.complex128), ("ortho", "basic", None)
+        ):
             A, B = self.problems.indefinite(9, 10.0, dtype.is_complex).build(dtype)
             A, B = self.leaf(A), self.leaf(B)
 
             def f(A, B=None):
-                return self.invariant(*torch.lobpcg(A, k=2, B=B, tol=1e-13, niter=300, method=method))
+                return self.invariant(
+                    *torch.lobpcg(A, k=2, B=B, tol=1e-13, niter=300, method=method)
+                )
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1182,29 +1611,47 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
             )
             self.assertTrue(
                 gradgradcheck(
-                    self.function(), inputs, check_batched_grad=True, check_fwd_over_rev=True, check_rev_over_rev=True
+                    self.function(),
+                    inputs,
+                    check_batched_grad=True,
+                    check_fwd_over_rev=True,
+                    check_rev_over_rev=True,
                 )
             )
 
     def hessian_vector(self, solve, loss, S, R, dS, dR):
-        S, R = S.detach().clone().requires_grad_(True), R.detach().clone().requires_grad_(True)
+        S, R = (
+            S.detach().clone().requires_grad_(True),
+            R.detach().clone().requires_grad_(True),
+        )
         A, B = self.pencil_of(S, R)
         gS, gR = torch.autograd.grad(loss(*solve(A, B)), (S, R), create_graph=True)
-        return torch.autograd.grad((gS * dS.conj()).real.sum() + (gR * dR.conj()).real.sum(), (S, R))
+        return torch.autograd.grad(
+            (gS * dS.conj()).real.sum() + (gR * dR.conj()).real.sum(), (S, R)
+        )
 
     def test_hessian_vector_products(self):
         """Second derivatives in A and B together against eigh, m = 60, several k, both ends."""
-        for dtype, k, largest in itertools.product((torch.float64, torch.complex128), (1, 4, 12), (False, True)):
+        for dtype, k, largest in itertools.product(
+            (torch.float64, torch.complex128), (1, 4, 12), (False, True)
+        ):
             S, R = self.parameters(60, dtype)
             dS, dR = self.parameters(60, dtype, seed=1)
             options = dict(k=k, largest=largest)
             expected = self.hessian_vector(
-                lambda A, B: self.reference(A, B, **options), self.loss_of_both, S, R, dS, dR
+                lambda A, B: self.reference(A, B, **options),
+                self.loss_of_both,
+                S,
+                R,
+                dS,
+                dR,
             )
             for method in ("ortho", None):
                 with self.subTest(dtype=dtype, k=k, largest=largest, method=method):
                     found = self.hessian_vector(
-                        lambda A, B: torch.lobpcg(A, B=B, tol=1e-12, niter=2000, method=method, **options),
+                        lambda A, B: torch.lobpcg(
+                            A, B=B, tol=1e-12, niter=2000, method=method, **options
+                        ),
                         self.loss_of_both,
                         S,
                         R,
@@ -1217,7 +1664,8 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
     def test_hessian_is_symmetric(self):
         A, _ = self.problems.indefinite(8).build()
         H = torch.autograd.functional.hessian(
-            lambda A: self.loss_of_both(*torch.lobpcg((A + A.mT) / 2, k=2, tol=1e-13)), A
+            lambda A: self.loss_of_both(*torch.lobpcg((A + A.mT) / 2, k=2, tol=1e-13)),
+            A,
         ).reshape(64, 64)
         self.assertEqual(H, H.T, atol=1e-8, rtol=1e-8)
 
@@ -1233,7 +1681,12 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
             return value.detach()
 
         expected = third(lambda M: self.reference(M, None, 2, True))
-        self.assertEqual(third(lambda M: torch.lobpcg(M, k=2, tol=1e-13)), expected, rtol=1e-6, atol=1e-6)
+        self.assertEqual(
+            third(lambda M: torch.lobpcg(M, k=2, tol=1e-13)),
+            expected,
+            rtol=1e-6,
+            atol=1e-6,
+        )
 
     def test_repeated_values_second_order(self):
         """Second derivative of a gauge-invariant loss at a double eigenvalue, by differences of the first."""
@@ -1242,13 +1695,26 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
         D = self.weights(24)
 
         def first(t):
-            return (self.spectral_gradient(A + t * D, None, 2, False, self.loss_of_subspace, 1e-3)[0] * D).sum().item()
+            return (
+                (
+                    self.spectral_gradient(
+                        A + t * D, None, 2, False, self.loss_of_subspace, 1e-3
+                    )[0]
+                    * D
+                )
+                .sum()
+                .item()
+            )
 
         t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        value = self.loss_of_subspace(*torch.lobpcg(A + t * D, k=2, largest=False, tol=1e-13, niter=500))
+        value = self.loss_of_subspace(
+            *torch.lobpcg(A + t * D, k=2, largest=False, tol=1e-13, niter=500)
+        )
         (g,) = torch.autograd.grad(value, t, create_graph=True)
         (h,) = torch.autograd.grad(g, t)
-        self.assertEqual(h.item(), (first(1e-5) - first(-1e-5)) / 2e-5, rtol=1e-4, atol=1e-4)
+        self.assertEqual(
+            h.item(), (first(1e-5) - first(-1e-5)) / 2e-5, rtol=1e-4, atol=1e-4
+        )
 
     def test_forward_mode_against_finite_differences(self):
         import torch.autograd.forward_ad as fwAD
@@ -1264,7 +1730,9 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
 
             with fwAD.dual_level(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                E, X = torch.lobpcg(fwAD.make_dual(A, dA), B=fwAD.make_dual(B, dB), **options)
+                E, X = torch.lobpcg(
+                    fwAD.make_dual(A, dA), B=fwAD.make_dual(B, dB), **options
+                )
                 squares = (X * X.conj()).real
                 found = fwAD.unpack_dual(E).tangent, fwAD.unpack_dual(squares).tangent
             h = 1e-6
@@ -1280,9 +1748,13 @@ class TestLobpcgGradientHigherOrder(LobpcgGradientCase):
         for of_A in (True, False):
             with fwAD.dual_level():
                 dual = fwAD.make_dual(A if of_A else B, direction)
-                pair = torch.lobpcg(dual if of_A else A, B=B if of_A else dual, k=3, tol=1e-12)
+                pair = torch.lobpcg(
+                    dual if of_A else A, B=B if of_A else dual, k=3, tol=1e-12
+                )
                 tangent = fwAD.unpack_dual(self.loss_of_both(*pair)).tangent
-            self.assertEqual(tangent, ((gA if of_A else gB) * direction).sum(), rtol=1e-7, atol=1e-7)
+            self.assertEqual(
+                tangent, ((gA if of_A else gB) * direction).sum(), rtol=1e-7, atol=1e-7
+            )
 
 
 class TestLobpcgGradientTransforms(LobpcgGradientCase):
@@ -1305,7 +1777,10 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         for argnums in (0, 1, (0, 1)):
             found = torch.func.grad(self.scalar, argnums)(self.A, self.B)
             found = found if isinstance(argnums, tuple) else (found,)
-            wanted = [self.exact[i] for i in (argnums if isinstance(argnums, tuple) else (argnums,))]
+            wanted = [
+                self.exact[i]
+                for i in (argnums if isinstance(argnums, tuple) else (argnums,))
+            ]
             for f, e in zip(found, wanted):
                 self.assert_close(f, e, 1e-8)
         _, pull = torch.func.vjp(self.scalar, self.A, self.B)
@@ -1316,7 +1791,12 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         tangents = self.weights(24, seed=5), 0.01 * self.weights(24, seed=6)
         value, tangent = torch.func.jvp(self.scalar, (self.A, self.B), tangents)
         self.assertEqual(value, self.dense_scalar(self.A, self.B), rtol=1e-9, atol=1e-9)
-        self.assertEqual(tangent, sum((g * t).sum() for g, t in zip(self.exact, tangents)), rtol=1e-8, atol=1e-8)
+        self.assertEqual(
+            tangent,
+            sum((g * t).sum() for g, t in zip(self.exact, tangents)),
+            rtol=1e-8,
+            atol=1e-8,
+        )
 
     def test_jacrev_and_jacfwd(self):
         def energies(A, B):
@@ -1338,7 +1818,9 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         def f(solve):
             return lambda A: self.loss_of_both(*solve((A + A.mT) / 2))
 
-        expected = torch.autograd.functional.hessian(f(lambda M: self.reference(M, None, 2, True)), A)
+        expected = torch.autograd.functional.hessian(
+            f(lambda M: self.reference(M, None, 2, True)), A
+        )
         of = f(lambda M: torch.lobpcg(M, k=2, tol=1e-13))
         for transform in (
             torch.func.hessian(of),
@@ -1365,13 +1847,18 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
             b = b if in_dims[1] in (0, None) else b.movedim(0, in_dims[1])
             E, X = torch.func.vmap(f, in_dims=in_dims)(a, b)
             for i in range(3):
-                e, x = f(A[i] if in_dims[0] is not None else A[0], B[i] if in_dims[1] is not None else B[0])
+                e, x = f(
+                    A[i] if in_dims[0] is not None else A[0],
+                    B[i] if in_dims[1] is not None else B[0],
+                )
                 self.assertEqual(E[i], e, rtol=1e-9, atol=1e-9)
                 self.assertEqual(X[i], x, rtol=1e-7, atol=1e-7)
-        nested = torch.func.vmap(torch.func.vmap(lambda A: torch.lobpcg(A, **self.options)[0]))(
-            A.unsqueeze(0).expand(2, 3, 24, 24)
+        nested = torch.func.vmap(
+            torch.func.vmap(lambda A: torch.lobpcg(A, **self.options)[0])
+        )(A.unsqueeze(0).expand(2, 3, 24, 24))
+        self.assertEqual(
+            nested[1], torch.lobpcg(A, **self.options)[0], rtol=1e-9, atol=1e-9
         )
-        self.assertEqual(nested[1], torch.lobpcg(A, **self.options)[0], rtol=1e-9, atol=1e-9)
 
     def test_vmap_without_B_and_with_X(self):
         A = torch.stack([self.A, 2 * self.A])
@@ -1381,24 +1868,45 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
 
     def test_vmap_of_grad_and_grad_of_vmap(self):
         A = torch.stack([self.A, self.A + 0.1 * self.weights(24, seed=7)])
-        expected = torch.stack([self.spectral_gradient(M, self.B, 3, False, self.loss_of_both)[0] for M in A])
-        found = torch.func.vmap(torch.func.grad(self.scalar), in_dims=(0, None))(A, self.B)
+        expected = torch.stack(
+            [
+                self.spectral_gradient(M, self.B, 3, False, self.loss_of_both)[0]
+                for M in A
+            ]
+        )
+        found = torch.func.vmap(torch.func.grad(self.scalar), in_dims=(0, None))(
+            A, self.B
+        )
         self.assert_close(found, expected, 1e-8)
-        total = torch.func.grad(lambda A: torch.func.vmap(self.scalar, in_dims=(0, None))(A, self.B).sum())(A)
+        total = torch.func.grad(
+            lambda A: torch.func.vmap(self.scalar, in_dims=(0, None))(A, self.B).sum()
+        )(A)
         self.assert_close(total, expected, 1e-8)
 
     def test_vectorised_autograd(self):
         leaf = self.leaf(self.A)
         E, X = torch.lobpcg(leaf, **self.options)
-        rows = torch.autograd.grad(E, leaf, torch.eye(3, dtype=torch.float64), is_grads_batched=True)[0]
-        self.assertEqual(rows, torch.stack([torch.outer(x, x) for x in X.detach().T]), atol=1e-9, rtol=0)
+        rows = torch.autograd.grad(
+            E, leaf, torch.eye(3, dtype=torch.float64), is_grads_batched=True
+        )[0]
+        self.assertEqual(
+            rows,
+            torch.stack([torch.outer(x, x) for x in X.detach().T]),
+            atol=1e-9,
+            rtol=0,
+        )
 
         def squares(A):
             return (torch.lobpcg(A, **self.options)[1] ** 2)[0]
 
-        a, b = (torch.autograd.functional.jacobian(squares, self.A, vectorize=v) for v in (False, True))
+        a, b = (
+            torch.autograd.functional.jacobian(squares, self.A, vectorize=v)
+            for v in (False, True)
+        )
         self.assert_close(b, a, 1e-8)
-        c = torch.autograd.functional.jacobian(squares, self.A, vectorize=True, strategy="forward-mode")
+        c = torch.autograd.functional.jacobian(
+            squares, self.A, vectorize=True, strategy="forward-mode"
+        )
         self.assert_close(c, a, 1e-8)
 
     def test_retain_graph_and_repeated_backward(self):
@@ -1439,8 +1947,14 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
             run(torch.autograd.detect_anomaly())
         run(torch.autograd.graph.save_on_cpu())
         run(torch.autocast("cpu", dtype=torch.bfloat16))
-        run(torch.enable_grad(), lambda A, B: checkpoint(self.scalar, A, B, use_reentrant=False))
-        run(torch.enable_grad(), lambda A, B: checkpoint(self.scalar, A, B, use_reentrant=True))
+        run(
+            torch.enable_grad(),
+            lambda A, B: checkpoint(self.scalar, A, B, use_reentrant=False),
+        )
+        run(
+            torch.enable_grad(),
+            lambda A, B: checkpoint(self.scalar, A, B, use_reentrant=True),
+        )
 
     def test_hooks_see_each_gradient_once(self):
         """Hooks on the pairs, on their node and on saved tensors; what a hook returns replaces the cotangent."""
@@ -1455,7 +1969,10 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
             E, X = torch.lobpcg(A, B=B, **self.options)
         # A, B, E, X, further pairs, residuals and their scale: eight tensors, none twice.
         self.assertEqual(len(packed), 8)
-        self.assertEqual(len({T.data_ptr() for T in packed if T.numel()}), len([T for T in packed if T.numel()]))
+        self.assertEqual(
+            len({T.data_ptr() for T in packed if T.numel()}),
+            len([T for T in packed if T.numel()]),
+        )
         E.register_hook(lambda g: seen.append(g) or 2 * g)
         E.grad_fn.register_hook(lambda *arguments: nodes.append(arguments))
         E.sum().backward()
@@ -1477,7 +1994,9 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         with self.assertRaisesRegex(RuntimeError, "Inference tensors cannot be saved"):
             torch.lobpcg(A, B=B, **self.options)
         with torch.no_grad():
-            self.assertTrue(torch.equal(torch.lobpcg(A, B=B, **self.options)[0], expected[0]))
+            self.assertTrue(
+                torch.equal(torch.lobpcg(A, B=B, **self.options)[0], expected[0])
+            )
 
     def test_results_hide_nothing(self):
         """Pairs own storage of their own size, so a copy or a pickle carries neither the block nor the graph."""
@@ -1486,11 +2005,18 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
 
         for A in (self.A, self.leaf(self.A)):
             for T in torch.lobpcg(A, **self.options):
-                self.assertEqual(T.untyped_storage().nbytes(), T.numel() * T.element_size())
+                self.assertEqual(
+                    T.untyped_storage().nbytes(), T.numel() * T.element_size()
+                )
                 self.assertTrue(T.is_contiguous())
-                for copied in (copy.deepcopy(T.detach()), pickle.loads(pickle.dumps(T.detach()))):
+                for copied in (
+                    copy.deepcopy(T.detach()),
+                    pickle.loads(pickle.dumps(T.detach())),
+                ):
                     self.assertTrue(torch.equal(copied, T) and not copied.requires_grad)
-                self.assertLess(len(pickle.dumps(T.detach())), T.numel() * T.element_size() + 1000)
+                self.assertLess(
+                    len(pickle.dumps(T.detach())), T.numel() * T.element_size() + 1000
+                )
 
     def test_every_tensor_is_made_on_the_device_of_the_input(self):
         """With a default device that holds no values, one tensor made without naming a device would be seen."""
@@ -1506,14 +2032,23 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
             return [E.detach(), g.detach().to_dense(), again]
 
         def tangents(A, B):
-            return torch.func.jvp(lambda A: torch.lobpcg(A, B=B, **self.options)[0], (A,), (A,))
+            return torch.func.jvp(
+                lambda A: torch.lobpcg(A, B=B, **self.options)[0], (A,), (A,)
+            )
 
         dense = self.A, self.B
-        cases = [(dense, {}), (dense, {"niter": 1000}), (dense, {"niter": 1000, "iK": torch.eye(24).double()})]
+        cases = [
+            (dense, {}),
+            (dense, {"niter": 1000}),
+            (dense, {"niter": 1000, "iK": torch.eye(24).double()}),
+        ]
         cases.append((tuple(M.to_sparse() for M in dense), {}))
         cases.append((tuple(M.to_sparse_csr() for M in dense), {}))
         for pencil, options in cases:
-            for function in (lambda A, B: results(A, B, k=3, largest=False, **options), tangents):
+            for function in (
+                lambda A, B: results(A, B, k=3, largest=False, **options),
+                tangents,
+            ):
                 if function is tangents and pencil is not dense:
                     continue
                 expected = function(*pencil)
@@ -1530,7 +2065,9 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
             self.assertEqual((E.dtype, X.dtype), (torch.float32, torch.float32))
             E.sum().backward()
         self.assert_close(
-            A.grad.double(), self.spectral_gradient(self.A, None, 3, False, lambda E, X: E.sum())[0], 1e-3
+            A.grad.double(),
+            self.spectral_gradient(self.A, None, 3, False, lambda E, X: E.sum())[0],
+            1e-3,
         )
 
     def test_no_graph_is_kept_alive(self):
@@ -1575,7 +2112,10 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         self.assertTrue(torch.equal(torch.get_rng_state(), state))
 
     def test_backward_is_reproducible(self):
-        first, second = (self.gradient(self.loss_of_both, self.A, self.B, **self.options) for _ in range(2))
+        first, second = (
+            self.gradient(self.loss_of_both, self.A, self.B, **self.options)
+            for _ in range(2)
+        )
         self.assertTrue(torch.equal(first[0], second[0]))
         self.assertTrue(torch.equal(first[1], second[1]))
 
@@ -1585,7 +2125,9 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         E, _ = torch.lobpcg(lambda V: self.A @ V, X=X, k=3, largest=False)
         self.assertFalse(E.requires_grad)
         A = self.leaf(self.A)
-        value = self.loss_of_both(*torch.lobpcg(A, B=lambda V: self.B @ V, **self.options))
+        value = self.loss_of_both(
+            *torch.lobpcg(A, B=lambda V: self.B @ V, **self.options)
+        )
         value.backward()
         self.assert_close(A.grad, self.exact[0], 1e-8)
 
@@ -1594,7 +2136,10 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
         A = self.leaf(self.A)
         seen = []
         E, X = torch.lobpcg(
-            A, tracker=lambda worker: seen.append(worker.X.requires_grad), method="ortho", **self.options
+            A,
+            tracker=lambda worker: seen.append(worker.X.requires_grad),
+            method="ortho",
+            **self.options,
         )
         self.assertTrue(seen)
         self.assertFalse(any(seen))
@@ -1614,22 +2159,32 @@ class TestLobpcgGraphs(LobpcgGradientCase):
     def hermitian(self, m, dtype=torch.float64, batch=(), definite=False):
         M = self.weights(m, dtype, 3 + definite)
         M = M @ M.mH / m + torch.eye(m, dtype=dtype) if definite else M
-        scale = torch.arange(1, 1 + torch.Size(batch).numel(), dtype=M.real.dtype).reshape(tuple(batch) + (1, 1))
+        scale = torch.arange(
+            1, 1 + torch.Size(batch).numel(), dtype=M.real.dtype
+        ).reshape(tuple(batch) + (1, 1))
         return M * scale
 
     def pairs_and_gradients(self, function, A, B=None):
         A, B = self.leaf(A), self.leaf(B)
         E, X = function(A, B)
         leaves = [M for M in (A, B) if M is not None]
-        return [E.detach(), X.detach(), *torch.autograd.grad(self.loss_of_both(E, X), leaves)]
+        return [
+            E.detach(),
+            X.detach(),
+            *torch.autograd.grad(self.loss_of_both(E, X), leaves),
+        ]
 
     def assert_compiled_as_eager(self, A, B=None, dynamic=None, **options):
         def f(A, B):
             return torch.lobpcg(A, B=B, **options)
 
         torch._dynamo.reset()
-        compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-        pairs = zip(self.pairs_and_gradients(f, A, B), self.pairs_and_gradients(compiled, A, B))
+        compiled = torch.compile(
+            f, backend="aot_eager", fullgraph=True, dynamic=dynamic
+        )
+        pairs = zip(
+            self.pairs_and_gradients(f, A, B), self.pairs_and_gradients(compiled, A, B)
+        )
         for eager, found in pairs:
             self.assertEqual(eager.stride(), found.stride())
             self.assertTrue(torch.equal(eager, found), f"{options}")
@@ -1647,14 +2202,20 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             dict(k=2, method="basic", n=5, niter=300),
             dict(k=4, largest=True, niter=300, ortho_iparams={"i_max": 3}),
             dict(k=2, largest=False, niter=300, iK=torch.linalg.inv(A + 10 * B)),
-            dict(k=2, largest=False, niter=300, X=torch.eye(40, 4, dtype=A.dtype) + 0.1),
+            dict(
+                k=2, largest=False, niter=300, X=torch.eye(40, 4, dtype=A.dtype) + 0.1
+            ),
         ):
             self.assert_compiled_as_eager(A, B, **options)
 
     def test_compile_batches(self):
         for a, b in (((2,), None), ((2,), ()), ((), (2,)), ((2, 1), (3,)), ((0,), ())):
             A = self.hermitian(12, torch.complex128, a)
-            B = None if b is None else self.hermitian(12, torch.complex128, b, definite=True)
+            B = (
+                None
+                if b is None
+                else self.hermitian(12, torch.complex128, b, definite=True)
+            )
             self.assert_compiled_as_eager(A, B, **self.options)
             self.assert_compiled_as_eager(A, B, dynamic=True, **self.options)
 
@@ -1667,7 +2228,12 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
         for m, k in ((9, 2), (10, 2), (40, 2), (3, 2), (40, 1), (40, 5), (600, 2)):
             A = self.hermitian(m)
-            for eager, found in zip(*(self.pairs_and_gradients(lambda A, B: g(A, k), A) for g in (f, compiled))):
+            for eager, found in zip(
+                *(
+                    self.pairs_and_gradients(lambda A, B: g(A, k), A)
+                    for g in (f, compiled)
+                )
+            ):
                 self.assertTrue(torch.equal(eager, found), f"m={m}, k={k}")
 
     def test_compile_the_function_itself(self):
@@ -1675,7 +2241,9 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         expected = torch.lobpcg(self.A, 3, self.B)
         self.assertEqual(compiled(self.A, 3, self.B), expected, rtol=0, atol=0)
         with torch.inference_mode():
-            self.assertEqual(compiled(self.A.clone(), 3, self.B.clone()), expected, rtol=0, atol=0)
+            self.assertEqual(
+                compiled(self.A.clone(), 3, self.B.clone()), expected, rtol=0, atol=0
+            )
 
     def test_graph_breaks(self):
         def breaks(f, *arguments):
@@ -1688,10 +2256,14 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         seen = []
         self.assertEqual(breaks(lambda A: torch.lobpcg(2 * A, k=2)[0] + 1, self.A), 0)
         tracked = lambda A: torch.lobpcg(2 * A, k=2, tracker=tracker)[0] + 1
-        preconditioned = lambda A: torch.lobpcg(2 * A, k=2, iK=lambda R: R.clone())[0] + 1
+        preconditioned = (
+            lambda A: torch.lobpcg(2 * A, k=2, iK=lambda R: R.clone())[0] + 1
+        )
         for f in (tracked, preconditioned):
             self.assertEqual(breaks(f, self.A), 1)
-            self.assertEqual(torch.compile(f, backend="aot_eager")(self.A), f(self.A), rtol=0, atol=0)
+            self.assertEqual(
+                torch.compile(f, backend="aot_eager")(self.A), f(self.A), rtol=0, atol=0
+            )
             torch._dynamo.reset()
             with self.assertRaises(torch._dynamo.exc.Unsupported):
                 torch.compile(f, backend="aot_eager", fullgraph=True)(self.A)
@@ -1703,7 +2275,11 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         indices = S.indices()
 
         def f(values):
-            return self.loss_of_both(*torch.lobpcg(torch.sparse_coo_tensor(indices, values, S.shape), **self.options))
+            return self.loss_of_both(
+                *torch.lobpcg(
+                    torch.sparse_coo_tensor(indices, values, S.shape), **self.options
+                )
+            )
 
         def g(A):
             return self.loss_of_both(*torch.lobpcg(A, **self.options))
@@ -1735,19 +2311,53 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         ):
             torch._dynamo.reset()
             compiled = torch.compile(transform, backend="aot_eager", fullgraph=True)
-            self.assertEqual(compiled(*arguments), transform(*arguments), rtol=1e-11, atol=1e-11)
+            self.assertEqual(
+                compiled(*arguments), transform(*arguments), rtol=1e-11, atol=1e-11
+            )
 
     def test_wrong_gradients_are_refused_when_the_graph_runs(self):
         """A graph knows no values when it is made; errors and warnings come when it runs, as in an eager call."""
-        double = torch.diag(torch.tensor([1.0, 1.0, *range(2, 10)], dtype=torch.float64))
+        double = torch.diag(
+            torch.tensor([1.0, 1.0, *range(2, 10)], dtype=torch.float64)
+        )
         well = self.hermitian(30)
         vectors, phase = self.loss_of_vectors, lambda E, X: X.imag.sum()
         for A, loss, error, warning, options in (
-            (double, vectors, (RuntimeError, "eigenvalues 0 and 1 are equal"), None, dict(k=2, largest=False)),
-            (double, vectors, None, "k=1 asked for equals one that was not asked for", dict(k=1, largest=False)),
-            (well, vectors, None, "gradient of eigenpairs that have not converged", dict(k=2, niter=2)),
-            (well.to(torch.complex128), phase, (RuntimeError, "phase of eigenvector 0"), None, dict(k=2)),
-            (well * float("nan"), vectors, (ValueError, "NaN or infinite"), None, dict(k=2)),
+            (
+                double,
+                vectors,
+                (RuntimeError, "eigenvalues 0 and 1 are equal"),
+                None,
+                dict(k=2, largest=False),
+            ),
+            (
+                double,
+                vectors,
+                None,
+                "k=1 asked for equals one that was not asked for",
+                dict(k=1, largest=False),
+            ),
+            (
+                well,
+                vectors,
+                None,
+                "gradient of eigenpairs that have not converged",
+                dict(k=2, niter=2),
+            ),
+            (
+                well.to(torch.complex128),
+                phase,
+                (RuntimeError, "phase of eigenvector 0"),
+                None,
+                dict(k=2),
+            ),
+            (
+                well * float("nan"),
+                vectors,
+                (ValueError, "NaN or infinite"),
+                None,
+                dict(k=2),
+            ),
         ):
 
             def f(A):
@@ -1772,7 +2382,9 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         def operands(dtype, a, b):
-            return self.hermitian(24, dtype, a), None if b is None else self.hermitian(24, dtype, b, definite=True)
+            return self.hermitian(24, dtype, a), None if b is None else self.hermitian(
+                24, dtype, b, definite=True
+            )
 
         def description(A, B, **options):
             leaves = [M.requires_grad_() for M in (A, B) if M is not None]
@@ -1781,8 +2393,14 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             return [(T.shape, T.dtype, T.stride()) for T in (E, X, *gradients)]
 
         batches = (((), None), ((2,), ()), ((2, 1), (3,)), ((0,), None))
-        for dtype, (a, b) in itertools.product((torch.float32, torch.complex128), batches):
-            for options in (dict(k=3), dict(k=3, method="ortho", n=5), dict(k=8, largest=False)):
+        for dtype, (a, b) in itertools.product(
+            (torch.float32, torch.complex128), batches
+        ):
+            for options in (
+                dict(k=3),
+                dict(k=3, method="ortho", n=5),
+                dict(k=8, largest=False),
+            ):
                 A, B = operands(dtype, a, b)
                 expected = description(*map(self.leaf, (A, B)), **options)
                 with torch.device("meta"):
@@ -1801,8 +2419,12 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         for mode in ("real", "fake"):
             graph = make_fx(f, tracing_mode=mode)(S)
             self.assertEqual(graph(2 * S), f(2 * S), rtol=0, atol=0)
-            with self.assertRaisesRegex(NotImplementedError, "A is sparse and requires a gradient"):
-                make_fx(lambda S: f(S.requires_grad_())[0], tracing_mode=mode)(S.clone())
+            with self.assertRaisesRegex(
+                NotImplementedError, "A is sparse and requires a gradient"
+            ):
+                make_fx(lambda S: f(S.requires_grad_())[0], tracing_mode=mode)(
+                    S.clone()
+                )
 
     def test_bad_arguments_without_values(self):
         A = torch.zeros(8, 8, device="meta")
@@ -1821,7 +2443,10 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         from torch.fx.experimental.proxy_tensor import make_fx
 
         A, B = self.hermitian(8), self.hermitian(8, definite=True)
-        others = A.flip(-1, -2) + torch.diag(torch.arange(8.0)), B.flip(-1, -2) + torch.eye(8)
+        others = (
+            A.flip(-1, -2) + torch.diag(torch.arange(8.0)),
+            B.flip(-1, -2) + torch.eye(8),
+        )
 
         def f(A, B):
             return self.loss_of_both(*torch.lobpcg(A, B=B, **self.options, tol=1e-12))
@@ -1833,13 +2458,23 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             "tangent": lambda A, B: func.jvp(f, (A, B), (B, A))[1],
             "reverse over reverse": func.jacrev(func.grad(f)),
             "forward over reverse": func.hessian(f),
-            "reverse over forward": func.jacrev(lambda A, B: func.jvp(f, (A, B), (B, A))[1]),
+            "reverse over forward": func.jacrev(
+                lambda A, B: func.jvp(f, (A, B), (B, A))[1]
+            ),
         }
-        for mode, (name, transform) in itertools.product(("real", "fake", "symbolic"), transforms.items()):
+        for mode, (name, transform) in itertools.product(
+            ("real", "fake", "symbolic"), transforms.items()
+        ):
             if mode == "symbolic" and name == "reverse over forward":
                 continue  # PyTorch cannot allocate the tangents; torch.linalg.eigh fails as well
             graph = make_fx(transform, tracing_mode=mode)(A, B)
-            self.assertEqual(graph(*others), transform(*others), rtol=1e-11, atol=1e-11, msg=f"{mode}, {name}")
+            self.assertEqual(
+                graph(*others),
+                transform(*others),
+                rtol=1e-11,
+                atol=1e-11,
+                msg=f"{mode}, {name}",
+            )
 
     def test_third_derivative_in_a_graph(self):
         """Refused while it is traced; a graph of the function can be differentiated to any order."""
@@ -1851,7 +2486,13 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             return self.loss_of_both(*torch.lobpcg(A, k=1, tol=1e-13))
 
         def third(f):
-            of_second = lambda A: torch.func.grad(lambda A: torch.func.grad(f)(A).square().sum())(A).square().sum()
+            of_second = (
+                lambda A: torch.func.grad(
+                    lambda A: torch.func.grad(f)(A).square().sum()
+                )(A)
+                .square()
+                .sum()
+            )
             return torch.func.grad(of_second)
 
         with self.assertRaisesRegex(NotImplementedError, "lobpcg: third derivatives"):
@@ -1867,7 +2508,9 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             return torch.autograd.grad(value, leaf)[0]
 
         self.assertEqual(by_backward(graph), by_backward(f), rtol=1e-9, atol=1e-9)
-        self.assertEqual(torch.func.hessian(graph)(A), torch.func.hessian(f)(A), rtol=1e-9, atol=1e-9)
+        self.assertEqual(
+            torch.func.hessian(graph)(A), torch.func.hessian(f)(A), rtol=1e-9, atol=1e-9
+        )
         two = torch.stack([A, 2 * A])
         for transform in (torch.func.grad, torch.func.jacrev):
             of_graph, of_f = (torch.func.vmap(transform(g)) for g in (graph, f))
@@ -1883,43 +2526,85 @@ class TestLobpcgGraphs(LobpcgGradientCase):
 
         any_size = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
         A, B = self.hermitian(24), self.hermitian(24, definite=True)
-        for strict, shapes in itertools.product((False, True), (None, (any_size, any_size))):
-            program = torch.export.export(Model(), (A, B), dynamic_shapes=shapes, strict=strict)
+        for strict, shapes in itertools.product(
+            (False, True), (None, (any_size, any_size))
+        ):
+            program = torch.export.export(
+                Model(), (A, B), dynamic_shapes=shapes, strict=strict
+            )
             stored = io.BytesIO()
             torch.export.save(program, stored)
             stored.seek(0)
-            for version in (program, program.run_decompositions(), torch.export.load(stored)):
+            for version in (
+                program,
+                program.run_decompositions(),
+                torch.export.load(stored),
+            ):
                 for m in (24,) if shapes is None else (24, 31):
                     C, D = self.hermitian(m), self.hermitian(m, definite=True)
-                    pairs = zip(*(self.pairs_and_gradients(f, C, D) for f in (Model(), version.module())))
+                    pairs = zip(
+                        *(
+                            self.pairs_and_gradients(f, C, D)
+                            for f in (Model(), version.module())
+                        )
+                    )
                     for eager, found in pairs:
                         self.assertTrue(torch.equal(eager, found))
 
     def test_operators_keep_their_contract(self):
         """Schema, shapes, autograd and tracing, as torch.library checks them, static and dynamic."""
         operators = torch.ops._lobpcg
-        tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        tests = (
+            "test_autograd_registration",
+            "test_faketensor",
+            "test_aot_dispatch_dynamic",
+        )
         for dtype in (torch.float64, torch.complex128):
             # PyTorch's check of schemas takes a view that is marked as conjugate for a changed argument.
             tested = tests if dtype.is_complex else ("test_schema", *tests)
             check = functools.partial(torch.library.opcheck, test_utils=tested)
             A, B = self.hermitian(12, dtype), self.hermitian(12, dtype, definite=True)
-            settings = (2, 4, 0, 1000, 1e-8, False, "ortho", False, True, [], [])
-            pairs = operators.solve(A, B, None, None, *settings)
-            tail = (False, 1e-8)
-            gE, gX = torch.ones_like(pairs[0]), pairs[1] * torch.arange(12).unsqueeze(-1)
+            numbers = dict(
+                k=2,
+                n=4,
+                chosen=0,
+                niter=1000,
+                tol=1e-8,
+                largest=False,
+                method="ortho",
+                iterate=False,
+            )
+            numbers.update(differentiated=True, ortho_names=[], ortho_values=[])
+            pairs = operators.solve(A, B, None, None, **numbers)
+            gE, gX = (
+                torch.ones_like(pairs[0]),
+                pairs[1] * torch.arange(12).unsqueeze(-1),
+            )
             # The loss of opcheck is the sum of everything, which a phase changes.
             a, b = (self.leaf(M, not dtype.is_complex) for M in (A, B))
-            check(operators.lobpcg.default, (a, 2, b, *[None] * 7, [], []))
-            check(operators.solve.default, (a, b, None, None, *settings))
+            check(
+                operators.lobpcg.default,
+                (a, 2, b, *[None] * 7),
+                dict(ortho_iparams=None),
+            )
+            check(operators.solve.default, (a, b, None, None), numbers)
             for iterate, differentiated in itertools.product((False, True), repeat=2):
-                operands = A, B, None, None, *settings[:7], iterate, differentiated, [], []
-                found = operators.solve(*[M.to("meta") if isinstance(M, torch.Tensor) else M for M in operands])
-                for made, T in zip(operators.solve(*operands), found):
-                    self.assertEqual((T.shape, T.dtype, T.stride()), (made.shape, made.dtype, made.stride()))
+                options = dict(numbers, iterate=iterate, differentiated=differentiated)
+                found = operators.solve(
+                    A.to("meta"), B.to("meta"), None, None, **options
+                )
+                for made, T in zip(operators.solve(A, B, None, None, **options), found):
+                    self.assertEqual(
+                        (T.shape, T.dtype, T.stride()),
+                        (made.shape, made.dtype, made.stride()),
+                    )
             for needed in ([True, True], [False, True]):
-                check(operators.reverse.default, (A, B, None, *pairs, gE, gX, *tail, needed))
-            check(operators.tangent.default, (A, B, None, *pairs, A, B, *tail))
+                check(
+                    operators.reverse.default,
+                    (A, B, None, *pairs, gE, gX),
+                    dict(numbers, needed=needed),
+                )
+            check(operators.tangent.default, (A, B, None, *pairs, A, B), numbers)
 
     def test_subclass_with_torch_function(self):
         """A torch function mode or subclass sees torch.lobpcg, compiled or not."""
@@ -1968,13 +2653,20 @@ class TestLobpcgTransformTable(LobpcgGradientCase):
         i = torch.arange(self.m)
         band = ((i.unsqueeze(-1) - i).abs() <= 3).to(dtype)
         A = self.weights(self.m, dtype, 11 + seed) * band
-        B = (4 * torch.eye(self.m, dtype=dtype) + 0.3 * self.weights(self.m, dtype, 12 + seed)) * band
+        B = (
+            4 * torch.eye(self.m, dtype=dtype)
+            + 0.3 * self.weights(self.m, dtype, 12 + seed)
+        ) * band
         tangents = tuple(self.weights(self.m, dtype, 13 + j) * band for j in range(2))
         return (A, B), tangents, band.real > 0 if layout == "sparse" else None
 
     @parametrize(
         "transform,layout,field,wanted",
-        list(itertools.product(transforms, ("dense", "sparse"), ("real", "complex"), ("A", "B", "both"))),
+        list(
+            itertools.product(
+                transforms, ("dense", "sparse"), ("real", "complex"), ("A", "B", "both")
+            )
+        ),
         name_fn=lambda *names: "_".join(names),
     )
     def test(self, transform, layout, field, wanted):
@@ -2022,7 +2714,9 @@ class TestLobpcgTransformTable(LobpcgGradientCase):
             expected = [(a - b) / (2 * h) for a, b in zip(*sides)]
         self.assertEqual(len(found), len(expected))
         for g, e in zip(found, expected):
-            self.assert_close(g, e, 1e-5 if "double" in transform or "over" in transform else 1e-8)
+            self.assert_close(
+                g, e, 1e-5 if "double" in transform or "over" in transform else 1e-8
+            )
 
     def by_backward(self, f, operands, tangents):
         leaves = [M.requires_grad_() for M in operands]
@@ -2031,14 +2725,19 @@ class TestLobpcgTransformTable(LobpcgGradientCase):
     def by_double_backward(self, f, operands, tangents):
         leaves = [M.requires_grad_() for M in operands]
         gradients = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
-        value = sum((g.to_dense().conj() * t.to_dense()).real.sum() for g, t in zip(gradients, tangents))
+        value = sum(
+            (g.to_dense().conj() * t.to_dense()).real.sum()
+            for g, t in zip(gradients, tangents)
+        )
         return torch.autograd.grad(value, leaves)
 
     def by_forward_mode(self, f, operands, tangents):
         return torch.func.jvp(f, tuple(operands), tuple(tangents))[1]
 
     def by_forward_over_reverse(self, f, operands, tangents):
-        return torch.func.jvp(self.func_grad(f, operands), tuple(operands), tuple(tangents))[1]
+        return torch.func.jvp(
+            self.func_grad(f, operands), tuple(operands), tuple(tangents)
+        )[1]
 
     def func_grad(self, f, operands):
         return torch.func.grad(f, tuple(range(len(operands))))
@@ -2057,18 +2756,28 @@ class TestLobpcgTransformTable(LobpcgGradientCase):
     def by_checkpoint(self, f, operands, tangents):
         from torch.utils.checkpoint import checkpoint
 
-        return self.by_backward(lambda *leaves: checkpoint(f, *leaves, use_reentrant=False), operands, tangents)
+        return self.by_backward(
+            lambda *leaves: checkpoint(f, *leaves, use_reentrant=False),
+            operands,
+            tangents,
+        )
 
     def by_compile(self, f, operands, tangents):
         torch._dynamo.reset()
         fullgraph = operands[0].layout == torch.strided
-        return self.by_backward(torch.compile(f, backend="aot_eager", fullgraph=fullgraph), operands, tangents)
+        return self.by_backward(
+            torch.compile(f, backend="aot_eager", fullgraph=fullgraph),
+            operands,
+            tangents,
+        )
 
     def by_make_fx(self, f, operands, tangents):
         from torch.fx.experimental.proxy_tensor import make_fx
 
         others = [M + 0.01 * t for M, t in zip(operands, tangents)]
-        return make_fx(self.func_grad(f, operands), tracing_mode="real")(*others)(*operands)
+        return make_fx(self.func_grad(f, operands), tracing_mode="real")(*others)(
+            *operands
+        )
 
     def by_export(self, f, operands, tangents):
         class Model(torch.nn.Module):
@@ -2076,7 +2785,9 @@ class TestLobpcgTransformTable(LobpcgGradientCase):
                 return f(*operands)
 
         others = tuple(M + 0.01 * t for M, t in zip(operands, tangents))
-        return self.by_backward(torch.export.export(Model(), others).module(), operands, tangents)
+        return self.by_backward(
+            torch.export.export(Model(), others).module(), operands, tangents
+        )
 
 
 instantiate_parametrized_tests(TestLobpcgTransformTable)
@@ -2097,7 +2808,9 @@ class TestSymmetricGradcheck(TestCase):
 
         @staticmethod
         def forward(ctx, X, first, second):
-            ctx.set_materialize_grads(False)  # as gradcheck cannot compare the sparse zeros that would follow
+            ctx.set_materialize_grads(
+                False
+            )  # as gradcheck cannot compare the sparse zeros that would follow
             ctx.save_for_backward(X)
             ctx.save_for_forward(X)
             ctx.first, ctx.second = first, second
@@ -2148,18 +2861,26 @@ class TestSymmetricGradcheck(TestCase):
         return G + K - K.transpose(-2, -1).conj_physical()
 
     def planted(self, first="exact", second="exact"):
-        return lambda X: self.Planted.apply(X, getattr(self, first), getattr(self, second))
+        return lambda X: self.Planted.apply(
+            X, getattr(self, first), getattr(self, second)
+        )
 
     def matrix(self, *batch, m=3, dtype=torch.float64):
         """A positive definite (*batch, m, m) with simple eigenvalues, symmetric to the bit."""
-        M = torch.randn(*batch, m, m, dtype=dtype, generator=torch.Generator().manual_seed(m))
+        M = torch.randn(
+            *batch, m, m, dtype=dtype, generator=torch.Generator().manual_seed(m)
+        )
         A = M @ M.mH + torch.diag(torch.arange(1.0, m + 1)).to(dtype)
         return ((A + A.mH) / 2).requires_grad_()
 
     def sparse_matrix(self, layout, dtype=torch.float64):
         """A 4 x 4 matrix whose stored entries, by 2 x 2 blocks or one by one, are a symmetric proper subset."""
         A = self.matrix(m=4, dtype=dtype).detach()
-        block = {"blocksize": (2, 2)} if layout in (torch.sparse_bsr, torch.sparse_bsc) else {}
+        block = (
+            {"blocksize": (2, 2)}
+            if layout in (torch.sparse_bsr, torch.sparse_bsc)
+            else {}
+        )
         A[:2, 2:] = A[2:, :2] = 0
         if not block:
             A[0, 3], A[3, 0] = 1 + A[0, 1], (1 + A[0, 1]).conj()
@@ -2168,7 +2889,9 @@ class TestSymmetricGradcheck(TestCase):
     # What is accepted
 
     functions = {
-        "eigh": lambda A: TestSymmetricGradcheck.projector(torch.linalg.eigh(A)[1][..., :2]),
+        "eigh": lambda A: TestSymmetricGradcheck.projector(
+            torch.linalg.eigh(A)[1][..., :2]
+        ),
         "eigvalsh": torch.linalg.eigvalsh,
         "cholesky": torch.linalg.cholesky,
         "logdet": torch.logdet,
@@ -2188,7 +2911,9 @@ class TestSymmetricGradcheck(TestCase):
     @parametrize("name", [*functions, "planted"])
     def test_passes(self, name, dtype, batch, fast_mode):
         func, A = self.function(name), self.matrix(*batch, dtype=dtype)
-        batched_forward = name != "planted"  # a Function's jvp has no rule for the vmap used there
+        batched_forward = (
+            name != "planted"
+        )  # a Function's jvp has no rule for the vmap used there
         self.assertTrue(
             torch.autograd.gradcheck(
                 func,
@@ -2208,7 +2933,12 @@ class TestSymmetricGradcheck(TestCase):
         func, A = self.function(name), self.matrix(dtype=dtype)
         self.assertTrue(
             torch.autograd.gradgradcheck(
-                func, A, symmetric=True, fast_mode=fast_mode, check_fwd_over_rev=True, check_batched_grad=True
+                func,
+                A,
+                symmetric=True,
+                fast_mode=fast_mode,
+                check_fwd_over_rev=True,
+                check_batched_grad=True,
             )
         )
 
@@ -2217,9 +2947,15 @@ class TestSymmetricGradcheck(TestCase):
     def test_symmetric_gradient_passes(self, batch, fast_mode):
         for name in ("eigh", "eigvalsh", "cholesky", "logdet", "planted"):
             A = self.matrix(*batch)
-            options = {"symmetric": True, "check_symmetric_grad": True, "fast_mode": fast_mode}
+            options = {
+                "symmetric": True,
+                "check_symmetric_grad": True,
+                "fast_mode": fast_mode,
+            }
             self.assertTrue(torch.autograd.gradcheck(self.function(name), A, **options))
-            self.assertTrue(torch.autograd.gradgradcheck(self.function(name), A, **options))
+            self.assertTrue(
+                torch.autograd.gradgradcheck(self.function(name), A, **options)
+            )
 
     # What is rejected
 
@@ -2228,7 +2964,10 @@ class TestSymmetricGradcheck(TestCase):
     @dtypes
     @parametrize("mode", ["backward", "forward"])
     def test_off_diagonal_doubled_fails(self, mode, dtype, batch, fast_mode):
-        options = {"check_forward_ad": mode == "forward", "check_backward_ad": mode == "backward"}
+        options = {
+            "check_forward_ad": mode == "forward",
+            "check_backward_ad": mode == "backward",
+        }
         options.update(check_undefined_grad=False, fast_mode=fast_mode, symmetric=True)
         func = self.planted("off_diagonal_doubled")
         with self.assertRaisesRegex(RuntimeError, "Jacobian .*mismatch"):
@@ -2238,15 +2977,30 @@ class TestSymmetricGradcheck(TestCase):
     @batches
     @dtypes
     @parametrize("rule", ["lower_triangle", "with_skew_part"])
-    def test_gradient_with_skew_part_fails_on_demand(self, rule, dtype, batch, fast_mode):
+    def test_gradient_with_skew_part_fails_on_demand(
+        self, rule, dtype, batch, fast_mode
+    ):
         A, func = self.matrix(*batch, dtype=dtype), self.planted(rule)
         check = torch.autograd.gradcheck
-        self.assertTrue(check(func, A, symmetric=True, fast_mode=fast_mode, check_forward_ad=True))
-        self.assertFalse(
-            check(func, A, symmetric=True, check_symmetric_grad=True, fast_mode=fast_mode, raise_exception=False)
+        self.assertTrue(
+            check(func, A, symmetric=True, fast_mode=fast_mode, check_forward_ad=True)
         )
-        with self.assertRaisesRegex(RuntimeError, "gradient of output 0 with respect to input 0 .* skew part"):
-            check(func, A, symmetric=True, check_symmetric_grad=True, fast_mode=fast_mode)
+        self.assertFalse(
+            check(
+                func,
+                A,
+                symmetric=True,
+                check_symmetric_grad=True,
+                fast_mode=fast_mode,
+                raise_exception=False,
+            )
+        )
+        with self.assertRaisesRegex(
+            RuntimeError, "gradient of output 0 with respect to input 0 .* skew part"
+        ):
+            check(
+                func, A, symmetric=True, check_symmetric_grad=True, fast_mode=fast_mode
+            )
 
     @modes
     @dtypes
@@ -2258,12 +3012,22 @@ class TestSymmetricGradcheck(TestCase):
         for rule in ("lower_triangle", "with_skew_part"):
             func = self.planted(second=rule)
             self.assertTrue(check(func, A, **options))
-            with self.assertRaisesRegex(RuntimeError, "of the first gradient with respect to input 0 .* skew part"):
+            with self.assertRaisesRegex(
+                RuntimeError,
+                "of the first gradient with respect to input 0 .* skew part",
+            ):
                 check(func, A, check_symmetric_grad=True, **options)
             # With cotangents of the user's own, those are what counts.
             for weight in (0.0, 1.0):
                 gf = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
-                passed = check(func, A, gf, check_symmetric_grad=True, raise_exception=False, **options)
+                passed = check(
+                    func,
+                    A,
+                    gf,
+                    check_symmetric_grad=True,
+                    raise_exception=False,
+                    **options,
+                )
                 self.assertEqual(passed, weight == 0)
 
     def test_one_bad_matrix_or_output_is_found(self):
@@ -2277,7 +3041,12 @@ class TestSymmetricGradcheck(TestCase):
         for fast_mode in (False, True):
             with self.assertRaisesRegex(RuntimeError, message):
                 torch.autograd.gradcheck(
-                    func, A, symmetric=True, check_symmetric_grad=True, rtol=1e-6, fast_mode=fast_mode
+                    func,
+                    A,
+                    symmetric=True,
+                    check_symmetric_grad=True,
+                    rtol=1e-6,
+                    fast_mode=fast_mode,
                 )
 
     # Which perturbations func sees
@@ -2288,8 +3057,13 @@ class TestSymmetricGradcheck(TestCase):
         seen = []
 
         def func(A, C):
-            given = (A, torch.autograd.forward_ad.unpack_dual(A)[1])  # A and its tangent, if it has one
-            hidden = torch._C._functorch.is_legacy_batchedtensor  # the values are out of reach under vmap
+            given = (
+                A,
+                torch.autograd.forward_ad.unpack_dual(A)[1],
+            )  # A and its tangent, if it has one
+            hidden = (
+                torch._C._functorch.is_legacy_batchedtensor
+            )  # the values are out of reach under vmap
             seen.extend(X.detach() for X in given if X is not None and not hidden(X))
             return (A @ C @ A).sum(-1)
 
@@ -2310,21 +3084,42 @@ class TestSymmetricGradcheck(TestCase):
     def test_unmarked_input_is_perturbed_entry_by_entry(self):
         A, B = self.matrix(), self.matrix()
         func = self.planted("lower_triangle")
-        for symmetric, passes in (((True, True), True), ((True, False), False), ((False, True), False)):
+        for symmetric, passes in (
+            ((True, True), True),
+            ((True, False), False),
+            ((False, True), False),
+        ):
             self.assertEqual(
                 torch.autograd.gradcheck(
-                    lambda A, B: func(A) * func(B), (A, B), symmetric=symmetric, raise_exception=False
+                    lambda A, B: func(A) * func(B),
+                    (A, B),
+                    symmetric=symmetric,
+                    raise_exception=False,
                 ),
                 passes,
             )
 
     def test_flags(self):
         A, b = self.matrix(), torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
-        self.assertTrue(torch.autograd.gradcheck(torch.linalg.solve, [A, b], symmetric=[True, False]))
+        self.assertTrue(
+            torch.autograd.gradcheck(
+                torch.linalg.solve, [A, b], symmetric=[True, False]
+            )
+        )
         # A flag on a constant has no effect, whatever its shape; True leaves alone what is not a differentiable tensor.
-        self.assertTrue(torch.autograd.gradcheck(torch.linalg.solve, (A, b.detach()), symmetric=(True, True)))
-        self.assertTrue(torch.autograd.gradcheck(torch.linalg.matrix_power, (A, 3), symmetric=True))
-        self.assertTrue(torch.autograd.gradgradcheck(torch.linalg.solve, (A, b), symmetric=(True, False)))
+        self.assertTrue(
+            torch.autograd.gradcheck(
+                torch.linalg.solve, (A, b.detach()), symmetric=(True, True)
+            )
+        )
+        self.assertTrue(
+            torch.autograd.gradcheck(torch.linalg.matrix_power, (A, 3), symmetric=True)
+        )
+        self.assertTrue(
+            torch.autograd.gradgradcheck(
+                torch.linalg.solve, (A, b), symmetric=(True, False)
+            )
+        )
 
     def test_unused_input_and_undefined_gradients(self):
         A, B = self.matrix(), self.matrix(2)
@@ -2345,7 +3140,12 @@ class TestSymmetricGradcheck(TestCase):
                 return G
 
         self.assertTrue(
-            torch.autograd.gradcheck(lambda A, B: Undefined.apply(A), (A, B), symmetric=True, check_symmetric_grad=True)
+            torch.autograd.gradcheck(
+                lambda A, B: Undefined.apply(A),
+                (A, B),
+                symmetric=True,
+                check_symmetric_grad=True,
+            )
         )
 
     # Sparse matrices
@@ -2353,7 +3153,9 @@ class TestSymmetricGradcheck(TestCase):
     @modes
     @dtypes
     @parametrize("masked", [False, True])
-    @parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"])
+    @parametrize(
+        "layout", ["sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"]
+    )
     def test_sparse(self, layout, masked, dtype, fast_mode):
         A = self.sparse_matrix(getattr(torch, layout), dtype)
         seen = []
@@ -2367,7 +3169,13 @@ class TestSymmetricGradcheck(TestCase):
 
         def check(rule, **options):
             return torch.autograd.gradcheck(
-                func(rule), A, symmetric=True, masked=masked, fast_mode=fast_mode, raise_exception=False, **options
+                func(rule),
+                A,
+                symmetric=True,
+                masked=masked,
+                fast_mode=fast_mode,
+                raise_exception=False,
+                **options,
             )
 
         self.assertTrue(check("exact", check_symmetric_grad=True))
@@ -2385,7 +3193,12 @@ class TestSymmetricGradcheck(TestCase):
         for rule, passes in (("exact", True), ("off_diagonal_doubled", False)):
             func = self.planted(rule)
             options = {"symmetric": True, "masked": True, "raise_exception": False}
-            self.assertEqual(torch.autograd.gradcheck(lambda X, f=func: f(X.to_dense()), A, **options), passes)
+            self.assertEqual(
+                torch.autograd.gradcheck(
+                    lambda X, f=func: f(X.to_dense()), A, **options
+                ),
+                passes,
+            )
 
     # Bad arguments
 
@@ -2417,7 +3230,9 @@ gradcheck: expected symmetric to be a bool, or a list or tuple of bool, got 1"""
 gradcheck: expected symmetric to be a bool, or a list or tuple of bool, got ('lower',)""",
         )
         self.assertExpectedInline(
-            self.message(TypeError, torch.linalg.matrix_power, (A, 3), symmetric=(True, True)),
+            self.message(
+                TypeError, torch.linalg.matrix_power, (A, 3), symmetric=(True, True)
+            ),
             """\
 gradcheck: expected input 1, marked symmetric, to be a Tensor, got int; set its flag to False""",
         )
@@ -2437,7 +3252,13 @@ gradcheck: expected input 1, marked symmetric, to have shape (*, m, m), got (3,)
 one flag per input to leave it out""",
         )
         self.assertExpectedInline(
-            self.message(ValueError, torch.linalg.pinv, A[:, :2], torch.autograd.gradgradcheck, symmetric=True),
+            self.message(
+                ValueError,
+                torch.linalg.pinv,
+                A[:, :2],
+                torch.autograd.gradgradcheck,
+                symmetric=True,
+            ),
             """\
 gradgradcheck: expected input 0, marked symmetric, to have shape (*, m, m), got (3, 2); pass
 symmetric as one flag per input to leave it out""",
@@ -2467,15 +3288,24 @@ gradcheck: expected input 0 to be symmetric, got a skew part of relative norm na
 
     def test_symmetric_to_rounding_is_accepted(self):
         for m in (1, 3, 30):
-            M = torch.randn(m, m, dtype=torch.float64, generator=torch.Generator().manual_seed(m))
+            M = torch.randn(
+                m, m, dtype=torch.float64, generator=torch.Generator().manual_seed(m)
+            )
             A = (M @ torch.linalg.inv(M @ M.mT + torch.eye(m)) @ M.mT).requires_grad_()
-            self.assertTrue(torch.autograd.gradcheck(torch.trace, A, symmetric=True, fast_mode=True))
+            self.assertTrue(
+                torch.autograd.gradcheck(torch.trace, A, symmetric=True, fast_mode=True)
+            )
 
     def test_empty(self):
         for shape in ((0, 3, 3), (2, 0, 0)):
             A = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
             self.assertTrue(
-                torch.autograd.gradcheck(lambda X: X.sum((-2, -1)), A, symmetric=True, check_symmetric_grad=True)
+                torch.autograd.gradcheck(
+                    lambda X: X.sum((-2, -1)),
+                    A,
+                    symmetric=True,
+                    check_symmetric_grad=True,
+                )
             )
 
     def test_bad_layout(self):
@@ -2496,9 +3326,16 @@ gradcheck: input 0, marked symmetric, has layout torch.sparse_csr and shape (2, 
 input is strided, COO without dense dimensions, or a single CSR, CSC, BSR or BSC matrix; convert it
 inside func""",
         )
-        one_sided = torch.sparse_coo_tensor([[0, 1, 0], [0, 1, 1]], [1.0, 1.0, 0.0], (2, 2), dtype=torch.float64)
+        one_sided = torch.sparse_coo_tensor(
+            [[0, 1, 0], [0, 1, 1]], [1.0, 1.0, 0.0], (2, 2), dtype=torch.float64
+        )
         self.assertExpectedInline(
-            self.message(ValueError, torch.Tensor.to_dense, one_sided.requires_grad_(), symmetric=True),
+            self.message(
+                ValueError,
+                torch.Tensor.to_dense,
+                one_sided.requires_grad_(),
+                symmetric=True,
+            ),
             """\
 gradcheck: expected the stored entries of input 0 to be symmetric, got (i, j) stored without (j, i);
 store an explicit zero there""",
@@ -2522,20 +3359,38 @@ itself""",
             return A @ B
 
         A = self.matrix()
-        for options in ({}, {"fast_mode": True}, {"check_forward_ad": True, "check_backward_ad": False}):
+        for options in (
+            {},
+            {"fast_mode": True},
+            {"check_forward_ad": True, "check_backward_ad": False},
+        ):
             self.assertExpectedInline(
-                self.message(ValueError, changes, (A, A.detach().clone().requires_grad_()), symmetric=True, **options),
+                self.message(
+                    ValueError,
+                    changes,
+                    (A, A.detach().clone().requires_grad_()),
+                    symmetric=True,
+                    **options,
+                ),
                 """\
 gradcheck: expected func to leave its inputs unchanged, but it changed input 1 in place; clone it in
 func""",
             )
         self.assertIn(
             "gradgradcheck: expected func to leave",
-            self.message(ValueError, changes, (A, A), torch.autograd.gradgradcheck, symmetric=True),
+            self.message(
+                ValueError,
+                changes,
+                (A, A),
+                torch.autograd.gradgradcheck,
+                symmetric=True,
+            ),
         )
         for layout in (torch.sparse_coo, torch.sparse_csr):
             S = self.sparse_matrix(layout)
-            message = self.message(ValueError, lambda X: X.mul_(2).to_dense(), S, symmetric=True)
+            message = self.message(
+                ValueError, lambda X: X.mul_(2).to_dense(), S, symmetric=True
+            )
             self.assertIn("changed input 0 in place", message)
 
     def test_modes_that_give_no_gradient(self):
@@ -2571,9 +3426,16 @@ check_rev_over_rev=False leaves out; set check_rev_over_rev=True""",
         )
 
     def test_message_of_a_skew_gradient(self):
-        A = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64, requires_grad=True)
+        A = torch.tensor(
+            [[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64, requires_grad=True
+        )
         with self.assertRaises(RuntimeError) as caught:
-            torch.autograd.gradcheck(self.planted("lower_triangle"), A, symmetric=True, check_symmetric_grad=True)
+            torch.autograd.gradcheck(
+                self.planted("lower_triangle"),
+                A,
+                symmetric=True,
+                check_symmetric_grad=True,
+            )
         # G = [[1, 0], [4, 1]]: |G|^2 = 18 and its skew part has norm^2 8.
         self.assertExpectedInline(
             self.filled(caught.exception),
@@ -2589,33 +3451,66 @@ part of relative norm 6.7e-01; return (G + G.mH) / 2 from backward, or drop chec
         from unittest import mock
 
         A = self.matrix()
-        with mock.patch("torch.testing._internal.common_utils.TEST_WITH_SLOW_GRADCHECK", slow):
-            self.assertTrue(gradcheck(torch.linalg.eigvalsh, (A,), symmetric=True, check_symmetric_grad=True))
-            self.assertTrue(gradgradcheck(torch.linalg.eigvalsh, (A,), symmetric=(True,), check_symmetric_grad=True))
+        with mock.patch(
+            "torch.testing._internal.common_utils.TEST_WITH_SLOW_GRADCHECK", slow
+        ):
+            self.assertTrue(
+                gradcheck(
+                    torch.linalg.eigvalsh,
+                    (A,),
+                    symmetric=True,
+                    check_symmetric_grad=True,
+                )
+            )
+            self.assertTrue(
+                gradgradcheck(
+                    torch.linalg.eigvalsh,
+                    (A,),
+                    symmetric=(True,),
+                    check_symmetric_grad=True,
+                )
+            )
             for wrapper, func in (
                 (gradcheck, self.planted("off_diagonal_doubled")),
                 (gradgradcheck, self.planted(second="off_diagonal_doubled")),
             ):
-                with self.assertRaisesRegex(RuntimeError, "Jacobian mismatch") as caught:
+                with self.assertRaisesRegex(
+                    RuntimeError, "Jacobian mismatch"
+                ) as caught:
                     wrapper(func, A, symmetric=True)
                 self.assertEqual("in fast mode" in str(caught.exception), not slow)
 
     def test_without_marks_nothing_changes(self):
         X = self.matrix().detach().tril().requires_grad_()  # not symmetric
         messages = []
-        for options in ({}, {"symmetric": False}, {"symmetric": (False,)}, {"check_symmetric_grad": False}):
+        for options in (
+            {},
+            {"symmetric": False},
+            {"symmetric": (False,)},
+            {"check_symmetric_grad": False},
+        ):
             with self.assertRaises(RuntimeError) as caught:
-                torch.autograd.gradcheck(self.planted("off_diagonal_doubled"), X, **options)
+                torch.autograd.gradcheck(
+                    self.planted("off_diagonal_doubled"), X, **options
+                )
             messages.append(str(caught.exception))
             self.assertTrue(torch.autograd.gradcheck(self.planted(), X, **options))
             self.assertTrue(torch.autograd.gradgradcheck(self.planted(), X, **options))
         self.assertEqual(messages[1:], messages[:1] * 3)
-        with self.assertRaisesRegex(ValueError, "at least one input tensor to require gradient"):
+        with self.assertRaisesRegex(
+            ValueError, "at least one input tensor to require gradient"
+        ):
             torch.autograd.gradcheck(torch.logdet, X.detach(), symmetric=True)
 
     def test_random_state_is_left_alone(self):
         before = torch.get_rng_state()
-        torch.autograd.gradcheck(torch.logdet, self.matrix(), symmetric=True, check_symmetric_grad=True, fast_mode=True)
+        torch.autograd.gradcheck(
+            torch.logdet,
+            self.matrix(),
+            symmetric=True,
+            check_symmetric_grad=True,
+            fast_mode=True,
+        )
         self.assertEqual(torch.get_rng_state(), before)
 
 

@@ -2,17 +2,20 @@
 """The displayed formulas of the derivative modules, each against a dense oracle that shares no code with it."""
 
 import itertools
+import sys
 import unittest
 import warnings
+from unittest import mock
 
 import torch
-import torch._lobpcg_autograd as differentiation
-import torch._lobpcg_complement as complement
-import torch._lobpcg_derivative as derivative
-from torch._lobpcg_iteration import EigenPairs
-from torch._lobpcg_pattern import _PatternValues, apply, hermitian_apply, hermitian_outer, is_symmetric_pattern, Pattern
-from torch._lobpcg_resolvent import reduced_resolvent, SolveOptions
-from torch._lobpcg_solver import hermitian_part
+import torch._lobpcg_impl.complement as complement
+import torch._lobpcg_impl.derivative as derivative
+from torch._lobpcg_impl.arguments import settle
+from torch._lobpcg_impl.iteration import EigenPairs
+from torch._lobpcg_impl.operand import hermitian_part, operand, Pencil
+from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.resolvent import reduced_resolvent
+from torch._lobpcg_impl.sparse import is_symmetric_pattern, Pattern, PatternValues
 from torch.testing._internal.common_utils import run_tests
 
 
@@ -29,21 +32,36 @@ SPARSE = {
 
 def split_duplicates(S):
     i, v = S.indices(), S.values()
-    return torch.sparse_coo_tensor(torch.cat([i, i], 1), torch.cat([v / 4, v * 3 / 4]), S.shape)
+    return torch.sparse_coo_tensor(
+        torch.cat([i, i], 1), torch.cat([v / 4, v * 3 / 4]), S.shape
+    )
 
 
 def random(*shape, dtype, seed=0):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def hermitian(M):
     return (M + M.mH) / 2
 
 
-def differentiable_eigenpairs(A, B, *arguments):
-    """As torch.lobpcg calls it: dense matrices through their Hermitian part."""
-    A, B = (None if M is None else hermitian_part(M) for M in (A, B))
-    return differentiation.differentiable_eigenpairs(A, B, *arguments)
+def differentiable_eigenpairs(A, B, forward, k, largest, tol):
+    """torch.lobpcg with `forward` in the place of its solver."""
+    with mock.patch.object(sys.modules["torch._lobpcg"], "solve", forward):
+        return torch.lobpcg(A, k, B, largest=largest, tol=tol)
+
+
+def pairs_of(A, B, E, X, tol, largest=False, further=None):
+    """Exact pairs as a derivative gets them; A, B: matrices, callables or None."""
+    empty = X[..., :0]
+    T, Y = (E[..., :0], empty) if further is None else further
+    options = settle(
+        X.shape[-2], X.dtype, E.shape[-1], None, None, None, tol, largest, None
+    )
+    zero = torch.zeros_like(E)
+    return Pairs(Pencil.of(A, B, None, X), options, E, X, T, Y, zero, zero + 1)
 
 
 def pencil(m, dtype, batch=()):
@@ -55,7 +73,9 @@ def pencil(m, dtype, batch=()):
 def spectral(A, B):
     """All eigenpairs, ascending, through the Cholesky factor of B; differentiable."""
     L = torch.linalg.cholesky(B)
-    C = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, A, upper=False).mH, upper=False)
+    C = torch.linalg.solve_triangular(
+        L, torch.linalg.solve_triangular(L, A, upper=False).mH, upper=False
+    )
     E, U = torch.linalg.eigh(C)
     return E, torch.linalg.solve_triangular(L.mH, U, upper=True)
 
@@ -63,15 +83,21 @@ def spectral(A, B):
 def exact(n, largest):
     """A forward that returns exact pairs."""
 
-    def solve(A, B, X, iK, differentiated=False):
-        A = hermitian(A.to_dense())
-        B = torch.eye(A.shape[-1], dtype=A.dtype) if B is None else hermitian(B.to_dense())
+    def solve(pencil, X, options):
+        A = hermitian(pencil.A.dense())
+        B = (
+            hermitian(pencil.B.dense())
+            if pencil.generalized
+            else torch.eye(A.shape[-1], dtype=A.dtype)
+        )
         E, U = spectral(A, B)
         if largest:
             E, U = E.flip(-1), U.flip(-1)
         E, U = E[..., :n], U[..., :n]
         residual = torch.linalg.vector_norm(A @ U - B @ U * E.unsqueeze(-2), dim=-2)
-        size = torch.linalg.matrix_norm(A, 2).unsqueeze(-1) + E.abs() * torch.linalg.matrix_norm(B, 2).unsqueeze(-1)
+        size = torch.linalg.matrix_norm(A, 2).unsqueeze(
+            -1
+        ) + E.abs() * torch.linalg.matrix_norm(B, 2).unsqueeze(-1)
         return EigenPairs(E, U, residual, size * torch.linalg.vector_norm(U, dim=-2))
 
     return solve
@@ -98,7 +124,10 @@ def system(A, B, E, X, b):
 
 class FormulaTest(unittest.TestCase):
     def assertRelative(self, value, reference, bound):
-        error = float(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
+        error = float(
+            torch.linalg.vector_norm(value - reference)
+            / torch.linalg.vector_norm(reference)
+        )
         self.assertLessEqual(error, bound)
 
     def setUp(self):
@@ -114,22 +143,35 @@ class ResolventTest(FormulaTest):
         E, X = spectral(A, B)
         if largest:
             E, X = E.flip(-1), X.flip(-1)
-        return A, B, E[:k], X[:, :k], X[:, k : k + extra], random(m, k, dtype=dtype, seed=3)
+        return (
+            A,
+            B,
+            E[:k],
+            X[:, :k],
+            X[:, k : k + extra],
+            random(m, k, dtype=dtype, seed=3),
+        )
 
     def test_every_route_solves_the_full_system(self):
         for dtype in DTYPES:
             for largest in (False, True):
                 A, B, E, X, Y, b = self.setup_pairs(dtype, largest=largest, extra=2)
-                op = complement.Complement(A, B, E, X, largest)
+                op = complement.Complement(Pencil.of(A, B, None, None), E, X, largest)
                 rhs = op.project_dual(b)
                 op.set_scale(rhs)
                 reference = system(A, B, E, X, b) * op.scale * op.sign
+                preconditioned = op.restrict(slice(None))
+                preconditioned.pencil = Pencil.of(A, B, B, None)
                 routes = {
                     "factorised": lambda: complement._factorised(op, rhs, 3),
                     "spectral": lambda: complement._spectral(op, rhs, A, B),
-                    "iterations": lambda: complement._iterate(op, rhs, None, None, 1e-14),
-                    "deflated": lambda: complement._iterate(op, rhs, Y + 1e-2 * b[:, :2], None, 1e-14),
-                    "preconditioned": lambda: complement._iterate(op, rhs, Y, B, 1e-14),
+                    "iterations": lambda: complement._iterate(op, rhs, None, 1e-14),
+                    "deflated": lambda: complement._iterate(
+                        op, rhs, Y + 1e-2 * b[:, :2], 1e-14
+                    ),
+                    "preconditioned": lambda: complement._iterate(
+                        preconditioned, rhs, Y, 1e-14
+                    ),
                 }
                 for name, route in routes.items():
                     with self.subTest(name, dtype=dtype, largest=largest):
@@ -139,15 +181,19 @@ class ResolventTest(FormulaTest):
         # Callables have no dense route: tolerance 0 asks for the attainable accuracy, column by column.
         A, B, E, X, _, b = self.setup_pairs(torch.float64, m=400, k=4)
         b = b * torch.tensor([1.0, 1e-9, 1e9, 0.0], dtype=b.dtype)
-        z = reduced_resolvent(lambda V: A @ V, lambda V: B @ V, E, X, b, None, None, SolveOptions(False, 0.0))
+        z = reduced_resolvent(pairs_of(lambda V: A @ V, lambda V: B @ V, E, X, 0.0), b)
         reference = system(A, B, E, X, b)
-        self.assertRelative(z[:, :3] / b[:, :3].norm(dim=0), reference[:, :3] / b[:, :3].norm(dim=0), 1e-10)
+        self.assertRelative(
+            z[:, :3] / b[:, :3].norm(dim=0),
+            reference[:, :3] / b[:, :3].norm(dim=0),
+            1e-10,
+        )
         self.assertEqual(float(z[:, 3].abs().max()), 0.0)
 
     def test_further_dimensions_are_further_columns(self):
         A, B, E, X, _, _ = self.setup_pairs(torch.float64)
         b = random(2, 5, 24, 3, dtype=torch.float64)
-        z = reduced_resolvent(A, B, E, X, b, None, None, SolveOptions(False, 1e-12))
+        z = reduced_resolvent(pairs_of(A, B, E, X, 1e-12), b)
         for i in range(2):
             for j in range(5):
                 self.assertRelative(z[i, j], system(A, B, E, X, b[i, j]), 1e-11)
@@ -155,18 +201,24 @@ class ResolventTest(FormulaTest):
     def test_reverse_and_forward_mode(self):
         for dtype in DTYPES:
             A, B, E, X, _, b = self.setup_pairs(dtype, m=9)
-            options = SolveOptions(False, 1e-15)
-            ours = lambda A, B, E, X, b: reduced_resolvent(A, B, E, X, b, None, None, options)
+            ours = lambda A, B, E, X, b: reduced_resolvent(
+                pairs_of(A, B, E, X, 1e-15), b
+            )
             herm = lambda A, B, E, X, b: system(hermitian(A), hermitian(B), E, X, b)
             inputs = tuple(t.clone().requires_grad_() for t in (A, B, E, X, b))
             cotangent = random(9, 3, dtype=dtype, seed=7)
             expected = torch.autograd.grad(herm(*inputs), inputs, cotangent)
             actual = torch.autograd.grad(ours(*inputs), inputs, cotangent)
-            for name, value, reference in zip(("gA", "gB", "gE", "gX", "gb"), actual, expected):
+            for name, value, reference in zip(
+                ("gA", "gB", "gE", "gX", "gb"), actual, expected
+            ):
                 with self.subTest(name, dtype=dtype):
                     self.assertRelative(value, reference, 1e-11)
             plain = (A, B, E, X, b)
-            tangents = tuple(random(*t.shape, dtype=t.dtype, seed=20 + i) for i, t in enumerate(plain))
+            tangents = tuple(
+                random(*t.shape, dtype=t.dtype, seed=20 + i)
+                for i, t in enumerate(plain)
+            )
             _, dz = torch.func.jvp(ours, plain, tangents)
             _, reference = torch.func.jvp(herm, plain, tangents)
             self.assertRelative(dz, reference, 1e-11)
@@ -179,26 +231,44 @@ class EigenpairsTest(FormulaTest):
                 for generalized in (False, True):
                     for batch in ((), (2,)):
                         A, B = pencil(12, dtype, batch)
-                        B = B if generalized else torch.eye(12, dtype=dtype).expand_as(A)
+                        B = (
+                            B
+                            if generalized
+                            else torch.eye(12, dtype=dtype).expand_as(A)
+                        )
                         A, B = A.clone().requires_grad_(), B.clone().requires_grad_()
                         inputs = (A, B) if generalized else (A,)
                         E, X = spectral(hermitian(A), hermitian(B))
                         E, X = (E.flip(-1), X.flip(-1)) if largest else (E, X)
-                        expected = torch.autograd.grad(invariant_loss(E[..., :3], X[..., :3]), inputs)
+                        expected = torch.autograd.grad(
+                            invariant_loss(E[..., :3], X[..., :3]), inputs
+                        )
                         E, X = differentiable_eigenpairs(
-                            A, B if generalized else None, None, None, exact(5, largest), 3, largest, 1e-12
+                            A,
+                            B if generalized else None,
+                            exact(5, largest),
+                            3,
+                            largest,
+                            1e-12,
                         )
                         actual = torch.autograd.grad(invariant_loss(E, X), inputs)
                         for name, value, reference in zip("AB", actual, expected):
-                            with self.subTest(name, dtype=dtype, largest=largest, batch=batch):
+                            with self.subTest(
+                                name, dtype=dtype, largest=largest, batch=batch
+                            ):
                                 self.assertRelative(value, reference, 1e-11)
                                 self.assertRelative(value, value.mH, 1e-14)
 
     def test_forward_mode_against_differences(self):
         for dtype in DTYPES:
             A, B = pencil(10, dtype)
-            dA, dB = random(10, 10, dtype=dtype, seed=5), random(10, 10, dtype=dtype, seed=6)
-            f = lambda A, B: differentiable_eigenpairs(A, B, None, None, exact(4, True), 2, True, 1e-12)
+            dA, dB = (
+                random(10, 10, dtype=dtype, seed=5),
+                random(10, 10, dtype=dtype, seed=6),
+            )
+            f = lambda A, B: differentiable_eigenpairs(
+                A, B, exact(4, True), 2, True, 1e-12
+            )
 
             def projector(A, B, f=f):
                 E, X = f(A, B)
@@ -206,28 +276,35 @@ class EigenpairsTest(FormulaTest):
 
             _, (dE, dP) = torch.func.jvp(projector, (A, B), (dA, dB))
             h = 1e-5
-            plus, minus = projector(A + h * dA, B + h * dB), projector(A - h * dA, B - h * dB)
+            plus, minus = (
+                projector(A + h * dA, B + h * dB),
+                projector(A - h * dA, B - h * dB),
+            )
             self.assertRelative(dE, (plus[0] - minus[0]) / (2 * h), 1e-8)
             self.assertRelative(dP, (plus[1] - minus[1]) / (2 * h), 1e-8)
 
     def test_eigenvalues_alone_need_no_solve(self):
         A, B = (M.requires_grad_() for M in pencil(12, torch.float64))
-        E, _ = differentiable_eigenpairs(A, B, None, None, exact(5, True), 3, True, 1e-12)
+        E, _ = differentiable_eigenpairs(A, B, exact(5, True), 3, True, 1e-12)
         solve, derivative.reduced_resolvent = derivative.reduced_resolvent, None
         try:
             gA, gB = torch.autograd.grad(E.square().sum(), (A, B))
         finally:
             derivative.reduced_resolvent = solve
         exact_E, _ = spectral(A, B)
-        for value, reference in zip((gA, gB), torch.autograd.grad(exact_E[-3:].square().sum(), (A, B))):
+        for value, reference in zip(
+            (gA, gB), torch.autograd.grad(exact_E[-3:].square().sum(), (A, B))
+        ):
             self.assertRelative(value, hermitian(reference), 1e-12)
 
     def test_pattern_that_is_not_symmetric(self):
         index = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]])
         values = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
         S = torch.sparse_coo_tensor(index, values, (3, 3)).requires_grad_()
-        with self.assertRaisesRegex(ValueError, r"sparse A .* \(r, c\) without \(c, r\)"):
-            differentiable_eigenpairs(S, None, None, None, exact(1, False), 1, False, 1e-10)
+        with self.assertRaisesRegex(
+            ValueError, r"sparse A .* \(r, c\) without \(c, r\)"
+        ):
+            differentiable_eigenpairs(S, None, exact(1, False), 1, False, 1e-10)
 
     def test_hermitian_part_copies_only_what_is_not_hermitian(self):
         A, _ = pencil(6, torch.complex128)
@@ -256,7 +333,9 @@ class ClusterTest(FormulaTest):
             for gap in (0.0, 1e-15, 1e-13, 1e-10, 1e-6):
                 e, Q, A = self.problem(20, [1.0, 1.0 + gap, 1.0 + 2 * gap, 3.0], dtype)
                 W = hermitian(random(20, 20, dtype=dtype, seed=3))
-                _, X = differentiable_eigenpairs(A, None, None, None, exact(6, False), 4, False, 1e-12)
+                _, X = differentiable_eigenpairs(
+                    A, None, exact(6, False), 4, False, 1e-12
+                )
                 (gA,) = torch.autograd.grad((X @ X.mH * W.mT).sum().real, A)
                 with self.subTest(gap=gap, dtype=dtype):
                     self.assertRelative(gA, self.projector_gradient(e, Q, 4, W), 1e-10)
@@ -268,7 +347,9 @@ class ClusterTest(FormulaTest):
             _, B = pencil(16, dtype)
             L = torch.linalg.cholesky(B)
             A = hermitian(L @ ((Q * e) @ Q.mH) @ L.mH)
-            W, dA, dB = (hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5))
+            W, dA, dB = (
+                hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5)
+            )
             dA, dB = dA * 1e-1, dB * 1e-1
 
             def value(h):
@@ -277,28 +358,42 @@ class ClusterTest(FormulaTest):
 
             h = 1e-5
             difference = (value(h) - value(-h)) / (2 * h)
-            f = lambda A, B: differentiable_eigenpairs(A, B, None, None, exact(5, False), 3, False, 1e-12)[1]
+            f = lambda A, B: differentiable_eigenpairs(
+                A, B, exact(5, False), 3, False, 1e-12
+            )[1]
 
             def loss(A, B, f=f, W=W):
                 X = f(A, B)
                 return (X @ X.mH * W.mT).sum().real
 
-            gA, gB = torch.autograd.grad(loss(*(inputs := [M.clone().requires_grad_() for M in (A, B)])), inputs)
+            gA, gB = torch.autograd.grad(
+                loss(*(inputs := [M.clone().requires_grad_() for M in (A, B)])), inputs
+            )
             with self.subTest(dtype=dtype):
-                self.assertRelative((gA.conj() * dA).sum().real + (gB.conj() * dB).sum().real, difference, 1e-7)
+                self.assertRelative(
+                    (gA.conj() * dA).sum().real + (gB.conj() * dB).sum().real,
+                    difference,
+                    1e-7,
+                )
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # the tangent splits the cluster
+                    warnings.simplefilter(
+                        "ignore", RuntimeWarning
+                    )  # the tangent splits the cluster
                     _, tangent = torch.func.jvp(loss, (A, B), (dA, dB))
                 self.assertRelative(tangent, difference, 1e-7)
 
     def test_second_derivative(self):
         """A triple eigenvalue and a simple one, at any gap, along one direction: differences of the loss itself."""
-        for dtype, gap, generalized in itertools.product(DTYPES, (0.0, 1e-13, 1e-7), (False, True)):
+        for dtype, gap, generalized in itertools.product(
+            DTYPES, (0.0, 1e-13, 1e-7), (False, True)
+        ):
             e, Q, _ = self.problem(16, [1.0, 1.0 + gap, 1.0 + 2 * gap, 2.5], dtype)
             B = pencil(16, dtype)[1] if generalized else torch.eye(16, dtype=dtype)
             L = torch.linalg.cholesky(B)
             A = hermitian(L @ ((Q * e) @ Q.mH) @ L.mH)
-            W, dA, dB = (hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5))
+            W, dA, dB = (
+                hermitian(random(16, 16, dtype=dtype, seed=s)) for s in (3, 4, 5)
+            )
             dB = dB * (0.1 if generalized else 0.0)
 
             def loss(E, X):
@@ -312,37 +407,56 @@ class ClusterTest(FormulaTest):
 
             h = 3e-3
             f = [value(i * h) for i in range(-4, 5)]
-            weights = [-1 / 560, 8 / 315, -1 / 5, 8 / 5, -205 / 72, 8 / 5, -1 / 5, 8 / 315, -1 / 560]
+            weights = [
+                -1 / 560,
+                8 / 315,
+                -1 / 5,
+                8 / 5,
+                -205 / 72,
+                8 / 5,
+                -1 / 5,
+                8 / 315,
+                -1 / 560,
+            ]
             expected = sum(w * v for w, v in zip(weights, f)) / h**2
             t = torch.zeros((), dtype=torch.float64, requires_grad=True)
             pair = differentiable_eigenpairs(
-                A + t * dA, B + t * dB if generalized else None, None, None, exact(6, False), 4, False, 1e-12
+                A + t * dA,
+                B + t * dB if generalized else None,
+                exact(6, False),
+                4,
+                False,
+                1e-12,
             )
             (g,) = torch.autograd.grad(loss(*pair), t, create_graph=True)
             (second,) = torch.autograd.grad(g, t, create_graph=True)
             with self.subTest(gap=gap, dtype=dtype, generalized=generalized):
                 self.assertRelative(second.detach(), expected, 1e-5)
                 if gap < 1e-10:
-                    with self.assertWarnsRegex(RuntimeWarning, "beyond the second are incomplete"):
+                    with self.assertWarnsRegex(
+                        RuntimeWarning, "beyond the second are incomplete"
+                    ):
                         torch.autograd.grad(second, t)
 
     def test_second_derivative_that_cannot_be_known(self):
         """The curvature of a function of single eigenvalues is not determined by their derivatives."""
         _, _, A = self.problem(16, [1.0, 1.0])
-        E, _ = differentiable_eigenpairs(A, None, None, None, exact(4, False), 2, False, 1e-12)
+        E, _ = differentiable_eigenpairs(A, None, exact(4, False), 2, False, 1e-12)
         (g,) = torch.autograd.grad((E**2).sum(), A, create_graph=True)
         with self.assertWarnsRegex(RuntimeWarning, "weighs them differently"):
             torch.autograd.grad((g * hermitian(random(16, 16, dtype=A.dtype))).sum(), A)
 
     def test_loss_that_sees_the_gauge(self):
         _, _, A = self.problem(20, [1.0, 1.0])
-        E, X = differentiable_eigenpairs(A, None, None, None, exact(5, False), 3, False, 1e-12)
-        with self.assertRaisesRegex(RuntimeError, "eigenvalues 0 and 1 are equal to rounding"):
+        E, X = differentiable_eigenpairs(A, None, exact(5, False), 3, False, 1e-12)
+        with self.assertRaisesRegex(
+            RuntimeError, "eigenvalues 0 and 1 are equal to rounding"
+        ):
             torch.autograd.grad((X[:, 0] ** 4).sum(), A, retain_graph=True)
         with self.assertWarnsRegex(RuntimeWarning, "weighs them differently"):
             torch.autograd.grad(E[0], A)
         _, _, A = self.problem(20, [1.0], torch.complex128)
-        _, X = differentiable_eigenpairs(A, None, None, None, exact(5, False), 3, False, 1e-12)
+        _, X = differentiable_eigenpairs(A, None, exact(5, False), 3, False, 1e-12)
         with self.assertRaisesRegex(RuntimeError, "phase of eigenvector"):
             torch.autograd.grad(X.real.sum(), A)
 
@@ -350,8 +464,10 @@ class ClusterTest(FormulaTest):
         for m in (20, 400):  # by factorisation and by iterations
             e, Q, A = self.problem(m, [1.0, 2.0, 3.0, 3.0])
             W = hermitian(random(m, m, dtype=torch.float64, seed=3))
-            _, X = differentiable_eigenpairs(A, None, None, None, exact(6, False), 3, False, 1e-12)
-            with self.assertWarnsRegex(RuntimeWarning, r"eigenvalue 2 of the k=3 .* rounding"):
+            _, X = differentiable_eigenpairs(A, None, exact(6, False), 3, False, 1e-12)
+            with self.assertWarnsRegex(
+                RuntimeWarning, r"eigenvalue 2 of the k=3 .* rounding"
+            ):
                 (gA,) = torch.autograd.grad((X @ X.mH * W).sum(), A, retain_graph=True)
             self.assertLess(float(gA.abs().max()), 1e3)
             # The part that exists: vectors outside of the cluster do not notice it.
@@ -363,10 +479,14 @@ class ClusterTest(FormulaTest):
 
         def rough(*args):
             pairs = exact(5, False)(*args)
-            return EigenPairs(pairs.E, pairs.X, pairs.residual + 1e-3 * pairs.scale, pairs.scale)
+            return EigenPairs(
+                pairs.E, pairs.X, pairs.residual + 1e-3 * pairs.scale, pairs.scale
+            )
 
-        E, _ = differentiable_eigenpairs(A, None, None, None, rough, 3, False, 1e-8)
-        with self.assertWarnsRegex(RuntimeWarning, r"relative residual 1.0e-03 where tol=1.0e-08 .* niter"):
+        E, _ = differentiable_eigenpairs(A, None, rough, 3, False, 1e-8)
+        with self.assertWarnsRegex(
+            RuntimeWarning, r"relative residual 1.0e-03 where tol=1.0e-08 .* niter"
+        ):
             torch.autograd.grad(E.sum(), A)
 
 
@@ -386,35 +506,64 @@ class PatternTest(FormulaTest):
                     blocks = (M != 0).reshape(4, 2, 4, 2).any(3).any(1)
                     stored = blocks.repeat_interleave(2, 0).repeat_interleave(2, 1)
                 with self.subTest(name, dtype=dtype):
-                    g = hermitian_outer(S, U, V)
-                    self.assertEqual((g.layout, g.dtype, g.shape), (S.layout, S.dtype, S.shape))
-                    self.assertRelative(g.to_dense(), hermitian(U @ V.mH) * stored, 1e-15)
-                    self.assertRelative(apply(S, V), M @ V, 1e-14)
-                    self.assertRelative(hermitian_apply(S, V), M @ V, 1e-14)
+                    matrix = operand(S, "A")
+                    (g,) = matrix.pullback((U, V))
+                    self.assertEqual(
+                        (g.layout, g.dtype, g.shape), (S.layout, S.dtype, S.shape)
+                    )
+                    self.assertRelative(
+                        g.to_dense(), hermitian(U @ V.mH) * stored, 1e-15
+                    )
+                    for product in (
+                        matrix.apply(V),
+                        matrix.product(V),
+                        matrix.tangent((S,), V),
+                    ):
+                        self.assertRelative(product, M @ V, 1e-14)
                     self.assertTrue(is_symmetric_pattern(S))
 
     def test_gradient_on_the_pattern_is_differentiable(self):
         for name in ("coo", "csr", "bsr"):
             for dtype in DTYPES:
                 pattern = Pattern(SPARSE[name](self.matrix(dtype)))
-                U, V = (random(8, 2, dtype=dtype, seed=s).requires_grad_() for s in (6, 7))
+                U, V = (
+                    random(8, 2, dtype=dtype, seed=s).requires_grad_() for s in (6, 7)
+                )
                 for part in (False, True):
-                    values = lambda U, V, part=part: _PatternValues.apply(U, V, pattern, part)
+                    values = lambda U, V, part=part: PatternValues.apply(
+                        U, V, pattern, part
+                    )
                     with self.subTest(name, dtype=dtype, hermitian=part):
-                        self.assertTrue(torch.autograd.gradcheck(values, (U, V), fast_mode=True))
-                        self.assertTrue(torch.autograd.gradgradcheck(values, (U, V), fast_mode=True))
+                        self.assertTrue(
+                            torch.autograd.gradcheck(values, (U, V), fast_mode=True)
+                        )
+                        self.assertTrue(
+                            torch.autograd.gradgradcheck(values, (U, V), fast_mode=True)
+                        )
 
     def test_batches_that_the_matrix_lacks_are_summed(self):
-        U, V = random(4, 8, 3, dtype=torch.float64, seed=6), random(4, 8, 3, dtype=torch.float64, seed=7)
+        U, V = (
+            random(4, 8, 3, dtype=torch.float64, seed=6),
+            random(4, 8, 3, dtype=torch.float64, seed=7),
+        )
         M = self.matrix(torch.float64)
         for S in (M, M.to_sparse_csr()):
-            stored = M != 0 if S.layout != torch.strided else torch.ones_like(M, dtype=torch.bool)
-            self.assertRelative(hermitian_outer(S, U, V).to_dense(), hermitian(U @ V.mH).sum(0) * stored, 1e-14)
+            stored = (
+                M != 0
+                if S.layout != torch.strided
+                else torch.ones_like(M, dtype=torch.bool)
+            )
+            (g,) = operand(S, "A").pullback((U, V))
+            self.assertRelative(
+                g.to_dense(), hermitian(U @ V.mH).sum(0) * stored, 1e-14
+            )
 
     def test_pattern_that_is_not_symmetric(self):
         for index in ([[0, 1, 0], [0, 1, 1]], [[0, 1, 0, 2], [0, 1, 2, 1]]):
             values = torch.ones(len(index[0]), dtype=torch.float64)
-            self.assertFalse(is_symmetric_pattern(torch.sparse_coo_tensor(index, values, (3, 3))))
+            self.assertFalse(
+                is_symmetric_pattern(torch.sparse_coo_tensor(index, values, (3, 3)))
+            )
 
 
 if __name__ == "__main__":

@@ -97,11 +97,19 @@ class Case:
         m, E = self.m, self.spectrum()
         wide = torch.complex128 if self.dtype.is_complex else torch.float64
         generator = torch.Generator().manual_seed(1000 * m + seed)
-        D = max(self.condition, 1.0) ** -torch.rand(m, dtype=torch.float64, generator=generator)
+        D = max(self.condition, 1.0) ** -torch.rand(
+            m, dtype=torch.float64, generator=generator
+        )
         if self.diagonal:
-            U, W = torch.eye(m, dtype=wide)[torch.randperm(m, generator=generator)], torch.eye(m, dtype=wide)
+            U, W = (
+                torch.eye(m, dtype=wide)[torch.randperm(m, generator=generator)],
+                torch.eye(m, dtype=wide),
+            )
         else:
-            U, W = (torch.linalg.qr(torch.randn(m, m, dtype=wide, generator=generator))[0] for _ in range(2))
+            U, W = (
+                torch.linalg.qr(torch.randn(m, m, dtype=wide, generator=generator))[0]
+                for _ in range(2)
+            )
         C, V = (U * torch.sqrt(D)) @ W, (U / torch.sqrt(D)) @ W
         A, B = (C * E) @ C.mH, C @ C.mH
         return (A + A.mH) / 2, (B + B.mH) / 2 if self.condition else None, V
@@ -123,7 +131,9 @@ def weights(case):
 
 def clusters(case):
     """Number of the cluster each wanted pair is in; clusters are a gap of at least 1e-3 apart."""
-    apart = [0.0] + [float(not isinstance(gap, str) and gap >= 1e-3) for gap in case.gaps[:-1]]
+    apart = [0.0] + [
+        float(not isinstance(gap, str) and gap >= 1e-3) for gap in case.gaps[:-1]
+    ]
     return torch.tensor(apart, dtype=torch.float64).cumsum(0)
 
 
@@ -168,7 +178,10 @@ def pairs_of(case, A, B, V):
     if case.eps < 1e-10:
         return case.spectrum() - case.offset, V
     # In double precision, digits beyond those asked for; shifted, so that small gaps keep theirs.
-    A, B = A.to(V.dtype), torch.eye(case.m, dtype=V.dtype) if B is None else B.to(V.dtype)
+    A, B = (
+        A.to(V.dtype),
+        torch.eye(case.m, dtype=V.dtype) if B is None else B.to(V.dtype),
+    )
     L = torch.linalg.cholesky(B)
     C = torch.linalg.solve_triangular(L, A - case.offset * B, upper=False)
     e, U = torch.linalg.eigh(torch.linalg.solve_triangular(L, C.mH, upper=False))
@@ -186,31 +199,61 @@ def exact_gradients(case, e, V, X):
     wanted = V[:, :k]
     if "values" in case.loss:
         weight = torch.autograd.functional.jacobian(lambda E: s(case, E), E[:k])
-        size = 0.1 * (torch.linalg.norm(wanted) ** 2 * weight.abs().max() * E.abs().max()).item()
-        return _hermitian(wanted * weight @ wanted.mH), -_hermitian(wanted * (weight * E[:k]) @ wanted.mH), size
+        size = (
+            0.1
+            * (
+                torch.linalg.norm(wanted) ** 2 * weight.abs().max() * E.abs().max()
+            ).item()
+        )
+        return (
+            _hermitian(wanted * weight @ wanted.mH),
+            -_hermitian(wanted * (weight * E[:k]) @ wanted.mH),
+            size,
+        )
     if case.loss == "entries":
         overlap = torch.linalg.solve(V, X.to(V.dtype))[:k].diagonal()
         wanted = wanted * (overlap / overlap.abs())
         G = torch.cat([wanted, V[:, k:]], -1).mH @ weights(case)[:, :k].to(V.dtype)
-        T = G / -distance[:, :k].masked_fill(torch.eye(case.m, k, dtype=torch.bool), math.inf)
+        T = G / -distance[:, :k].masked_fill(
+            torch.eye(case.m, k, dtype=torch.bool), math.inf
+        )
         T = torch.cat([wanted, V[:, k:]], -1) @ T
         half = torch.diagonal(G).real / 2
-        return _hermitian(T @ wanted.mH), -_hermitian((T * E[:k] + wanted * half) @ wanted.mH), 0.0
+        return (
+            _hermitian(T @ wanted.mH),
+            -_hermitian((T * E[:k] + wanted * half) @ wanted.mH),
+            0.0,
+        )
     values = torch.nn.functional.pad(phi(case, E[:k]), (0, case.m - k))
     alike = values.unsqueeze(-1) == values
-    difference = torch.where(alike, 0.0, (values.unsqueeze(-1) - values) / torch.where(alike, 1.0, distance))
+    difference = torch.where(
+        alike, 0.0, (values.unsqueeze(-1) - values) / torch.where(alike, 1.0, distance)
+    )
     if case.loss in ("matrix", "hollow"):
         difference[:k, :k] = 1.0
     if case.loss == "density":
         sign = 1.0 if case.largest else -1.0
         t = sign * distance[:k, :k]
-        difference[:k, :k] = sign * values[:k] * torch.where(t == 0, 1.0, torch.expm1(t) / torch.where(t == 0, 1.0, t))
+        difference[:k, :k] = (
+            sign
+            * values[:k]
+            * torch.where(t == 0, 1.0, torch.expm1(t) / torch.where(t == 0, 1.0, t))
+        )
     Q = ((V * values) @ V.mH).requires_grad_(True)
     (M,) = torch.autograd.grad(f(case, Q), Q)
     M = V.mH @ _hermitian(M) @ V
     in_B = E.unsqueeze(-1) * difference + values
-    size = 0.1 * (torch.linalg.norm(wanted) ** 2 * M.abs().max() * difference.abs().max()).item()
-    return _hermitian(V @ (M * difference) @ V.mH), -_hermitian(V @ (M * in_B) @ V.mH), size
+    size = (
+        0.1
+        * (
+            torch.linalg.norm(wanted) ** 2 * M.abs().max() * difference.abs().max()
+        ).item()
+    )
+    return (
+        _hermitian(V @ (M * difference) @ V.mH),
+        -_hermitian(V @ (M * in_B) @ V.mH),
+        size,
+    )
 
 
 def _hermitian(M):
@@ -237,7 +280,9 @@ def bound(case, e):
     seen, smooth = gap_seen(case, e)
     if seen == 0 or smooth == 0:
         return _MOST
-    return min(_MOST, _SLACK * size * ((case.tol + rounding) / seen + rounding / smooth))
+    return min(
+        _MOST, _SLACK * size * ((case.tol + rounding) / seen + rounding / smooth)
+    )
 
 
 # One case -----------------------------------------------------------------------------------------------------------
@@ -257,10 +302,15 @@ def outcome(case, lobpcg):
     shape = (case.batch,) if case.batch else ()
     members = [case.pencil(seed) for seed in range(max(case.batch, 1))]
     A, B = (
-        None if parts[0] is None else torch.stack(parts).reshape(shape + parts[0].shape).to(case.dtype)
+        None
+        if parts[0] is None
+        else torch.stack(parts).reshape(shape + parts[0].shape).to(case.dtype)
         for parts in ([A for A, _, _ in members], [B for _, B, _ in members])
     )
-    given = [[None] * len(members) if M is None else M.reshape(-1, case.m, case.m) for M in (A, B)]
+    given = [
+        [None] * len(members) if M is None else M.reshape(-1, case.m, case.m)
+        for M in (A, B)
+    ]
     pairs = [pairs_of(case, a, b, V) for a, b, (_, _, V) in zip(*given, members)]
     limit = max(bound(case, e) for e, _ in pairs)
     A, B = (None if M is None else _in_layout(case, M) for M in (A, B))
@@ -268,14 +318,27 @@ def outcome(case, lobpcg):
         if M is not None:
             M.requires_grad_(name in case.need)
     leaves = [M for M in (A, B) if M is not None and M.requires_grad]
-    options = {"k": case.k, "B": B, "largest": case.largest, "tol": case.tol, "n": None if case.guards else case.k}
+    options = {
+        "k": case.k,
+        "B": B,
+        "largest": case.largest,
+        "tol": case.tol,
+        "n": None if case.guards else case.k,
+    }
     options.update(method=case.method, niter=case.niter)
-    with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(
+        devices=[]
+    ):
         warnings.simplefilter("always")
         torch.manual_seed(0)  # for a start block from the global generator
         try:
             E, X = lobpcg(A, **options)
-            total = sum(loss(case, *p) for p in zip(E.reshape(-1, case.k), X.reshape((-1,) + tuple(X.shape[-2:]))))
+            total = sum(
+                loss(case, *p)
+                for p in zip(
+                    E.reshape(-1, case.k), X.reshape((-1,) + tuple(X.shape[-2:]))
+                )
+            )
             found = torch.autograd.grad(total, leaves)
         except Exception as error:
             return _spoken(case, limit, "error", f"{type(error).__name__}: {error}")
@@ -292,15 +355,26 @@ def outcome(case, lobpcg):
         for part, both in zip(g, exact):
             reference = both[0 if M is A else 1]
             size = max(torch.linalg.norm(reference).item(), both[2])
-            reference = reference if case.layout == torch.strided else reference * _pattern(case)
-            error = torch.linalg.norm(_hermitian(part.to(reference.dtype)) - reference) / size
+            reference = (
+                reference
+                if case.layout == torch.strided
+                else reference * _pattern(case)
+            )
+            error = (
+                torch.linalg.norm(_hermitian(part.to(reference.dtype)) - reference)
+                / size
+            )
             worst = max(worst, error.item() if torch.isfinite(error) else math.inf)
     return Outcome("right" if worst <= limit else "wrong", f"bound {limit:.1e}", worst)
 
 
 def _pattern(case):
     """Positions (m, m) that a sparse matrix stores, zeros among them."""
-    return torch.eye(case.m, dtype=torch.bool) if case.diagonal else torch.ones(case.m, case.m, dtype=torch.bool)
+    return (
+        torch.eye(case.m, dtype=torch.bool)
+        if case.diagonal
+        else torch.ones(case.m, case.m, dtype=torch.bool)
+    )
 
 
 def _in_layout(case, M):
@@ -308,16 +382,27 @@ def _in_layout(case, M):
         return M
     stored = _pattern(case).expand(M.shape)
     if case.layout == torch.sparse_coo:
-        return torch.sparse_coo_tensor(stored.nonzero().mT, M[stored], M.shape).coalesce()
+        return torch.sparse_coo_tensor(
+            stored.nonzero().mT, M[stored], M.shape
+        ).coalesce()
     empty = stored.to(torch.float64).to_sparse_csr()
     values = M[stored].reshape(empty.values().shape)
-    return torch.sparse_csr_tensor(empty.crow_indices(), empty.col_indices(), values, M.shape)
+    return torch.sparse_csr_tensor(
+        empty.crow_indices(), empty.col_indices(), values, M.shape
+    )
 
 
 def _spoken(case, limit, kind, text):
     reachable = case.tol >= 100 * case.eps and case.niter != 3
     phase = case.loss == "entries" and case.dtype.is_complex
-    return Outcome(kind, text, needless=limit < _NEEDLESS and reachable and not phase and "not converged" not in text)
+    return Outcome(
+        kind,
+        text,
+        needless=limit < _NEEDLESS
+        and reachable
+        and not phase
+        and "not converged" not in text,
+    )
 
 
 def run_cases(examples, *functions):
@@ -339,7 +424,9 @@ def run_cases(examples, *functions):
             gaps=tuple(pick(*_GAPS) for _ in range(k)),
             offset=pick(0.0, 1.0, -3.0, 30.0),
             dtype=dtype,
-            layout=pick(torch.strided, torch.strided, torch.sparse_coo, torch.sparse_csr),
+            layout=pick(
+                torch.strided, torch.strided, torch.sparse_coo, torch.sparse_csr
+            ),
             batch=pick(0, 0, 1, 2),
             largest=draw(st.booleans()),
             condition=condition,
@@ -377,7 +464,9 @@ class TestRandomGradients(TestCase):
             import hypothesis  # noqa: F401
         except ImportError:
             self.skipTest("hypothesis is not installed")
-        (found,) = run_cases(int(os.environ.get("LOBPCG_TEST_EXAMPLES", "2000")), torch.lobpcg)
+        (found,) = run_cases(
+            int(os.environ.get("LOBPCG_TEST_EXAMPLES", "2000")), torch.lobpcg
+        )
         for name, bad in shortcomings(found).items():
             self.assertEqual(bad, [], f"{name}: {len(bad)} of {len(found)}")
 
@@ -401,7 +490,11 @@ class TestForkedWorkers(TestCase):
             self.skipTest("no fork")
         expected = torch.stack([Gradients()[i] for i in range(6)])
         loader = torch.utils.data.DataLoader(
-            Gradients(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=120
+            Gradients(),
+            batch_size=2,
+            num_workers=2,
+            multiprocessing_context="fork",
+            timeout=120,
         )
         self.assertEqual(torch.cat(list(loader)), expected, rtol=0, atol=0)
         self.assertEqual(Gradients()[5], expected[5], rtol=0, atol=0)
@@ -409,20 +502,32 @@ class TestForkedWorkers(TestCase):
 
 def shortcomings(found):
     return {
-        "wrong and silent": [(case, o.error, o.text) for case, o in found if o.kind == "wrong"],
+        "wrong and silent": [
+            (case, o.error, o.text) for case, o in found if o.kind == "wrong"
+        ],
         "an error that is not lobpcg's": [
-            (case, o.text) for case, o in found if o.kind == "error" and "lobpcg" not in o.text
+            (case, o.text)
+            for case, o in found
+            if o.kind == "error" and "lobpcg" not in o.text
         ],
         "needless": [(case, o.text) for case, o in found if o.needless],
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Count right, refused, warned of, and wrong and silent gradients.")
+    parser = argparse.ArgumentParser(
+        description="Count right, refused, warned of, and wrong and silent gradients."
+    )
     parser.add_argument("--examples", type=int, default=2000)
-    parser.add_argument("--upstream", default="", help="a wheel or an unpatched torch/_lobpcg.py")
-    parser.add_argument("--alone", action="store_true", help="without the unpatched file")
-    parser.add_argument("--list", action="store_true", help="print the cases that are wrong and silent")
+    parser.add_argument(
+        "--upstream", default="", help="a wheel or an unpatched torch/_lobpcg.py"
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="without the unpatched file"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the cases that are wrong and silent"
+    )
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
     from benchmark import upstream
@@ -432,10 +537,18 @@ def main():
         functions["unpatched"] = upstream.load(arguments.upstream).lobpcg
     results = dict(zip(functions, run_cases(arguments.examples, *functions.values())))
     kinds = ("right", "error", "warning", "wrong")
-    print(f"{'':12}" + "".join(f"{kind:>10}" for kind in kinds[:3]) + "    wrong and silent")
+    print(
+        f"{'':12}"
+        + "".join(f"{kind:>10}" for kind in kinds[:3])
+        + "    wrong and silent"
+    )
     for name, found in results.items():
         counts = Counter(o.kind for _, o in found)
-        print(f"{name:12}" + "".join(f"{counts[kind]:>10}" for kind in kinds[:3]) + f"{counts['wrong']:>20}")
+        print(
+            f"{name:12}"
+            + "".join(f"{counts[kind]:>10}" for kind in kinds[:3])
+            + f"{counts['wrong']:>20}"
+        )
     ours = results["patched"]
     if arguments.list:
         for name, bad in shortcomings(ours).items():

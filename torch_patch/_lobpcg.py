@@ -1,26 +1,30 @@
-"""torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B (TorchScript dialect)."""
+"""torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B."""
 
+import dataclasses
 import warnings
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch._lobpcg_arguments import (
-    check_alike,
-    check_block,
-    check_broadcast,
-    check_dtype,
-    check_matrix,
-    ortho_parameters,
-    OrthoParameters,
-    Settings,
-    settle,
+from torch._lobpcg_impl.arguments import Options, options_of
+from torch._lobpcg_impl.derivative import corrected, forward_mode, reverse_mode
+from torch._lobpcg_impl.graph import (
+    define_operators,
+    eigenpairs_in_graph,
+    is_traced,
+    mapped_matrices,
+    may_be_differentiated,
 )
-from torch._lobpcg_autograd import differentiable_eigenpairs, LOBPCGAutogradFunction  # noqa: F401
-from torch._lobpcg_iteration import EigenPairs, LOBPCG  # noqa: F401
-from torch._lobpcg_operators import define_operators, eigenpairs_in_graph, is_traced
-from torch._lobpcg_solver import dense_is_cheaper, hermitian_part, solve
-from torch._traced_lobpcg import traced_version
+from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
+from torch._lobpcg_impl.operand import hermitian_part, Pencil
+from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.solver import solve
+from torch._lobpcg_impl.transforms import (
+    accepts_legacy_vmap,
+    refuse_nested_forward_mode,
+    without_autocast,
+)
+from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
 
@@ -169,198 +173,162 @@ def lobpcg(
     218, 324-332. Duersch, Shao, Yang and Gu (2018), SIAM J. Sci. Comput. 40(5), C655-C676. Stathopoulos and Wu (2002),
     SIAM J. Sci. Comput. 23(6), 2165-2182. Gradient: Magnus (1985), Econometric Theory 1, 179-191.
     """
-    if not torch.jit.is_scripting():
-        ortho = (ortho_iparams, ortho_fparams, ortho_bparams)
-        return _lobpcg_eager(A, k, B, X, n, iK, niter, tol, largest, method, tracker, ortho)
-    check_matrix(A, "A")
-    m = A.size(-1)
-    batch = _check_others(A, B, X, iK, m)
-    columns: Optional[int] = None
-    if X is not None:
-        columns = X.size(-1)
-    settings = settle(m, A.dtype, k, n, columns, niter, tol, largest, method, False)
-    needs_grad = A.requires_grad
-    if B is not None:
-        needs_grad = needs_grad or B.requires_grad
-    if needs_grad:
-        raise RuntimeError(
-            "lobpcg: a scripted call cannot differentiate; call torch.lobpcg without torch.jit.script where A or B "
-            "requires grad"
+    if torch.jit.is_scripting():
+        return torch.ops._lobpcg.lobpcg(
+            A, k, B, X, n, iK, niter, tol, largest, method, ortho_iparams=ortho_iparams
         )
-    parameters = ortho_parameters(ortho_iparams, ortho_fparams, ortho_bparams)
-    A = hermitian_part(A)
-    if B is not None:
-        B = hermitian_part(B)
-    pairs = solve(A, B, X, iK, batch, m, settings, None, parameters)
-    _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
-    return pairs.E[..., : settings.k], pairs.X[..., : settings.k]
+    numbers = (k, n, niter, tol, largest, method)
+    return _lobpcg(
+        A, B, X, iK, numbers, tracker, (ortho_iparams, ortho_fparams, ortho_bparams)
+    )
 
 
 @torch.jit.unused
-def _lobpcg_eager(
-    A: Any,
-    k: Optional[int],
-    B: Any,
-    X: Any,
-    n: Optional[int],
-    iK: Any,
-    niter: Optional[int],
-    tol: Optional[float],
-    largest: Optional[bool],
-    method: Optional[str],
-    tracker: Any,
-    ortho: Any,
+def _lobpcg(
+    A: Any, B: Any, X: Any, iK: Any, numbers: Any, tracker: Any, ortho: Any
 ) -> tuple[Tensor, Tensor]:
-    """lobpcg outside TorchScript: callables allowed, autograd and transforms recorded."""
+    """lobpcg outside TorchScript: overridden, in a graph, or here."""
+    others = dict(
+        zip(("ortho_iparams", "ortho_fparams", "ortho_bparams"), ortho), tracker=tracker
+    )
     if has_torch_function((A, B, X, iK)):
-        numbers: dict[str, Any] = {"k": k, "n": n, "niter": niter, "tol": tol, "largest": largest, "method": method}
-        parameters = dict(zip(("ortho_iparams", "ortho_fparams", "ortho_bparams"), ortho))
+        named = dict(zip(("k", "n", "niter", "tol", "largest", "method"), numbers))
         return handle_torch_function(
-            lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, tracker=tracker, **numbers, **parameters
+            lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, **named, **others
         )
-    settings = _settings(A, k, B, X, n, iK, niter, tol, largest, method, tracker)
+    options = options_of(A, B, X, iK, *numbers, **others)
     if is_traced(A, B, X, iK):
-        if tracker is not None:
-            raise NotImplementedError(
-                "lobpcg: a tracker looks at values, which do not exist while a graph is traced; leave it out, or call "
-                "lobpcg outside of what is traced"
-            )
-        integers = ortho[0] or {}
-        return eigenpairs_in_graph(A, B, X, iK, (*settings, list(integers), list(integers.values())))
-    run = _Solver(settings, ortho_parameters(*ortho), tracker)
-    A, B = hermitian_part(A), None if B is None else hermitian_part(B)
-    return differentiable_eigenpairs(A, B, X, iK, run, settings.k, settings.largest, settings.tol)
+        return eigenpairs_in_graph(A, B, X, iK, options)
+    X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
+    pencil = Pencil.of(hermitian_part(A), hermitian_part(B), iK, X).with_gradients()
+    if may_be_differentiated(*pencil.parameters):
+        options = dataclasses.replace(options, differentiated=True)
+        outputs = LOBPCGAutogradFunction.apply(
+            pencil.bare(), X, options, *pencil.parameters
+        )
+    else:
+        # A Function with nothing to record costs a fifth of a small solve.
+        with torch.no_grad(), without_autocast(pencil.empty()):
+            outputs = _find_pairs(pencil, X, options).tensors
+    return outputs[0], outputs[1]
 
 
-def _settings(
-    A: Any,
-    k: Optional[int],
-    B: Any,
-    X: Any,
-    n: Optional[int],
-    iK: Any,
-    niter: Optional[int],
-    tol: Optional[float],
-    largest: Optional[bool],
-    method: Optional[str],
-    tracker: Any,
-) -> Settings:
-    """The settings of an eager call, its arguments checked as far as shapes, dtypes and numbers tell."""
-    for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
-        if T is not None and not isinstance(T, Tensor) and not callable(T):
-            raise TypeError(
-                f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)"
-            )
-    for number, name in ((k, "k"), (n, "n"), (niter, "niter")):
-        if number is not None and (isinstance(number, bool) or not hasattr(number, "__index__")):
-            raise TypeError(f"lobpcg: {name} is {type(number).__name__} ({number}); it must be an int")
-    model = next((T for T in (A, X, B) if isinstance(T, Tensor)), None)
-    if model is None:
-        raise ValueError("lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n)")
-    if isinstance(A, Tensor):
-        check_matrix(A, "A")
-    check_dtype(model, "X" if model is X else "B" if model is B else "A")
-    if model.dim() < 2:
-        raise ValueError(f"lobpcg: X has shape {list(model.shape)}; it must be (*, m, n)")
-    m = model.size(-2)
-    tensors = [T if isinstance(T, Tensor) else None for T in (B, X, iK)]
-    _check_others(model, tensors[0], tensors[1], tensors[2], m)
-    columns = None if X is None else X.size(-1)
-    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, tracker is not None)
+class LOBPCGAutogradFunction(Function):
+    """(pencil, X, options, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
+    solve: further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n).
+
+    A and B are differentiated in their parameters, the tensors that autograd sees: in the matrix itself, if it is one.
+    What is computed follows from which of them needs a gradient: A alone, with B absent or fixed, B alone, or both.
+    The start block X and the preconditioner iK never get one.
+    """
+
+    @staticmethod
+    def forward(
+        pencil: Pencil, X: Optional[Tensor], options: Options, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        with without_autocast(pencil.empty()):
+            return _find_pairs(
+                pencil.with_parameters(parameters, X), X, options
+            ).tensors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.pencil, _, ctx.options, *parameters = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *parameters)
+        ctx.save_for_forward(*output, *parameters)
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def backward(ctx: Any, gE: Optional[Tensor], gX: Optional[Tensor], *_: Any) -> Any:
+        if gE is None and gX is None:
+            return (None,) * len(ctx.needs_input_grad)
+        pairs = _saved_pairs(ctx)
+        need_A, need_B, *_ = (
+            any(needed) for needed in pairs.pencil.split(ctx.needs_input_grad[3:])
+        )
+        with without_autocast(pairs.X):
+            gA, gB = reverse_mode(pairs, gE, gX, need_A, need_B)
+        of_iK = (None,) * (len(ctx.needs_input_grad) - 3 - len(gA) - len(gB))
+        return (None, None, None, *gA, *gB, *of_iK)
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def jvp(
+        ctx: Any, _pencil: Any, _X: Any, _options: Any, *tangents: Optional[Tensor]
+    ) -> Any:
+        refuse_nested_forward_mode()
+        pairs = _saved_pairs(ctx)
+        dA, dB, *_ = pairs.pencil.split(tangents)
+        if all(tangent is None for tangent in (*dA, *dB)):
+            dE, dX = torch.zeros_like(pairs.E), torch.zeros_like(pairs.X)
+        else:
+            with without_autocast(pairs.X):
+                dE, dX = forward_mode(pairs, dA, dB)
+        return dE, dX, None, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        pencil: Pencil,
+        X: Any,
+        options: Options,
+        *parameters: Any,
+    ) -> Any:
+        tensors, dims = (*parameters, X), (*in_dims[3:], in_dims[1])
+        *parameters, X = mapped_matrices(info.batch_size, dims, tensors)
+        return LOBPCGAutogradFunction.apply(pencil, X, options, *parameters), (0,) * 6
 
 
-class _Solver:
-    """The forward of one problem: (A, B, X, iK, whether a derivative may be asked for) -> pairs, with a warning where
-    some have not converged."""
-
-    def __init__(self, settings: Settings, parameters: OrthoParameters, tracker: Any) -> None:
-        self.settings, self.parameters, self.tracker = settings, parameters, tracker
-
-    def __call__(self, A: Any, B: Any, X: Any, iK: Any, separate: bool) -> EigenPairs:
-        settings = self.settings._replace(separate=separate)
-        m = next(T for T in (A, X, B) if isinstance(T, Tensor)).size(-2)
-        batch = self.batch(A, B, X, iK)
-        pairs = solve(A, B, X, iK, batch, m, settings, self.tracker, self.parameters)
-        _warn_unconverged(pairs, settings.k, settings.tol, settings.niter)
-        return pairs
-
-    def batch(self, A: Any, B: Any, X: Any, iK: Any) -> list[int]:
-        # Not torch.broadcast_shapes: its first call imports a symbolic algebra package, 0.8 s.
-        shape: list[int] = []
-        for T, name in ((A, "A"), (B, "B"), (X, "X"), (iK, "iK")):
-            if isinstance(T, Tensor):
-                shape = check_broadcast(shape, T, name)
-        return shape
-
-    def sizes(self, A: Any, B: Any, X: Any, iK: Any) -> tuple[list[int], int, int]:
-        """Batch shape, number of pairs and of residuals that the call returns."""
-        batch, settings, m = self.batch(A, B, X, iK), self.settings, A.size(-1)
-        if 0 not in batch and dense_is_cheaper(A, B, iK, settings, m):
-            return batch, m, settings.k
-        return batch, settings.n, settings.n
+def _saved_pairs(ctx: Any) -> Pairs:
+    E, X, T, Y, residual, scale, *parameters = ctx.saved_tensors
+    return Pairs(
+        ctx.pencil.with_parameters(parameters), ctx.options, E, X, T, Y, residual, scale
+    )
 
 
-def _solver(*numbers: Any) -> _Solver:
-    """The solver of the operator's numbers: the fields of Settings, names and values of the integer parameters."""
-    *fields, names, values = numbers
-    return _Solver(Settings(*fields), ortho_parameters(dict(zip(names, values)), None, None), None)
+def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
+    """The forward of one problem, with a warning where pairs have not converged.
+
+    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
+    """
+    k = options.k
+    found = solve(pencil, X, options)
+    _warn_unconverged(found.residual[..., :k], found.scale[..., :k], options)
+    last = found.E.shape[-1] if options.differentiated else k
+    further = (found.E[..., k:last], found.X[..., k:last])
+    pairs = corrected(
+        Pairs(
+            pencil,
+            options,
+            found.E[..., :k],
+            found.X[..., :k],
+            *further,
+            found.residual,
+            found.scale,
+        )
+    )
+    copies = (
+        T.detach().clone(memory_format=torch.contiguous_format) for T in pairs.tensors
+    )
+    return Pairs(pencil, options, *copies)
 
 
-def _call(
-    A: Tensor,
-    k: Optional[int],
-    B: Optional[Tensor],
-    X: Optional[Tensor],
-    n: Optional[int],
-    iK: Optional[Tensor],
-    niter: Optional[int],
-    tol: Optional[float],
-    largest: Optional[bool],
-    method: Optional[str],
-    names: list[str],
-    values: list[int],
-) -> tuple[Tensor, Tensor]:
-    """torch.lobpcg as an operator."""
-    settings = _settings(A, k, B, X, n, iK, niter, tol, largest, method, None)
-    return eigenpairs_in_graph(A, B, X, iK, (*settings, names, values))
-
-
-def _check_others(A: Tensor, B: Optional[Tensor], X: Optional[Tensor], iK: Optional[Tensor], m: int) -> list[int]:
-    """Check B, X and iK against A; the batch shape of all together."""
-    batch = list(A.shape[:-2])
-    if B is not None:
-        check_matrix(B, "B")
-        check_block(B, "B", m)
-        check_alike(B, "B", A, "A")
-        batch = check_broadcast(batch, B, "B")
-    if X is not None:
-        check_block(X, "X", m)
-        check_alike(X, "X", A, "A")
-        batch = check_broadcast(batch, X, "X")
-    if iK is not None:
-        check_matrix(iK, "iK")
-        check_block(iK, "iK", m)
-        check_alike(iK, "iK", A, "A")
-        batch = check_broadcast(batch, iK, "iK")
-    return batch
-
-
-def _warn_unconverged(pairs: EigenPairs, k: int, tol: float, niter: int) -> None:
+def _warn_unconverged(residual: Tensor, scale: Tensor, options: Options) -> None:
     """One warning if a wanted pair has not converged."""
-    residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
     if residual.numel() == 0:
         return
-    missed = residual > tol * scale
+    missed = residual > options.tol * scale
     if bool(missed.any()):
         rerr = (residual / torch.where(scale > 0, scale, torch.ones_like(scale))).max()
         warnings.warn(
             f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged: relative residual "
-            f"{float(rerr)}, tolerance {tol}, niter={niter}; raise niter or tol, pass a larger n or a preconditioner "
-            f"iK",
+            f"{float(rerr)}, tolerance {options.tol}, niter={options.niter}; raise niter or tol, pass a larger n or a "
+            "preconditioner iK",
             stacklevel=2,
         )
 
 
-define_operators(_call, _solver, lambda A, B, X, iK, *numbers: _solver(*numbers).sizes(A, B, X, iK), hermitian_part)
-# torch.compile traces what this attribute names in the place of the function that has it.
-lobpcg._torchdynamo_inline = traced_version(lobpcg, _lobpcg_eager)  # type: ignore[attr-defined]
+define_operators(lobpcg, _find_pairs, LOBPCGAutogradFunction)

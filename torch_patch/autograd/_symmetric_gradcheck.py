@@ -60,7 +60,14 @@ def symmetric_gradcheck(
     if not (passed and check_symmetric_grad):
         return passed
     what = "gradient of output {} with respect to input {}"
-    return _symmetric_gradients(f"gradcheck: expected the {what}", func, inputs, marked, raise_exception, options)
+    return _symmetric_gradients(
+        f"gradcheck: expected the {what}",
+        func,
+        inputs,
+        marked,
+        raise_exception,
+        options,
+    )
 
 
 def symmetric_gradgradcheck(
@@ -87,18 +94,29 @@ def symmetric_gradgradcheck(
     inputs = _as_tuple(inputs)
     marked = _marked("gradgradcheck", inputs, symmetric, check_symmetric_grad)
     composed = _along_symmetric("gradgradcheck", func, marked)
-    passed = gradgradcheck(composed, inputs, grad_outputs, raise_exception=raise_exception, **options)
+    passed = gradgradcheck(
+        composed, inputs, grad_outputs, raise_exception=raise_exception, **options
+    )
     if not (passed and check_symmetric_grad):
         return passed
     first = _first_gradients(func, marked, grad_outputs)
     what = "gradient, with respect to input {1}, of the first gradient with respect to input {0}"
-    return _symmetric_gradients(f"gradgradcheck: expected the {what}", first, inputs, marked, raise_exception, options)
+    return _symmetric_gradients(
+        f"gradgradcheck: expected the {what}",
+        first,
+        inputs,
+        marked,
+        raise_exception,
+        options,
+    )
 
 
 # Arguments
 
 
-def _marked(name: str, inputs: _Inputs, symmetric: _Flags, check_symmetric_grad: bool) -> List[int]:
+def _marked(
+    name: str, inputs: _Inputs, symmetric: _Flags, check_symmetric_grad: bool
+) -> List[int]:
     """Indices of the inputs to be restricted: flagged, differentiable, and found to be symmetric matrices."""
     if any(isinstance(x, str) and x == _TAKEN_APART for x in inputs):
         raise ValueError(
@@ -128,8 +146,12 @@ def _marked(name: str, inputs: _Inputs, symmetric: _Flags, check_symmetric_grad:
 def _flags(name: str, inputs: _Inputs, symmetric: _Flags) -> Sequence[bool]:
     if isinstance(symmetric, bool):
         return [symmetric and is_tensor_like(x) for x in inputs]
-    if not isinstance(symmetric, (list, tuple)) or not all(isinstance(flag, bool) for flag in symmetric):
-        raise TypeError(f"{name}: expected symmetric to be a bool, or a list or tuple of bool, got {symmetric!r}")
+    if not isinstance(symmetric, (list, tuple)) or not all(
+        isinstance(flag, bool) for flag in symmetric
+    ):
+        raise TypeError(
+            f"{name}: expected symmetric to be a bool, or a list or tuple of bool, got {symmetric!r}"
+        )
     if len(symmetric) != len(inputs):
         raise ValueError(
             f"{name}: expected symmetric to hold one flag per input, got {len(symmetric)} for {len(inputs)} inputs; "
@@ -222,7 +244,9 @@ def _along_symmetric(name: str, func: _Function, marked: List[int]) -> _Function
     """func after P on the inputs of index `marked`; func must leave those alone, as gradcheck demands of any input."""
 
     def composed(*inputs: Any) -> Any:
-        inputs = tuple(_hermitian_part(x) if i in marked else x for i, x in enumerate(inputs))
+        inputs = tuple(
+            _hermitian_part(x) if i in marked else x for i, x in enumerate(inputs)
+        )
         # func gets a temporary, where autograd would not object to a change in place as it does for a leaf.
         versions = [inputs[i]._version for i in marked]
         outputs = func(*inputs)
@@ -241,7 +265,12 @@ def _along_symmetric(name: str, func: _Function, marked: List[int]) -> _Function
 
 
 def _symmetric_gradients(
-    expected: str, func: _Function, inputs: _Inputs, marked: List[int], raise_exception: bool, options: Dict[str, Any]
+    expected: str,
+    func: _Function,
+    inputs: _Inputs,
+    marked: List[int],
+    raise_exception: bool,
+    options: Dict[str, Any],
 ) -> bool:
     try:
         _require_symmetric_gradients(expected, func, inputs, marked, options)
@@ -253,7 +282,11 @@ def _symmetric_gradients(
 
 
 def _require_symmetric_gradients(
-    expected: str, func: _Function, inputs: _Inputs, marked: List[int], options: Dict[str, Any]
+    expected: str,
+    func: _Function,
+    inputs: _Inputs,
+    marked: List[int],
+    options: Dict[str, Any],
 ) -> None:
     """GradcheckError unless, for the cotangents of the mode, all gradients of all outputs are symmetric."""
     wanted = [inputs[i] for i in marked]
@@ -261,13 +294,19 @@ def _require_symmetric_gradients(
         if not (is_tensor_like(output) and output.requires_grad):
             continue
         for cotangent in _cotangents(output, options["fast_mode"]):
-            gradients = torch.autograd.grad(output, wanted, cotangent, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                output, wanted, cotangent, retain_graph=True, allow_unused=True
+            )
             for i, G in zip(marked, gradients):
                 if G is not None:
-                    _require_symmetric_gradient(expected.format(j, i), G.detach(), options)
+                    _require_symmetric_gradient(
+                        expected.format(j, i), G.detach(), options
+                    )
 
 
-def _require_symmetric_gradient(expected: str, G: Tensor, options: Dict[str, Any]) -> None:
+def _require_symmetric_gradient(
+    expected: str, G: Tensor, options: Dict[str, Any]
+) -> None:
     skew, size = _skew_and_size(G if G.layout is torch.strided else G.to_dense())
     bad = ~(skew <= options["atol"] + options["rtol"] * size)
     if bad.any():
@@ -292,17 +331,35 @@ def _cotangents(output: Tensor, fast_mode: bool) -> Iterator[Tensor]:
 def _random_like(x: Tensor) -> Tensor:
     # A generator of its own: the user's random state stays as it is, and a failure can be repeated.
     generator = torch.Generator(device="cpu").manual_seed(0)
-    return torch.randn(x.shape, dtype=x.dtype, device="cpu", generator=generator).to(x.device)
+    return torch.randn(x.shape, dtype=x.dtype, device="cpu", generator=generator).to(
+        x.device
+    )
 
 
-def _first_gradients(func: _Function, marked: List[int], grad_outputs: Any) -> _Function:
+def _first_gradients(
+    func: _Function, marked: List[int], grad_outputs: Any
+) -> _Function:
     """inputs -> the gradients of func, one per input, projected for marked inputs and None for constant ones."""
 
     def gradients(*inputs: Any) -> Tuple[Optional[Tensor], ...]:
-        outputs = [y for y in _as_tuple(func(*inputs)) if is_tensor_like(y) and y.requires_grad]
-        weights = [_random_like(y) for y in outputs] if grad_outputs is None else _as_tuple(grad_outputs)
-        wanted = [i for i, x in enumerate(inputs) if is_tensor_like(x) and x.requires_grad]
-        found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], weights, create_graph=True, allow_unused=True)
+        outputs = [
+            y for y in _as_tuple(func(*inputs)) if is_tensor_like(y) and y.requires_grad
+        ]
+        weights = (
+            [_random_like(y) for y in outputs]
+            if grad_outputs is None
+            else _as_tuple(grad_outputs)
+        )
+        wanted = [
+            i for i, x in enumerate(inputs) if is_tensor_like(x) and x.requires_grad
+        ]
+        found = torch.autograd.grad(
+            outputs,
+            [inputs[i] for i in wanted],
+            weights,
+            create_graph=True,
+            allow_unused=True,
+        )
         by_input = dict(zip(wanted, found))
         for i in marked:
             if by_input[i] is not None:
@@ -322,7 +379,9 @@ def _skew_and_size(X: Tensor) -> Tuple[Tensor, Tensor]:
 
 def _worst(skew: Tensor, size: Tensor, bad: Tensor) -> str:
     """The largest skew part among the bad matrices relative to the matrix, and where in the batch it is."""
-    ratio = torch.where(bad, skew / size, -1).flatten()  # NaN is bad, and argmax takes it for the largest
+    ratio = torch.where(
+        bad, skew / size, -1
+    ).flatten()  # NaN is bad, and argmax takes it for the largest
     worst = int(ratio.argmax())
     if skew.dim() == 0:
         return f"{ratio[worst]:.1e}"

@@ -78,7 +78,10 @@ class Problem:
         if self.is_complex and not dtype.is_complex:
             return False
         info = torch.finfo(dtype)
-        return self.radius == 0 or info.tiny / info.eps < self.radius < math.sqrt(info.eps) * info.max
+        return (
+            self.radius == 0
+            or info.tiny / info.eps < self.radius < math.sqrt(info.eps) * info.max
+        )
 
     def extreme(self, k, largest=False):
         """The k wanted eigenvalues in the order of ``torch.lobpcg`` (k,)."""
@@ -89,7 +92,9 @@ class Problem:
         if k >= self.m:
             return math.inf
         wanted = self.extreme(k + 1, largest)
-        return float(abs(wanted[k] - wanted[k - 1])) / self.spread if self.spread else 0.0
+        return (
+            float(abs(wanted[k] - wanted[k - 1])) / self.spread if self.spread else 0.0
+        )
 
     def error(self, dtype):
         """How far rounding A and B to dtype may move an eigenvalue.
@@ -97,7 +102,13 @@ class Problem:
         Entrywise rounding is a perturbation of norm <= eps sqrt(m) ||A||, and ||A|| ||B^-1|| <= radius cond(B); the
         factor 4 covers A and B, and the rounding of the assembly.
         """
-        return 4 * math.sqrt(self.m) * torch.finfo(dtype).eps * self.condition * self.radius
+        return (
+            4
+            * math.sqrt(self.m)
+            * torch.finfo(dtype).eps
+            * self.condition
+            * self.radius
+        )
 
     def build(self, dtype=torch.float64, layout=torch.strided, device="cpu"):
         """A and B (None for the identity) in the dtype and layout asked for."""
@@ -108,7 +119,10 @@ class Problem:
         if dtype.is_complex and not self.is_complex:
             u = _phases(self.m)
             A, B = _congruence(A, u), None if B is None else _congruence(B, u)
-        return tuple(None if M is None else _LAYOUTS[layout](M.to(dtype), block).to(device) for M in (A, B))
+        return tuple(
+            None if M is None else _LAYOUTS[layout](M.to(dtype), block).to(device)
+            for M in (A, B)
+        )
 
     def eigenvectors(self, k, largest=False, dtype=torch.float64, device="cpu"):
         """Exact eigenvectors of the k wanted pairs (m, k), in the order of ``extreme``."""
@@ -128,13 +142,17 @@ def _generator(*key):
 
 
 def _phases(m):
-    return torch.polar(torch.ones(m, dtype=torch.float64), 1.0 + torch.arange(m, dtype=torch.float64))
+    return torch.polar(
+        torch.ones(m, dtype=torch.float64), 1.0 + torch.arange(m, dtype=torch.float64)
+    )
 
 
 def _unitary(m, is_complex, *key):
     """Orthogonal or unitary (m, m), reproducible."""
     dtype = torch.complex128 if is_complex else torch.float64
-    return torch.linalg.qr(torch.randn(m, m, dtype=dtype, generator=_generator(m, is_complex, *key)))[0]
+    return torch.linalg.qr(
+        torch.randn(m, m, dtype=dtype, generator=_generator(m, is_complex, *key))
+    )[0]
 
 
 def _hermitian(A):
@@ -147,16 +165,24 @@ def _congruence(A, d):
         return _hermitian(d.unsqueeze(-1) * A * d.conj())
     A = A.coalesce()
     r, c = A.indices()
-    A = torch.sparse_coo_tensor(A.indices(), d[r] * A.values() * d[c].conj(), A.shape).coalesce()
-    transposed = A.transpose(0, 1).coalesce().values().conj()  # same positions: the pattern is symmetric
-    return torch.sparse_coo_tensor(A.indices(), (A.values() + transposed) / 2, A.shape).coalesce()
+    A = torch.sparse_coo_tensor(
+        A.indices(), d[r] * A.values() * d[c].conj(), A.shape
+    ).coalesce()
+    transposed = (
+        A.transpose(0, 1).coalesce().values().conj()
+    )  # same positions: the pattern is symmetric
+    return torch.sparse_coo_tensor(
+        A.indices(), (A.values() + transposed) / 2, A.shape
+    ).coalesce()
 
 
 def _coo(m, i, j, off, diagonal):
     """COO with `off` at (i, j), its conjugate at (j, i), and `diagonal` (m,)."""
     r = torch.arange(m)
     indices = torch.stack([torch.cat([i, j, r]), torch.cat([j, i, r])])
-    return torch.sparse_coo_tensor(indices, torch.cat([off, off.conj(), diagonal.to(off.dtype)]), (m, m)).coalesce()
+    return torch.sparse_coo_tensor(
+        indices, torch.cat([off, off.conj(), diagonal.to(off.dtype)]), (m, m)
+    ).coalesce()
 
 
 def _diagonal(values):
@@ -175,7 +201,10 @@ def _band(diagonal, *offs):
 def _grid_edges(sizes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs (i, j) of neighbours in a rectangular grid numbered in row-major order."""
     number = torch.arange(math.prod(sizes)).reshape(sizes)
-    pairs = [(number.narrow(a, 0, s - 1).flatten(), number.narrow(a, 1, s - 1).flatten()) for a, s in enumerate(sizes)]
+    pairs = [
+        (number.narrow(a, 0, s - 1).flatten(), number.narrow(a, 1, s - 1).flatten())
+        for a, s in enumerate(sizes)
+    ]
     return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
 
 
@@ -211,14 +240,22 @@ def _sines(sizes, position):
     for n in sizes:
         stride //= n
         j = mode // stride % n + 1
-        factor = math.sqrt(2 / (n + 1)) * torch.sin(_angles(n).unsqueeze(-1) * j)  # (n, p)
+        factor = math.sqrt(2 / (n + 1)) * torch.sin(
+            _angles(n).unsqueeze(-1) * j
+        )  # (n, p)
         X = (X.unsqueeze(1) * factor).flatten(0, 1)
     return X
 
 
 def _laplacian_matrix(sizes):
     i, j = _grid_edges(sizes)
-    return _coo(math.prod(sizes), i, j, _full(len(i), -1), _full(math.prod(sizes), 2 * len(sizes)))
+    return _coo(
+        math.prod(sizes),
+        i,
+        j,
+        _full(len(i), -1),
+        _full(math.prod(sizes), 2 * len(sizes)),
+    )
 
 
 def laplacian(*sizes):
@@ -240,14 +277,18 @@ def laplacian_mass(*sizes):
 
     def assemble():
         i, j = _grid_edges(sizes)
-        return _laplacian_matrix(sizes), _coo(m, i, j, _full(len(i), c), _full(m, 1 - 2 * len(sizes) * c))
+        return _laplacian_matrix(sizes), _coo(
+            m, i, j, _full(len(i), c), _full(m, 1 - 2 * len(sizes) * c)
+        )
 
     def eigenvalues():
         t = _modes(sizes).sort().values
         return t / (1 - c * t)
 
     def vectors(position):
-        return _sines(sizes, position) / torch.sqrt(1 - c * _modes(sizes).sort().values[position])
+        return _sines(sizes, position) / torch.sqrt(
+            1 - c * _modes(sizes).sort().values[position]
+        )
 
     return Problem(
         "laplacian_mass" + "x".join(map(str, sizes)),
@@ -308,10 +349,19 @@ def mikota(m):
     """Chain with masses 1/i and springs m+1-i: eigenvalues 1, 4, 9, ..., m^2, cond(B) = m. Mikota (2001)."""
 
     def assemble():
-        return _band(2 * _count(m).flip(0) + 1, -_count(m - 1, 1).flip(0)), _diagonal(1 / _count(m, 1))
+        return _band(2 * _count(m).flip(0) + 1, -_count(m - 1, 1).flip(0)), _diagonal(
+            1 / _count(m, 1)
+        )
 
     return Problem(
-        f"mikota{m}", m, assemble, lambda: _count(m, 1) ** 2, None, float(m), generalized=True, source="Mikota (2001)"
+        f"mikota{m}",
+        m,
+        assemble,
+        lambda: _count(m, 1) ** 2,
+        None,
+        float(m),
+        generalized=True,
+        source="Mikota (2001)",
     )
 
 
@@ -327,7 +377,9 @@ def rod(m):
         return K, _band(_full(m, 4 * h / 6), _full(m - 1, h / 6))
 
     def vectors(position):
-        return _sines((m,), position) / torch.sqrt(h / 3 * (2 + torch.cos(_angles(m)[position])))
+        return _sines((m,), position) / torch.sqrt(
+            h / 3 * (2 + torch.cos(_angles(m)[position]))
+        )
 
     top = math.cos(math.pi * h)
     return Problem(
@@ -350,7 +402,9 @@ def _graph(name, m, i, j, spectrum, normalized=False):
 
     def assemble():
         degree = torch.bincount(torch.cat([i, j]), minlength=m).double()
-        return _coo(m, i, j, _full(len(i), -1), degree), _diagonal(degree) if normalized else None
+        return _coo(m, i, j, _full(len(i), -1), degree), _diagonal(
+            degree
+        ) if normalized else None
 
     degree = torch.bincount(torch.cat([i, j]), minlength=m)
     condition = float(degree.max()) / float(degree.min()) if normalized else 1.0
@@ -370,7 +424,9 @@ def path_graph(m, normalized=False):
     """Path: 2 - 2 cos(pi j / m), j = 0..m-1; normalized: 1 - cos(pi j / (m - 1))."""
     t = math.pi * _count(m)
     spectrum = 1 - torch.cos(t / (m - 1)) if normalized else 2 - 2 * torch.cos(t / m)
-    return _graph(f"path{m}" + "_ncut" * normalized, m, *_grid_edges((m,)), spectrum, normalized)
+    return _graph(
+        f"path{m}" + "_ncut" * normalized, m, *_grid_edges((m,)), spectrum, normalized
+    )
 
 
 def complete_graph(m):
@@ -385,7 +441,13 @@ def star_graph(m):
     """Star: 0 and m once, 1 with multiplicity m - 2."""
     spectrum = _full(m, 1)
     spectrum[0], spectrum[-1] = 0, m
-    return _graph(f"star{m}", m, torch.zeros(m - 1, dtype=torch.int64), torch.arange(1, m), spectrum)
+    return _graph(
+        f"star{m}",
+        m,
+        torch.zeros(m - 1, dtype=torch.int64),
+        torch.arange(1, m),
+        spectrum,
+    )
 
 
 def bipartite_graph(a, b):
@@ -398,7 +460,10 @@ def bipartite_graph(a, b):
 
 def hypercube_graph(d):
     """Hypercube of 2^d vertices: 2 j with multiplicity binomial(d, j)."""
-    spectrum = torch.tensor([2.0 * j for j in range(d + 1) for _ in range(math.comb(d, j))], dtype=torch.float64)
+    spectrum = torch.tensor(
+        [2.0 * j for j in range(d + 1) for _ in range(math.comb(d, j))],
+        dtype=torch.float64,
+    )
     return _graph(f"hypercube{d}", 2**d, *_grid_edges((2,) * d), spectrum)
 
 
@@ -418,12 +483,18 @@ def prescribed(name, spectrum, condition=1.0, is_complex=False):
         U = _unitary(m, is_complex, name, "U")
         if not generalized:
             return U, torch.ones(m, dtype=torch.float64), torch.eye(m, dtype=U.dtype)
-        return U, torch.logspace(0, -math.log10(condition) / 2, m, dtype=torch.float64), _unitary(m, is_complex, name)
+        return (
+            U,
+            torch.logspace(0, -math.log10(condition) / 2, m, dtype=torch.float64),
+            _unitary(m, is_complex, name),
+        )
 
     def assemble():
         U, d, V = factors()
         C = (U * d) @ V.mH
-        return _hermitian((C * spectrum) @ C.mH), _hermitian((U * d**2) @ U.mH) if generalized else None
+        return _hermitian((C * spectrum) @ C.mH), _hermitian(
+            (U * d**2) @ U.mH
+        ) if generalized else None
 
     def vectors(position):
         U, d, V = factors()
@@ -444,9 +515,15 @@ def prescribed(name, spectrum, condition=1.0, is_complex=False):
 
 def indefinite(m, condition=1.0, is_complex=False):
     """Simple spectrum, both signs, spacings between 0.5/m and 1.5/m around an even grid of [-1, 1]."""
-    jitter = torch.rand(m, dtype=torch.float64, generator=_generator("indefinite", m)) - 0.5
+    jitter = (
+        torch.rand(m, dtype=torch.float64, generator=_generator("indefinite", m)) - 0.5
+    )
     spectrum = (2 * _count(m) + 1 + jitter / 2) / m - 1
-    name = f"indefinite{m}" + f"_cond{condition:g}" * (condition != 1) + "_complex" * is_complex
+    name = (
+        f"indefinite{m}"
+        + f"_cond{condition:g}" * (condition != 1)
+        + "_complex" * is_complex
+    )
     return prescribed(name, spectrum, condition, is_complex)
 
 
@@ -455,7 +532,11 @@ def clustered(m, k, gap, condition=1.0, is_complex=False):
     inner = _count(m - 2 * k, k)
     step = gap * _count(k)
     spectrum = torch.cat([step, inner, m - 1 - step.flip(0)])
-    name = f"clustered{m}_k{k}_gap{gap:g}" + f"_cond{condition:g}" * (condition != 1) + "_complex" * is_complex
+    name = (
+        f"clustered{m}_k{k}_gap{gap:g}"
+        + f"_cond{condition:g}" * (condition != 1)
+        + "_complex" * is_complex
+    )
     return prescribed(name, spectrum, condition, is_complex)
 
 
@@ -466,7 +547,9 @@ def doubled(m):
     def assemble():
         A = T.assemble()[0]
         indices = torch.cat([2 * A.indices(), 2 * A.indices() + 1], 1)
-        return torch.sparse_coo_tensor(indices, A.values().repeat(2), (2 * m, 2 * m)).coalesce(), None
+        return torch.sparse_coo_tensor(
+            indices, A.values().repeat(2), (2 * m, 2 * m)
+        ).coalesce(), None
 
     def vectors(position):
         X = torch.zeros(2 * m, len(position), dtype=torch.float64)
@@ -475,18 +558,33 @@ def doubled(m):
         return X
 
     return Problem(
-        f"doubled{m}", 2 * m, assemble, lambda: T.spectrum.repeat_interleave(2), vectors, source="by construction"
+        f"doubled{m}",
+        2 * m,
+        assemble,
+        lambda: T.spectrum.repeat_interleave(2),
+        vectors,
+        source="by construction",
     )
 
 
 def wishart(m, n):
     """G G^T / n for G (m, n) normal: squared singular values of G, accurate also where they are small."""
-    G = torch.randn(m, n, dtype=torch.float64, generator=_generator("wishart", m, n)) / math.sqrt(n)
+    G = torch.randn(
+        m, n, dtype=torch.float64, generator=_generator("wishart", m, n)
+    ) / math.sqrt(n)
 
     def eigenvalues():
-        return torch.nn.functional.pad(torch.linalg.svdvals(G) ** 2, (0, m - min(m, n))).flip(0)
+        return torch.nn.functional.pad(
+            torch.linalg.svdvals(G) ** 2, (0, m - min(m, n))
+        ).flip(0)
 
-    return Problem(f"wishart{m}x{n}", m, lambda: (_hermitian(G @ G.mT), None), eigenvalues, source="Wishart (1928)")
+    return Problem(
+        f"wishart{m}x{n}",
+        m,
+        lambda: (_hermitian(G @ G.mT), None),
+        eigenvalues,
+        source="Wishart (1928)",
+    )
 
 
 def diagonal(values, name="diagonal"):
@@ -534,7 +632,9 @@ def scaled(p, factor):
 
 def diagonal_mass(p, condition):
     """D A D against D B D with D^2 = diag from 1 to 1/condition, interleaved: spectrum of p, eigenvectors D^-1 X."""
-    power = _count(p.m) * 0.6180339887498949 % 1  # golden ratio: neighbours get very different masses
+    power = (
+        _count(p.m) * 0.6180339887498949 % 1
+    )  # golden ratio: neighbours get very different masses
     d = 10 ** (-math.log10(condition) / 2 * power)
 
     def assemble():
@@ -572,17 +672,49 @@ def batch(p, shape, dtype=torch.float64, device="cpu"):
 @functools.cache
 def catalogue():
     """Every kind of problem once, small (m <= 216), as a tuple."""
-    problems = [laplacian(100), laplacian(12, 9), laplacian(6, 6, 6), laplacian_mass(11, 8), sakurai(50)]
+    problems = [
+        laplacian(100),
+        laplacian(12, 9),
+        laplacian(6, 6, 6),
+        laplacian_mass(11, 8),
+        sakurai(50),
+    ]
     problems += [mikota(60), rod(100), ring(48), ring(45, 1.0), doubled(40)]
-    problems += [path_graph(60), path_graph(60, normalized=True), complete_graph(30), star_graph(40)]
+    problems += [
+        path_graph(60),
+        path_graph(60, normalized=True),
+        complete_graph(30),
+        star_graph(40),
+    ]
     problems += [bipartite_graph(12, 20), hypercube_graph(6)]
-    problems += [diagonal(_count(100, 1) / 10), diagonal(torch.zeros(40), "zero"), diagonal(torch.ones(40), "identity")]
-    problems += [indefinite(80), indefinite(80, 1e3), indefinite(80, is_complex=True), indefinite(80, 1e3, True)]
+    problems += [
+        diagonal(_count(100, 1) / 10),
+        diagonal(torch.zeros(40), "zero"),
+        diagonal(torch.ones(40), "identity"),
+    ]
+    problems += [
+        indefinite(80),
+        indefinite(80, 1e3),
+        indefinite(80, is_complex=True),
+        indefinite(80, 1e3, True),
+    ]
     problems += [clustered(60, 3, gap) for gap in (1e-2, 1e-6, 1e-10, 1e-13)]
-    problems += [clustered(60, 3, 1e-10, 1e2, True), wishart(80, 160), wishart(60, 20), rank_deficient(60, 15)]
-    problems += [scaled(laplacian(100), -1), scaled(laplacian(12, 9), 1e30), scaled(laplacian(12, 9), 1e-30)]
+    problems += [
+        clustered(60, 3, 1e-10, 1e2, True),
+        wishart(80, 160),
+        wishart(60, 20),
+        rank_deficient(60, 15),
+    ]
+    problems += [
+        scaled(laplacian(100), -1),
+        scaled(laplacian(12, 9), 1e30),
+        scaled(laplacian(12, 9), 1e-30),
+    ]
     problems += [scaled(laplacian(12, 9), 1e200), scaled(laplacian(12, 9), 1e-200)]
-    problems += [diagonal_mass(laplacian(12, 9), 1e2), diagonal_mass(indefinite(80, is_complex=True), 1e2)]
+    problems += [
+        diagonal_mass(laplacian(12, 9), 1e2),
+        diagonal_mass(indefinite(80, is_complex=True), 1e2),
+    ]
     return tuple(problems)
 
 
@@ -591,5 +723,7 @@ def get(name):
     exact = [p for p in catalogue() if p.name == name]
     found = exact or [p for p in catalogue() if p.name.startswith(name)]
     if len(found) != 1:
-        raise KeyError(f"{name!r} fits {[p.name for p in found or catalogue()]}; give one name")
+        raise KeyError(
+            f"{name!r} fits {[p.name for p in found or catalogue()]}; give one name"
+        )
     return found[0]

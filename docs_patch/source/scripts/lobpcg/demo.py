@@ -57,7 +57,9 @@ def issue_38948(seed=0, size=10, k=3, **options):
     At this size the default solves densely; `method` makes torch.lobpcg iterate, as it does for large matrices.
     """
     generator = torch.Generator().manual_seed(seed)
-    A = torch.randn(size, size, generator=generator, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(
+        size, size, generator=generator, dtype=torch.float64, requires_grad=True
+    )
 
     truncation_loss(*torch.lobpcg(A @ A.mT, k=k, **options)).backward()
 
@@ -69,9 +71,14 @@ def issue_38948(seed=0, size=10, k=3, **options):
     E = E.detach()
     gap = float(E.diff()[-k:].min() / (E[-1] - E[0]))
     tol = options.get("tol", torch.finfo(E.dtype).eps ** 0.5)
-    call = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "default arguments"
+    call = (
+        ", ".join(f"{name}={value!r}" for name, value in options.items())
+        or "default arguments"
+    )
     name = f"issue 38948, {call}, gradient in A: relative error"
-    return [Figure(name, relative_error(A.grad, A_dense.grad), max(1e-8, 20 * tol / gap))]
+    return [
+        Figure(name, relative_error(A.grad, A_dense.grad), max(1e-8, 20 * tol / gap))
+    ]
 
 
 # --- 2. the karate club -------------------------------------------------------------------------------------------
@@ -84,8 +91,12 @@ class Club:
         graph = networkx.karate_club_graph()
         self.members = graph.number_of_nodes()
         self.edges = torch.tensor(list(graph.edges))  # (78, 2)
-        self.weights = torch.tensor([float(w) for *_, w in graph.edges.data("weight", 1.0)], dtype=torch.float64)
-        self.with_instructor = torch.tensor([graph.nodes[i]["club"] == "Mr. Hi" for i in graph])
+        self.weights = torch.tensor(
+            [float(w) for *_, w in graph.edges.data("weight", 1.0)], dtype=torch.float64
+        )
+        self.with_instructor = torch.tensor(
+            [graph.nodes[i]["club"] == "Mr. Hi" for i in graph]
+        )
 
     def pencil(self, weights):
         """The Laplacian L = D - W and the degree matrix D, differentiable in the weights of the edges."""
@@ -128,23 +139,49 @@ def karate_club(report=print, shown=5):
     L, D = club.pencil(weights)
     E, X = torch.lobpcg(L, k=2, B=D, largest=False, tol=1e-11, method="ortho")
     exact, _ = dense_pairs(*club.pencil(club.weights))
-    figures = [Figure("karate club, eigenvalues: largest error", float((E.detach() - exact).abs().max()), 1e-10)]
+    figures = [
+        Figure(
+            "karate club, eigenvalues: largest error",
+            float((E.detach() - exact).abs().max()),
+            1e-10,
+        )
+    ]
     slopes = {}
-    for quantity, name in ((second_eigenvalue, "second eigenvalue"), (concentration, "second eigenvector")):
-        (slopes[quantity],) = torch.autograd.grad(quantity(E, X), weights, retain_graph=True)
+    for quantity, name in (
+        (second_eigenvalue, "second eigenvalue"),
+        (concentration, "second eigenvector"),
+    ):
+        (slopes[quantity],) = torch.autograd.grad(
+            quantity(E, X), weights, retain_graph=True
+        )
         error = relative_error(slopes[quantity], finite_differences(club, quantity))
-        figures.append(Figure(f"karate club, {name}, gradient in the weights: relative error", error, 1e-6))
+        figures.append(
+            Figure(
+                f"karate club, {name}, gradient in the weights: relative error",
+                error,
+                1e-6,
+            )
+        )
 
     E, X, slope = E.detach(), X.detach(), slopes[second_eigenvalue]
     side = X[:, 1] > 0
-    agree = max(int((side == club.with_instructor).sum()), int((side != club.with_instructor).sum()))
-    report(f"lambda = {float(E[0]):.1e}, {float(E[1]):.8f}; the sign of the second vector puts {agree} of")
-    report(f"{club.members} members on the side they took when the club split. Edges on which lambda_2 depends most:")
+    agree = max(
+        int((side == club.with_instructor).sum()),
+        int((side != club.with_instructor).sum()),
+    )
+    report(
+        f"lambda = {float(E[0]):.1e}, {float(E[1]):.8f}; the sign of the second vector puts {agree} of"
+    )
+    report(
+        f"{club.members} members on the side they took when the club split. Edges on which lambda_2 depends most:"
+    )
     report("   members   weight   d lambda_2 / d weight   joins")
     for edge in slope.abs().argsort(descending=True)[:shown].tolist():
         i, j = club.edges[edge].tolist()
         joins = "the two sides" if side[i] != side[j] else "one side"
-        report(f"  {i:4d} {j:4d}   {float(club.weights[edge]):6.0f}   {float(slope[edge]):+21.6f}   {joins}")
+        report(
+            f"  {i:4d} {j:4d}   {float(club.weights[edge]):6.0f}   {float(slope[edge]):+21.6f}   {joins}"
+        )
     return figures
 
 
@@ -156,7 +193,9 @@ def random_pencil(size, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def orthogonal():
-        return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+        return torch.linalg.qr(
+            torch.randn(size, size, generator=generator, dtype=torch.float64)
+        ).Q
 
     Q, P = orthogonal(), orthogonal()
     A = (Q * torch.arange(1.0, size + 1, dtype=torch.float64)) @ Q.mT
@@ -189,7 +228,11 @@ def symmetric_gradcheck(size=10, k=2, fast_mode=False, method=None):
     options = {"symmetric": True, "fast_mode": fast_mode, "raise_exception": False}
     how = f"gradcheck, symmetric=True, fast_mode={fast_mode}, method={method!r}"
     return [
-        Figure(f"{how}, in {name}: failures", float(not torch.autograd.gradcheck(function, inputs, **options)), 0.0)
+        Figure(
+            f"{how}, in {name}: failures",
+            float(not torch.autograd.gradcheck(function, inputs, **options)),
+            0.0,
+        )
         for name, (function, inputs) in cases.items()
     ]
 
@@ -203,7 +246,9 @@ def dense_oracle(A, B, k):
         E, V = torch.linalg.eigh(A)
         return E[:k], V[:, :k]
     L = torch.linalg.cholesky(B)
-    C = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, A, upper=False).mT, upper=False)
+    C = torch.linalg.solve_triangular(
+        L, torch.linalg.solve_triangular(L, A, upper=False).mT, upper=False
+    )
     E, V = torch.linalg.eigh(C)
     return E[:k], torch.linalg.solve_triangular(L.mT, V[:, :k], upper=True)
 
@@ -236,7 +281,9 @@ def four_cases(size=200, orders=(1, 10, 50), method="ortho"):
         errors = []
         for k in orders:
             options = {"k": k, "largest": False, "tol": 1e-11, "method": method}
-            found = gradients(lambda A, B: torch.lobpcg(A, B=B, **options), A, mass, in_A, in_B)  # noqa: B023 - called here
+            found = gradients(
+                lambda A, B: torch.lobpcg(A, B=B, **options), A, mass, in_A, in_B
+            )  # noqa: B023 - called here
             exact = gradients(lambda A, B: dense_oracle(A, B, k), A, mass, in_A, in_B)  # noqa: B023 - called here
             errors += map(relative_error, found, exact)
         name = f"m = {size}, k in {', '.join(map(str, orders))}, gradient in {case}: relative error"
@@ -249,9 +296,14 @@ def four_cases(size=200, orders=(1, 10, 50), method="ortho"):
 
 def main():
     if "symmetric" not in inspect.signature(torch.autograd.gradcheck).parameters:
-        print(f"demo: the torch in {torch.__path__[0]} is not patched; run tools/patch.py apply", file=sys.stderr)
+        print(
+            f"demo: the torch in {torch.__path__[0]} is not patched; run tools/patch.py apply",
+            file=sys.stderr,
+        )
         return 1
-    print(f"torch {torch.__version__}, numpy {numpy.__version__}, {torch.get_num_threads()} thread(s)\n")
+    print(
+        f"torch {torch.__version__}, numpy {numpy.__version__}, {torch.get_num_threads()} thread(s)\n"
+    )
     begin = time.perf_counter()
     figures = [
         *issue_38948(),
@@ -266,7 +318,9 @@ def main():
     width = max(len(figure.name) for figure in figures)
     print(f"\n{'':{width}}  measured    bound")
     for figure in figures:
-        print(f"{figure.name:{width}}  {figure.value:8.1e}  {figure.bound:7.1e}{'' if figure.kept else '   NOT KEPT'}")
+        print(
+            f"{figure.name:{width}}  {figure.value:8.1e}  {figure.bound:7.1e}{'' if figure.kept else '   NOT KEPT'}"
+        )
     broken = sum(not figure.kept for figure in figures)
     print(f"\n{len(figures) - broken} of {len(figures)} bounds kept, {seconds:.1f} s")
     return 1 if broken else 0

@@ -23,7 +23,9 @@ GAPS = tuple(10.0**-p for p in range(1, 17))
 
 def orthogonal(m, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(m, m, dtype=torch.float64, generator=generator)).Q
+    return torch.linalg.qr(
+        torch.randn(m, m, dtype=torch.float64, generator=generator)
+    ).Q
 
 
 def weights(m, seed):
@@ -49,18 +51,30 @@ def gradient(A, W, k, eigenvectors):
 
 
 def relative_error(value, reference):
-    return float(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
+    return float(
+        torch.linalg.vector_norm(value - reference)
+        / torch.linalg.vector_norm(reference)
+    )
 
 
 def tolerance_curve(m, k=3, tolerances=TOLERANCES):
     """Relative errors of the gradient through torch.lobpcg, iterated to each tolerance."""
     # k eigenvalues, a gap of 1/20 of the width, and the rest evenly spaced
-    e = torch.cat([torch.arange(k) / 100, torch.linspace(0.05 + (k - 1) / 100, 1, m - k)]).double()
+    e = torch.cat(
+        [torch.arange(k) / 100, torch.linspace(0.05 + (k - 1) / 100, 1, m - k)]
+    ).double()
     Q, W = orthogonal(m, 0), weights(m, 1)
     A, reference = (Q * e) @ Q.mT, exact_gradient(e, Q, W, k)
     return [
         relative_error(
-            gradient(A, W, k, lambda A, tol=tol: torch.lobpcg(A, k, largest=False, method="ortho", tol=tol)[1]),
+            gradient(
+                A,
+                W,
+                k,
+                lambda A, tol=tol: torch.lobpcg(
+                    A, k, largest=False, method="ortho", tol=tol
+                )[1],
+            ),
             reference,
         )
         for tol in tolerances
@@ -76,7 +90,12 @@ def gap_curve(eigenvectors, m=60, k=4, gaps=GAPS):
         both = []
         for seed in (2, 4):
             Q, W = orthogonal(m, seed), weights(m, seed + 1)
-            both.append(relative_error(gradient((Q * e) @ Q.mT, W, k, eigenvectors), exact_gradient(e, Q, W, k)))
+            both.append(
+                relative_error(
+                    gradient((Q * e) @ Q.mT, W, k, eigenvectors),
+                    exact_gradient(e, Q, W, k),
+                )
+            )
         errors.append(max(both))
     return errors
 
@@ -103,7 +122,9 @@ def draw(path, curves, x, xlabel, guides):
         axes.loglog(x, errors, marker + "-", label=name, markersize=5)
     for text, ends in guides.items():
         axes.loglog(*zip(*ends), ":", color="gray")
-        axes.annotate(text, ends[0], textcoords="offset points", xytext=(6, -10), color="gray")
+        axes.annotate(
+            text, ends[0], textcoords="offset points", xytext=(6, -10), color="gray"
+        )
     axes.set_xlabel(xlabel)
     axes.set_ylabel("relative error of the gradient")
     axes.set_ylim(1e-16, 1)
@@ -114,14 +135,32 @@ def draw(path, curves, x, xlabel, guides):
 
 
 def main(folder):
-    warnings.simplefilter("ignore", RuntimeWarning)  # of loose tolerances and small gaps, which are what is drawn
+    warnings.simplefilter(
+        "ignore", RuntimeWarning
+    )  # of loose tolerances and small gaps, which are what is drawn
     curves = {f"m = {m}": tolerance_curve(m) for m in (300, 200)}
-    guides = {"slope 1": ((1e-11, 4e-12), (1e-3, 4e-4)), "slope 2": ((1e-7, 3e-13), (1e-3, 3e-5))}
+    guides = {
+        "slope 1": ((1e-11, 4e-12), (1e-3, 4e-4)),
+        "slope 2": ((1e-7, 3e-13), (1e-3, 3e-5)),
+    }
     draw(folder / "lobpcg_tolerance.svg", curves, TOLERANCES, "tol", guides)
-    curves = {"torch.linalg.eigh": gap_curve(by_eigh), "torch.lobpcg": gap_curve(by_lobpcg)}
+    curves = {
+        "torch.linalg.eigh": gap_curve(by_eigh),
+        "torch.lobpcg": gap_curve(by_lobpcg),
+    }
     guides = {"eps / gap": ((1e-3, 2e-13), (1e-15, 2e-1))}
-    draw(folder / "lobpcg_gap.svg", curves, GAPS, "gap between two of the k eigenvalues", guides)
+    draw(
+        folder / "lobpcg_gap.svg",
+        curves,
+        GAPS,
+        "gap between two of the k eigenvalues",
+        guides,
+    )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[2] / "notes")
+    main(
+        Path(sys.argv[1])
+        if len(sys.argv) > 1
+        else Path(__file__).resolve().parents[2] / "notes"
+    )

@@ -11,7 +11,12 @@ import unittest
 import torch
 from torch.testing import make_tensor
 from torch.testing._internal.common_dtype import floating_and_complex_types
-from torch.testing._internal.opinfo.core import DecorateInfo, ErrorInput, OpInfo, SampleInput
+from torch.testing._internal.opinfo.core import (
+    DecorateInfo,
+    ErrorInput,
+    OpInfo,
+    SampleInput,
+)
 
 
 def _gauge_invariant(output):
@@ -24,7 +29,10 @@ def _gauge_invariant(output):
 def _matrices(device, dtype, requires_grad, batch, m):
     """A with eigenvalues about 1 apart, one of them far from the rest, and a positive definite B."""
     diagonal = torch.arange(m, device=device).to(dtype)
-    A, B = (make_tensor((*batch, m, m), dtype=dtype, device=device, low=-0.1, high=0.1) for _ in range(2))
+    A, B = (
+        make_tensor((*batch, m, m), dtype=dtype, device=device, low=-0.1, high=0.1)
+        for _ in range(2)
+    )
     A = A + torch.diag(diagonal - 1)
     B = B + torch.diag(diagonal / (2 * m) + 1)
     return A.requires_grad_(requires_grad), B.requires_grad_(requires_grad)
@@ -36,7 +44,9 @@ def sample_inputs_lobpcg(op_info, device, dtype, requires_grad=False, **kwargs):
     def sample(m, k, batch=(), generalized=False, **options):
         A, B = _matrices(device, dtype, requires_grad, batch, m)
         args = (k, B) if generalized else (k,)
-        return SampleInput(A, args=args, kwargs=options, output_process_fn_grad=_gauge_invariant)
+        return SampleInput(
+            A, args=args, kwargs=options, output_process_fn_grad=_gauge_invariant
+        )
 
     # Iterated to rounding, so that differences of two results show their derivative.
     iterated = {"method": "ortho", "tol": 8 * torch.finfo(dtype).eps}
@@ -55,15 +65,33 @@ def error_inputs_lobpcg(op_info, device, **kwargs):
     A = torch.eye(5, device=device)
     nan = A.clone()
     nan[0, 0] = float("nan")
-    yield ErrorInput(SampleInput(A[:4], args=(1,)), error_type=ValueError, error_regex="square")
-    yield ErrorInput(SampleInput(A[0], args=(1,)), error_type=ValueError, error_regex="1 dimensions")
-    yield ErrorInput(SampleInput(A, args=(6,)), error_type=ValueError, error_regex="n=6")
-    yield ErrorInput(SampleInput(A, args=(1, A[:4, :4])), error_type=ValueError, error_regex="B has")
-    yield ErrorInput(SampleInput(A, args=(1, A.double())), error_type=TypeError, error_regex="float64")
-    yield ErrorInput(SampleInput(A.half(), args=(1,)), error_type=TypeError, error_regex="float16")
-    yield ErrorInput(SampleInput(nan, args=(1,)), error_type=ValueError, error_regex="NaN")
     yield ErrorInput(
-        SampleInput(A, args=(2,), kwargs={"niter": 5}), error_type=ValueError, error_regex="torch.linalg.eigh"
+        SampleInput(A[:4], args=(1,)), error_type=ValueError, error_regex="square"
+    )
+    yield ErrorInput(
+        SampleInput(A[0], args=(1,)), error_type=ValueError, error_regex="1 dimensions"
+    )
+    yield ErrorInput(
+        SampleInput(A, args=(6,)), error_type=ValueError, error_regex="n=6"
+    )
+    yield ErrorInput(
+        SampleInput(A, args=(1, A[:4, :4])), error_type=ValueError, error_regex="B has"
+    )
+    yield ErrorInput(
+        SampleInput(A, args=(1, A.double())),
+        error_type=TypeError,
+        error_regex="float64",
+    )
+    yield ErrorInput(
+        SampleInput(A.half(), args=(1,)), error_type=TypeError, error_regex="float16"
+    )
+    yield ErrorInput(
+        SampleInput(nan, args=(1,)), error_type=ValueError, error_regex="NaN"
+    )
+    yield ErrorInput(
+        SampleInput(A, args=(2,), kwargs={"niter": 5}),
+        error_type=ValueError,
+        error_regex="torch.linalg.eigh",
     )
 
 

@@ -1,4 +1,4 @@
-"""The LOBPCG iteration: k extreme eigenpairs of A x = lambda B x by products with blocks (TorchScript dialect).
+"""The LOBPCG iteration: k extreme eigenpairs of A x = lambda B x by products with blocks.
 
 Follows Knyazev (2001) for the method, Hetmaniuk and Lehoucq (2006) for the choice of the basis, Duersch, Shao, Yang and
 Gu (2018) for the small-matrix algebra of P, Stathopoulos and Wu (2002) for orthonormalisation by eigenvalues of the
@@ -16,14 +16,31 @@ Invariants at the top of `update`, up to `drift`: X^H B X = I, X^H B P = 0, P^H 
 rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S as the next Ritz problem uses it.
 """
 
-from typing import NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_basis import Basis
-from torch._lobpcg_convergence import judge_batch, judge_one, settled, Verdict
-from torch._lobpcg_operator import epsilon, largest_entry, max_abs, Operator, safe_scale, start_rows
-from torch._lobpcg_ritz import hermitian, real_diagonal, Ritz, ritz_fresh, ritz_step, whiten_scaled
+from torch._lobpcg_impl.basis import Basis
+from torch._lobpcg_impl.blocks import (
+    columns,
+    combine,
+    deduct,
+    fixed_block,
+    gram,
+    inner,
+    largest_entries,
+    norms,
+)
+from torch._lobpcg_impl.convergence import judge_batch, judge_one, settled, Verdict
+from torch._lobpcg_impl.operand import Pencil
+from torch._lobpcg_impl.ritz import (
+    hermitian,
+    real_diagonal,
+    Ritz,
+    ritz_fresh,
+    ritz_step,
+    whiten_scaled,
+)
 
 
 class EigenPairs(NamedTuple):
@@ -40,11 +57,11 @@ class EigenPairs(NamedTuple):
     scale: Tensor
 
 
-def _take_rows(V: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (*, p) of V (*, n, m)."""
+def _take(V: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` (*, p) of V (*, m, n)."""
     if V.dim() == 2:
-        return V.index_select(0, index)
-    return V.gather(-2, index.unsqueeze(-1).expand(list(index.shape) + [V.size(-1)]))
+        return V.mT.index_select(0, index).mT
+    return V.mT.gather(-2, index.unsqueeze(-1).expand(index.shape + V.shape[-2:-1])).mT
 
 
 class LOBPCG:
@@ -60,73 +77,91 @@ class LOBPCG:
 
     def __init__(
         self,
-        A: Tensor,
-        B: Optional[Tensor],
+        A: Any,
+        B: Any,
         X: Tensor,
-        iK: Optional[Tensor],
-        iparams: dict[str, int],
-        fparams: dict[str, float],
-        bparams: dict[str, bool],
+        iK: Any,
+        iparams: Dict[str, int],
+        fparams: Dict[str, float],
+        bparams: Dict[str, bool],
         method: str,
-        tracker: None,
-    ):
-        self.A, self.B, self.iK = A, B, iK
+        tracker: Any,
+        pencil: Optional[Pencil] = None,  # A, B, iK, checked
+    ) -> None:
+        self.A, self.B, self.iK, self.X = A, B, iK, X
         self.iparams, self.fparams, self.bparams = iparams, fparams, bparams
         self.method, self.tracker = method, tracker
-        self.ivars: dict[str, int] = {"istep": 0, "converged_count": 0, "iterations_left": iparams["niter"]}
-        self.fvars: dict[str, float] = {}
-        self.bvars: dict[str, bool] = {"force_stop": False}
-        self.tvars: dict[str, Tensor] = {}
+        self.ivars: Dict[str, int] = {
+            "istep": 0,
+            "converged_count": 0,
+            "iterations_left": iparams["niter"],
+        }
+        self.fvars: Dict[str, float] = {}
+        self.bvars: Dict[str, bool] = {"force_stop": False}
+        self.tvars: Dict[str, Tensor] = {}
 
-        self.m = X.size(-2)
-        self.n = X.size(-1)
-        self.probe = iparams.get("chosen", self.n)  # index of the first column that no caller has chosen
-        self.batch: list[int] = list(X.shape[:-2])
+        self.m, self.n = X.shape[-2:]
+        self.batch = X.shape[:-2]
         self.sign = -1.0 if bparams["largest"] else 1.0
-        self.eps = epsilon(X.dtype)
-        self.tiny = 1e-30 if self.eps > 1e-10 else 1e-290  # keeps quotients finite, far below every square that counts
-        self.op_A = Operator(A, "A")
-        self.op_B = self.op_A
-        self.op_K = self.op_A
-        self.general = B is not None
-        self.preconditioned = iK is not None
-        if B is not None:
-            self.op_B = Operator(B, "B")
-        if iK is not None:
-            self.op_K = Operator(iK, "iK")
+        self.eps = torch.finfo(X.dtype).eps
+        self.tiny = (
+            1e-30 if self.eps > 1e-10 else 1e-290
+        )  # keeps quotients finite, far below every square that counts
+        self.pencil = Pencil.of(A, B, iK, X).checked() if pencil is None else pencil
+        self.norm_A, self.norm_B = (
+            op.mean_square(self.pencil.probe)
+            .to(device=X.device, dtype=X.dtype.to_real())
+            .sqrt()
+            .unsqueeze(-1)
+            for op in (self.pencil.A, self.pencil.B)
+        )
+        self.fvars["A_norm"] = (
+            float(self.norm_A.max()) if self.norm_A.numel() > 0 else 0.0
+        )
+        self.fvars["B_norm"] = (
+            float(self.norm_B.max()) if self.norm_B.numel() > 0 else 0.0
+        )
+        self.probe = iparams.get(
+            "chosen", self.n
+        )  # index of the first column that no caller has chosen
         # Guard columns gain from the wanted ones' directions without directions of their own: a third of the work less
         # for a tenth more iterations, which pays where work and not the number of kernels makes the time.
-        self.small = max(self.op_A.stored, self.op_K.stored, 100 * X[..., 0].numel()) <= 262144
+        stored = max(
+            self.pencil.A.stored, 0 if self.pencil.iK is None else self.pencil.iK.stored
+        )
+        self.small = max(stored, 100 * X[..., 0].numel()) <= 262144
         self.orthogonal_left = 0  # iterations for which W is projected explicitly
-        self.drift = 0.0  # bound on the loss of the invariants since they were last enforced
-        self.suspicious = False  # X0 was almost invariant: a wrong invariant subspace looks the same
-        self.best = float("inf")
-        self.best_rerr = float("inf")
+        self.drift = (
+            0.0  # bound on the loss of the invariants since they were last enforced
+        )
+        self.suspicious = (
+            False  # X0 was almost invariant: a wrong invariant subspace looks the same
+        )
+        self.best = self.best_rerr = float("inf")
         self.best_step = 0
         self.active = 0
+        self._clear(X)
 
-        rows = X.mT.contiguous()
-        real = torch.real(rows) if rows.is_complex() else rows
-        one = torch.ones([], dtype=real.dtype, device=X.device)
-        self.norm_A = torch.zeros(self.batch + [1], dtype=real.dtype, device=X.device)
-        self.norm_B = torch.ones_like(self.norm_A)
-        self.basis = Basis(rows.narrow(-1, 0, 0), self.general)  # filled by start()
-        self.W = rows  # residuals, then new directions: (*, n, m)
-        self.E = torch.zeros(self.batch + [self.n], dtype=real.dtype, device=X.device)
-        self.G = torch.zeros(self.batch + [self.n, self.n], dtype=X.dtype, device=X.device)
-        self.unit = torch.ones([1, 1], dtype=X.dtype, device=X.device)  # identity of the order of the last Ritz problem
-        self.lost = torch.jit.annotate(Optional[Tensor], None)  # whether a vector of [X P] is zero
+    def _clear(self, X: Tensor) -> None:
+        """The state before the first iteration."""
+        real = X.dtype.to_real()
+        self.basis = Basis(X[..., :0, :], False)  # filled by start()
+        self.W = X  # residuals, then new directions: (*, m, n)
+        self.E = X.new_zeros(self.batch + (self.n,), dtype=real)
+        self.G = X.new_zeros(self.batch + (self.n, self.n))
+        self.unit = X.new_ones((1, 1))  # identity of the order of the last Ritz problem
+        self.lost: Optional[Tensor] = None  # whether a vector of [X P] is zero
         self.host = len(self.batch) == 0 and X.device.type == "cpu"
-        self.w_index = torch.zeros(self.batch + [0], dtype=torch.int64, device=X.device)
+        self.w_index = torch.zeros(
+            self.batch + (0,), dtype=torch.int64, device=X.device
+        )
         self.w_valid = self.E
-        self.least_B, self.least_K = one, one
+        self.least_B = self.least_K = X.new_ones((), dtype=real)
         self.d = self.E[..., :0]  # of the last Ritz step
         self.least = 1.0
         self.residual = torch.zeros_like(self.E)
         self.scale = torch.zeros_like(self.E)
-        self.X = X
-        self.R = X
-        self.S = X
+        self.R = self.S = X
 
     def __str__(self) -> str:
         return (
@@ -163,7 +198,10 @@ class LOBPCG:
             # The verdict is given on fresh products where carried ones may have lost a digit of the residual, and the
             # pairs are returned B-orthonormal to rounding, whatever tol is.
             rounding = (32.0 + self.m**0.5) * self.eps  # of inner products of length m
-            if self.drift > 1e-3 * self.fparams["tol"] or self.orthonormality_loss() > rounding:
+            if (
+                self.drift > 1e-3 * self.fparams["tol"]
+                or self.orthonormality_loss() > rounding
+            ):
                 self.refresh()
                 self.update_residual()
                 self.update_converged_count()
@@ -171,9 +209,9 @@ class LOBPCG:
     def orthonormality_loss(self) -> float:
         """max |X^H B X - I|. Cost: n^2 inner products and a transfer."""
         X, _, BX = self.basis.wanted()
-        gram = X.conj() @ BX.mT
-        gram.diagonal(0, -2, -1).sub_(1.0)
-        return float(gram.abs().max())
+        G = gram(X, BX)
+        G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        return float(G.abs().max())
 
     def converged(self) -> bool:
         return self.ivars["converged_count"] >= self.iparams["k"]
@@ -194,25 +232,26 @@ class LOBPCG:
         return istep - self.best_step >= patience
 
     def call_tracker(self) -> None:
-        if not torch.jit.is_scripting():
-            if self.tracker is not None:
-                self.expose()
-                self.tracker(self)
+        if self.tracker is not None:
+            self.expose()
+            self.tracker(self)
 
     def expose(self) -> None:
-        """X, R, S as columns, for whoever looks from outside; views, no copy."""
+        """X, R, S for whoever looks from outside; views, no copy."""
         basis = self.basis
-        self.X = basis.part(0, 0, self.n).mT
-        self.R = self.W.mT
-        self.S = basis.part(0, 0, basis.q).mT
+        self.X = basis.part(0, 0, self.n)
+        self.R = self.W
+        self.S = basis.part(0, 0, basis.q)
 
     def result(self) -> EigenPairs:
         """The pairs in the scale of the problem as it was given."""
         self.expose()
         E, X, residual, scale = self.E, self.X, self.residual, self.scale
-        if self.op_A.scaled or (self.general and self.op_B.scaled):
-            sA = self.op_A.scale.squeeze(-1)
-            sB = self.op_B.scale.squeeze(-1) if self.general else torch.ones_like(sA)
+        if self.pencil.rescaled:
+            sA, sB = (
+                scale.to(E.dtype).unsqueeze(-1)
+                for scale in (self.pencil.scale_A, self.pencil.scale_B)
+            )
             root = sB.sqrt()
             E = E / sA * sB
             X = X * root.unsqueeze(-1)
@@ -225,87 +264,56 @@ class LOBPCG:
     def start(self) -> None:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
-        self.estimate_norms()
-        self.complete_start(self.W, 0)
-
-    def estimate_norms(self) -> None:
-        """Root mean square eigenvalue of A and B: independent of X0. Of a callable, from a product with two fixed
-        random vectors.
-
-        Operators of extreme size are brought near one first, by powers of two that result() takes back.
-        """
-        self.norm_A = self.root_mean_square(self.op_A, self.A)
-        B = self.B
-        if B is not None:
-            self.norm_B = self.root_mean_square(self.op_B, B)
-        self.fvars["A_norm"] = float(self.norm_A.max()) if self.norm_A.numel() > 0 else 0.0
-        self.fvars["B_norm"] = float(self.norm_B.max()) if self.norm_B.numel() > 0 else 0.0
-
-    def root_mean_square(self, op: Operator, matrix: Tensor) -> Tensor:
-        real = self.E.dtype
-        if not torch.jit.is_scripting():
-            if op.call is not None:
-                V = start_rows(2, self.m, self.n + 7, self.W).expand(self.batch + [2, self.m])
-                U = op.rows(V)
-                largest = max_abs(U, [-2, -1])
-                scale = safe_scale(largest.to(torch.float64), U.dtype).to(real)
-                op.set_scale(scale)
-                ratio = torch.linalg.vector_norm(U * op.scale, dim=[-2, -1]) / torch.linalg.vector_norm(V, dim=[-2, -1])
-                return ratio.unsqueeze(-1)
-        op.set_scale(safe_scale(largest_entry(matrix), matrix.dtype).to(real))
-        return op.mean_square(self.m, self.batch).to(real).sqrt().unsqueeze(-1).expand(self.batch + [1])
+        self.complete_start(columns(self.W), 0)
 
     def complete_start(self, X: Tensor, first: int) -> None:
-        """Set X, AX, BX, E from start rows X (*, n, m); directions that X lacks come from the fixed table, from row
-        `first` on.
+        """Set X, AX, BX, E from a start block X (*, m, n); directions that X lacks come from the fixed table, from
+        column `first` on.
 
         Guarantee: X^H B X = I to rounding, S^H A S = diag(E), P empty.
         """
-        n = X.size(-2)
+        n = X.shape[-1]
         for attempt in range(3):
-            X = self.unit_rows(X)
-            BX = self.op_B.rows(X) if self.general else X
-            gram = hermitian(X.conj() @ BX.mT)
-            self.check_start(X, gram)
+            X = self.unit_columns(X)
+            G = hermitian(gram(X, self.pencil.B.apply(X)))
+            self.check_start(X, G)
             # Columns closer than sqrt(eps) to the span of the others carry fewer than half of their digits.
-            drop = self.eps**0.5 * n
-            T, _, dropped = whiten_scaled(gram, drop, self.tiny)
-            X = T.mT @ X
-            missing = dropped.unsqueeze(-1)
+            T, _, dropped = whiten_scaled(G, self.eps**0.5 * n, self.tiny)
+            X = combine(X, T)
+            missing = dropped.unsqueeze(-2)
             some = bool(missing.any())
             if some and attempt == 0 and first == 0 and self.probe > 0:
                 self.check_rank(int((~dropped).sum(-1).min()))
             if attempt > 0 and not some:
                 break
             if some:
-                fresh = start_rows(n, self.m, first + attempt * n, X)
-                X = torch.where(missing, fresh.expand(X.shape), X)
+                X = torch.where(
+                    missing, fixed_block(self.m, n, first + attempt * n, X), X
+                )
         self.n = n
-        self.basis = Basis(X, self.general)
-        self.W = X.new_empty(X.shape)
+        self.basis = Basis(X, self.pencil.generalized)
+        self.W = columns(torch.empty_like(X))
         self.refresh()
 
-    def unit_rows(self, X: Tensor) -> Tensor:
-        """Rows of length one, or zero; twice, so that neither overflow nor underflow of a square is seen."""
-        X = X / max_abs(X, [-1]).unsqueeze(-1).clamp_min(self.tiny)
-        return X / torch.linalg.vector_norm(X, dim=-1, keepdim=True).clamp_min(self.tiny)
+    def unit_columns(self, X: Tensor) -> Tensor:
+        """Columns of length one, or zero; twice, so that neither overflow nor underflow of a square is seen."""
+        X = X / largest_entries(X).unsqueeze(-2).clamp_min(self.tiny)
+        return X / norms(X).unsqueeze(-2).clamp_min(self.tiny)
 
     def check_rank(self, rank: int) -> None:
         """Error if the caller's X holds fewer independent columns than pairs are wanted."""
         if rank < self.iparams["k"]:
             raise ValueError(
                 f"lobpcg: X has numerical rank {rank}, fewer than k={self.iparams['k']}; X needs at least k linearly "
-                f"independent "
-                "columns: pass such an X, or leave X out"
+                "independent columns: pass such an X, or leave X out"
             )
 
-    def check_start(self, X: Tensor, gram: Tensor) -> None:
-        """Error if B is seen not to be positive definite (X: unit or zero rows)."""
-        if self.general:
-            d = real_diagonal(gram)
-            nonzero = torch.linalg.vector_norm(X, dim=-1) > 0.5
-            if bool(((d <= 0) & nonzero).any()):
-                self.raise_not_positive("B")
+    def check_start(self, X: Tensor, G: Tensor) -> None:
+        """Error if B is seen not to be positive definite (X: unit or zero columns, G = X^H B X)."""
+        if self.pencil.generalized and bool(
+            ((real_diagonal(G) <= 0) & (norms(X) > 0.5)).any()
+        ):
+            self.raise_not_positive("B")
 
     def guard_against_invariant_start(self) -> None:
         """Where X0 spans an almost invariant subspace already, join fresh directions that would reveal a missed pair.
@@ -323,10 +331,12 @@ class LOBPCG:
             return
         extra = min(max(2, k // 4), self.m - self.n)
         if extra > 0 and self.n <= max(self.probe, k):
-            fresh = start_rows(extra, self.m, 3 * self.n + 11, self.W).expand(self.batch + [extra, self.m])
+            fresh = fixed_block(self.m, extra, 3 * self.n + 11, self.W).expand(
+                self.batch + (self.m, extra)
+            )
             X, _, BX = self.basis.wanted()
-            fresh = fresh - (fresh @ BX.mH) @ X
-            self.complete_start(torch.cat([X, fresh], -2), 5 * self.n + 13)
+            fresh = deduct(fresh, X, gram(BX, fresh))
+            self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, 5 * self.n + 13)
             self.update_residual()
             self.update_converged_count()
 
@@ -341,61 +351,74 @@ class LOBPCG:
         basis = self.basis
         W, length = self.W, self.residual
         if self.active < self.n:
-            W, length = _take_rows(W, self.w_index), self.residual.gather(-1, self.w_index)
-        if self.preconditioned:
+            W, length = _take(W, self.w_index), self.residual.gather(-1, self.w_index)
+        if self.pencil.iK is not None:
             W, length = self.precondition(W, length)
         if self.orthogonal_left > 0:
             W = self.project(W, length)
-            length = torch.linalg.vector_norm(W, dim=-1)
+            length = norms(W)
         length = length.clamp_min(self.tiny)
         if not self.host:
-            length = length / self.w_valid  # masked rows become zero
+            length = length / self.w_valid  # masked columns become zero
         first = basis.extend(self.active)
-        torch.div(W, length.unsqueeze(-1), out=basis.part(0, first, self.active))
-        basis.multiply(first, self.op_A, self.op_B)
+        torch.div(W, length.unsqueeze(-2), out=basis.part(0, first, self.active))
+        basis.multiply(first, self.pencil)
 
-    def precondition(self, R: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    def precondition(self, R: Tensor, length: Tensor) -> Tuple[Tensor, Tensor]:
         """K R and its lengths; least_K < 0 if r^H K r < 0 proves that K is not positive definite, beyond the dot
         product's rounding error, m eps ||r|| ||K r||."""
-        W = self.op_K.rows(R)
-        product = length
-        length = torch.linalg.vector_norm(W, dim=-1)
-        inner = (R.conj() * W).sum(-1)
-        inner = torch.real(inner) if inner.is_complex() else inner
-        self.least_K = (inner + self.eps * self.m * product * length).min()
+        assert self.pencil.iK is not None
+        W = self.pencil.iK.apply(R)
+        product, length = length, norms(W)
+        self.least_K = (inner(R, W) + self.eps * self.m * product * length).min()
         return W, length
 
     def project(self, W: Tensor, length: Tensor) -> Tensor:
         """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik
         2005)."""
         basis = self.basis
-        S = basis.part(0, 0, basis.q)
-        BSH = basis.part(basis.image_B, 0, basis.q).mH
+        S, BS = basis.part(0, 0, basis.q), basis.part(basis.image_B, 0, basis.q)
         for _ in range(self.iparams.get("ortho_i_max", 2)):
-            W = W / length.clamp_min(self.tiny).unsqueeze(-1)
-            W = W - (W @ BSH) @ S
-            length = torch.linalg.vector_norm(W, dim=-1)
+            W = W / length.clamp_min(self.tiny).unsqueeze(-2)
+            W = deduct(W, S, gram(BS, W))
+            length = norms(W)
         return W
 
     def ritz(self) -> None:
         """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on."""
         first = self.basis.q - self.active
-        gram_A, gram_B = self.basis.gram(first)
-        columns: Optional[Tensor] = None
-        if self.active < self.n:
-            columns = self.w_index
-        if self.unit.size(-1) != gram_B.size(-1):
-            self.unit = torch.eye(gram_B.size(-1), dtype=gram_B.dtype, device=gram_B.device)
+        gram_A, gram_B = self.basis.grams(first)
+        active = self.w_index if self.active < self.n else None
+        if self.unit.shape[-1] != gram_B.shape[-1]:
+            self.unit = torch.eye(
+                gram_B.shape[-1], dtype=gram_B.dtype, device=gram_B.device
+            )
         step = ritz_step(
-            self.G, self.lost, gram_A, gram_B, self.unit, self.n, self.sign, columns, self.eps, self.tiny, self.host
+            self.G,
+            self.lost,
+            gram_A,
+            gram_B,
+            self.unit,
+            self.n,
+            self.sign,
+            active,
+            self.eps,
+            self.tiny,
+            self.host,
         )
-        if self.general:
+        if self.pencil.generalized:
             self.least_B = real_diagonal(gram_B.narrow(-1, first, self.active)).min()
         self.advance(step)
 
     def advance(self, step: Ritz) -> None:
         """Take a Ritz step."""
-        self.E, self.G, self.lost, self.d, self.least = step.e, step.G, step.lost, step.d, step.least
+        self.E, self.G, self.lost, self.d, self.least = (
+            step.e,
+            step.G,
+            step.lost,
+            step.d,
+            step.least,
+        )
         self.basis.combine(step.C)
 
     def refresh(self) -> None:
@@ -403,20 +426,29 @@ class LOBPCG:
 
         Cost: n + p products with A (and B). The span, and so what P remembers, is kept.
         """
-        self.basis.multiply(0, self.op_A, self.op_B)
-        gram_A, gram_B = self.basis.gram(0)
-        self.advance(ritz_fresh(hermitian(gram_A), hermitian(gram_B), self.n, self.sign, self.eps, self.tiny))
+        self.basis.multiply(0, self.pencil)
+        gram_A, gram_B = self.basis.grams(0)
+        self.advance(
+            ritz_fresh(
+                hermitian(gram_A),
+                hermitian(gram_B),
+                self.n,
+                self.sign,
+                self.eps,
+                self.tiny,
+            )
+        )
         self.d = self.d[..., :0]
         self.drift = 4.0 * self.eps
 
     def update_residual(self) -> None:
         """W := A X - B X E of all n columns, their norms, and rerr."""
         X, AX, BX = self.basis.wanted()
-        torch.addcmul(AX, BX, self.E.unsqueeze(-1).to(AX.dtype), value=-1, out=self.W)
-        self.residual = torch.linalg.vector_norm(self.W, dim=-1)
+        torch.addcmul(AX, BX, self.E.unsqueeze(-2).to(AX.dtype), value=-1, out=self.W)
+        self.residual = norms(self.W)
         size = self.E.abs()
-        if self.general:
-            self.scale = (self.norm_A + size * self.norm_B) * torch.linalg.vector_norm(X, dim=-1)
+        if self.pencil.generalized:
+            self.scale = (self.norm_A + size * self.norm_B) * norms(X)
         else:
             # ||A|| >= |E_j|
             self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size
@@ -424,10 +456,15 @@ class LOBPCG:
 
     def update_converged_count(self) -> int:
         """Active set and converged_count from rerr."""
-        rerr, k, tol, lock = self.tvars["rerr"], self.iparams["k"], self.fparams["tol"], self.lock_tolerance()
+        rerr, k, tol, lock = (
+            self.tvars["rerr"],
+            self.iparams["k"],
+            self.fparams["tol"],
+            self.lock_tolerance(),
+        )
         drop, loss = self.eps**0.5, self.loss()
         definite: Optional[Tensor] = None
-        if self.general or self.preconditioned or not self.host:
+        if self.pencil.generalized or self.pencil.iK is not None or not self.host:
             definite = torch.stack([self.least_B, self.least_K])
         settled: Optional[Tensor] = None
         candidates = self.n if self.small else k
@@ -439,14 +476,43 @@ class LOBPCG:
             settled, more = self.separated(), max(candidates, k + 1)
         if self.host:
             verdict = judge_one(
-                rerr, self.d, self.least, definite, settled, k, tol, lock, candidates, more, drop, loss, self.w_index
+                rerr,
+                self.d,
+                self.least,
+                definite,
+                settled,
+                k,
+                tol,
+                lock,
+                candidates,
+                more,
+                drop,
+                loss,
+                self.w_index,
             )
         else:
-            masked = self.d.size(-1) - self.w_valid.sum(-1)
+            masked = self.d.shape[-1] - self.w_valid.sum(-1)
             assert definite is not None
-            verdict = judge_batch(rerr, self.d, masked, definite, settled, k, tol, lock, candidates, more, drop, loss)
+            verdict = judge_batch(
+                rerr,
+                self.d,
+                masked,
+                definite,
+                settled,
+                k,
+                tol,
+                lock,
+                candidates,
+                more,
+                drop,
+                loss,
+            )
         self.check_verdict(verdict)
-        self.active, self.ivars["converged_count"], self.best_rerr = verdict.active, verdict.lead, verdict.worst
+        self.active, self.ivars["converged_count"], self.best_rerr = (
+            verdict.active,
+            verdict.lead,
+            verdict.worst,
+        )
         self.w_index, self.w_valid = verdict.index, verdict.valid
         # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.
         if self.best_rerr < 0.9 * self.best or self.best_rerr > 100.0 * self.best:
@@ -463,18 +529,26 @@ class LOBPCG:
         last = min(max(self.probe, k), self.n - 1)
         small = max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
         late = self.ivars["istep"] >= 5
-        return settled(self.tvars["rerr"], self.residual, self.E, self.norm_B, k, last, small, late)
+        return settled(
+            self.tvars["rerr"], self.residual, self.E, self.norm_B, k, last, small, late
+        )
 
     def separated(self) -> Tensor:
         """Whether the first guard column tells how far the next eigenvalue is, which a derivative depends on: (*)."""
         k = self.iparams["k"]
         small = max(100.0 * self.fparams["tol"], 8.0 * self.eps)
-        return settled(self.tvars["rerr"], self.residual, self.E, self.norm_B, k, k, small, True)
+        return settled(
+            self.tvars["rerr"], self.residual, self.E, self.norm_B, k, k, small, True
+        )
 
     def lock_tolerance(self) -> float:
         """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep
         them at first."""
-        return 8.0 * self.eps if self.suspicious and self.ivars["istep"] < 5 else self.fparams["tol"]
+        return (
+            8.0 * self.eps
+            if self.suspicious and self.ivars["istep"] < 5
+            else self.fparams["tol"]
+        )
 
     def check_verdict(self, verdict: Verdict) -> None:
         """Errors that the numbers show; digits lost by the last Ritz step; from a loss on, ten iterations of the
@@ -499,8 +573,7 @@ class LOBPCG:
     def raise_not_positive(self, name: str) -> None:
         raise ValueError(
             f"lobpcg: {name} is not positive definite: x^H {name} x <= 0 for a vector x met in iteration "
-            f"{self.ivars['istep']}; "
-            f"{name} must be Hermitian positive definite"
+            f"{self.ivars['istep']}; {name} must be Hermitian positive definite"
         )
 
     def raise_not_finite(self) -> None:

@@ -1,19 +1,19 @@
-"""Rayleigh-Ritz on the basis [X P W] as algebra on small matrices (TorchScript dialect).
+"""Rayleigh-Ritz on the basis [X P W] as algebra on small matrices.
 
 Small matrices only, (*, q, q) with q <= 3 n: no function here sees a tall block. Vectors that are zero (a masked
 direction, a lost rank of P) are coordinates that are not valid; they are sent beyond the end of the spectrum and never
 enter a result.
 """
 
-from typing import NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 
 class Ritz(NamedTuple):
-    """e: (*, n) eigenvalues, wanted ones first; C: (*, n + p, q) rows are the coordinates of the new X, then P, in [X P
-    W]; G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is.
+    """e: (*, n) eigenvalues, wanted ones first; C: (*, q, n + p) columns are the coordinates of the new X, then P, in
+    [X P W]; G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is.
 
     d: (*, p) squared sines of the angles that W's directions make with [X P] and with each other, or empty and least
     the smallest of them, where the host has looked at it.
@@ -32,11 +32,11 @@ def hermitian(M: Tensor) -> Tensor:
 
 
 def real_diagonal(M: Tensor) -> Tensor:
-    d = M.diagonal(0, -2, -1)
+    d = M.diagonal(dim1=-2, dim2=-1)
     return d.real if d.is_complex() else d
 
 
-def whiten(M: Tensor, drop: float) -> tuple[Tensor, Tensor, Tensor]:
+def whiten(M: Tensor, drop: float) -> Tuple[Tensor, Tensor, Tensor]:
     """T with T^H M T = I on the eigenvectors of M above drop, zero columns for the others; the spectrum d; what was
     dropped.
 
@@ -49,7 +49,7 @@ def whiten(M: Tensor, drop: float) -> tuple[Tensor, Tensor, Tensor]:
     return U * d.masked_fill(dropped, float("inf")).rsqrt().unsqueeze(-2), d, dropped
 
 
-def whiten_scaled(M: Tensor, drop: float, tiny: float) -> tuple[Tensor, Tensor, Tensor]:
+def whiten_scaled(M: Tensor, drop: float, tiny: float) -> Tuple[Tensor, Tensor, Tensor]:
     """The same for an M of any diagonal, scaled to a unit one: within a factor p of the best scaling (van der Sluis
     1969)."""
     s = real_diagonal(M).clamp_min(tiny).rsqrt()
@@ -57,21 +57,23 @@ def whiten_scaled(M: Tensor, drop: float, tiny: float) -> tuple[Tensor, Tensor, 
     return s.unsqueeze(-1) * T, d, dropped
 
 
-def extreme(G: Tensor, lost: Optional[Tensor], tiny: float) -> tuple[Tensor, Tensor]:
+def extreme(G: Tensor, lost: Optional[Tensor], tiny: float) -> Tuple[Tensor, Tensor]:
     """Eigenpairs of G (lower triangle read; overwritten), ascending, coordinates marked in lost (*, q) last."""
     if lost is not None:
-        beyond = 2.0 * G.abs().sum([-2, -1]).clamp_min(tiny)  # more than the largest eigenvalue, and not zero
-        G.diagonal(0, -2, -1).add_(lost * beyond.unsqueeze(-1))
+        beyond = 2.0 * G.abs().sum((-2, -1)).clamp_min(
+            tiny
+        )  # more than the largest eigenvalue, and not zero
+        G.diagonal(dim1=-2, dim2=-1).add_(lost * beyond.unsqueeze(-1))
     return torch.linalg.eigh(G)
 
 
 def none_lost(G: Tensor, count: int) -> Tensor:
-    return torch.zeros(list(G.shape[:-2]) + [count], dtype=torch.bool, device=G.device)
+    return torch.zeros(G.shape[:-2] + (count,), dtype=torch.bool, device=G.device)
 
 
 def next_P(
     C_X: Tensor, C_rest: Tensor, columns: Optional[Tensor], noise: float, host: bool
-) -> tuple[Tensor, Optional[Tensor]]:
+) -> Tuple[Tensor, Optional[Tensor]]:
     """Q (*, q - n, p) such that C_rest Q are coordinates of the next P, what the new X has outside the old one; which
     are lost.
 
@@ -82,20 +84,22 @@ def next_P(
     new X as eigh's vectors are (Duersch et al. 2018, section 3.2). columns (*, p) restricts P to active columns; None
     means all.
     """
-    n = C_X.size(-1)
+    n = C_X.shape[-1]
     Z = C_rest.narrow(-2, 0, n).mH
     if columns is not None:
         C_1 = C_X.narrow(-2, 0, n)
-        Z = Z @ C_1.gather(-1, columns.unsqueeze(-2).expand(list(C_1.shape[:-1]) + [columns.size(-1)]))
+        Z = Z @ C_1.gather(
+            -1, columns.unsqueeze(-2).expand(C_1.shape[:-1] + columns.shape[-1:])
+        )
     if host:
         Q, R = torch.linalg.qr(Z)
-        own: list[float] = R.diagonal(0, -2, -1).abs().tolist()
+        own: List[float] = R.diagonal(dim1=-2, dim2=-1).abs().tolist()
         if min(own) > noise:
             return Q, None
     # Longest columns first: the direction that Q invents for a column of noise must not be taken out of a true one.
     order = torch.sort(torch.linalg.vector_norm(Z, dim=-2), dim=-1, descending=True)[1]
     Q, R = torch.linalg.qr(Z.gather(-1, order.unsqueeze(-2).expand(Z.shape)))
-    lost = R.diagonal(0, -2, -1).abs() <= noise
+    lost = R.diagonal(dim1=-2, dim2=-1).abs() <= noise
     return Q.masked_fill(lost.unsqueeze(-2), 0.0), lost
 
 
@@ -108,30 +112,38 @@ class Coordinates(NamedTuple):
     least: float
 
 
-def orthonormal_coordinates(gram_B: Tensor, unit: Tensor, eps: float, tiny: float, host: bool) -> Coordinates:
+def orthonormal_coordinates(
+    gram_B: Tensor, unit: Tensor, eps: float, tiny: float, host: bool
+) -> Coordinates:
     """Coordinates that make S = [X P W] B-orthonormal, from gram_B = W^H B S (*, p, q); [X P] is so already.
 
     By Cholesky where the host may look (one matrix on the CPU) and sees no loss, since that costs a third; else by
     eigenvalues, which drop dependent directions.
     """
-    p, q = gram_B.size(-2), gram_B.size(-1)
+    p, q = gram_B.shape[-2], gram_B.shape[-1]
     if host:
-        L, info = torch.linalg.cholesky_ex(torch.cat([unit.narrow(0, 0, q - p), gram_B]))
+        L, info = torch.linalg.cholesky_ex(
+            torch.cat([unit.narrow(0, 0, q - p), gram_B])
+        )
         # Pivots are at most p times the least eigenvalue.
-        whole = torch.cat([real_diagonal(L), real_diagonal(gram_B.narrow(-1, q - p, p))])
-        numbers: list[float] = whole.tolist()
+        whole = torch.cat(
+            [real_diagonal(L), real_diagonal(gram_B.narrow(-1, q - p, p))]
+        )
+        numbers: List[float] = whole.tolist()
         least = 1.0
         for i in range(p):
             pivot = numbers[q - p + i]
             least = min(least, pivot * pivot / (p * max(numbers[q + i], tiny)))
         if info.item() == 0 and least > 1e-3:
-            none = torch.empty([0], dtype=whole.dtype, device=whole.device)
-            return Coordinates(torch.linalg.solve_triangular(L.mH, unit, upper=True), None, none, least)
-    HH, gram_W = gram_B.split([q - p, p], -1)
+            none = torch.empty(0, dtype=whole.dtype, device=whole.device)
+            return Coordinates(
+                torch.linalg.solve_triangular(L.mH, unit, upper=True), None, none, least
+            )
+    HH, gram_W = gram_B.split((q - p, p), -1)
     H = HH.mH
     whitened, d, dropped = whiten_scaled(gram_W - HH @ H, eps**0.5, tiny)
     V = torch.cat([-(H @ whitened), whitened], -2)
-    unit = unit.narrow(-1, 0, q - p).expand(list(gram_B.shape[:-2]) + [q, q - p])
+    unit = unit.narrow(-1, 0, q - p).expand(gram_B.shape[:-2] + (q, q - p))
     return Coordinates(torch.cat([unit, V], -1), dropped, d, 1.0)
 
 
@@ -155,7 +167,7 @@ def ritz_step(
     Ritz.d. unit: the identity of order q. host: one matrix in host memory, where looking at a number costs less than
     masking.
     """
-    known, p, q = G.size(-1), gram_B.size(-2), gram_B.size(-1)
+    known, p, q = G.shape[-1], gram_B.shape[-2], gram_B.shape[-1]
     T, dropped, d, least = orthonormal_coordinates(gram_B, unit, eps, tiny, host)
     full = torch.cat([torch.cat([G, gram_A.narrow(-1, 0, known).mH], -1), gram_A], -2)
     full = T.mH @ full @ T
@@ -165,7 +177,7 @@ def ritz_step(
         before = none_lost(G, known) if lost is None else lost
         lost = torch.cat([before, none_lost(G, p) if dropped is None else dropped], -1)
     e, C = extreme(full, lost, tiny)
-    C_X, C_rest = C.split([n, q - n], -1)
+    C_X, C_rest = C.split((n, q - n), -1)
     Q, gone = next_P(C_X, C_rest, columns, 8.0 * q * eps, host)
     lost_P: Optional[Tensor] = None
     if gone is not None:
@@ -175,10 +187,12 @@ def ritz_step(
     e = e.narrow(-1, 0, n)
     if sign < 0:
         e, new_G = -e, -new_G
-    return Ritz(e, (T @ coordinates).mT, new_G, lost_P, d, least)
+    return Ritz(e, T @ coordinates, new_G, lost_P, d, least)
 
 
-def ritz_fresh(gram_A: Tensor, gram_B: Tensor, n: int, sign: float, eps: float, tiny: float) -> Ritz:
+def ritz_fresh(
+    gram_A: Tensor, gram_B: Tensor, n: int, sign: float, eps: float, tiny: float
+) -> Ritz:
     """The same from the full Gram matrices of [X P], (*, q, q): its span is kept, X the n wanted Ritz vectors, P the
     others."""
     T, d, dropped = whiten_scaled(gram_B, eps**0.5, tiny)
@@ -186,4 +200,4 @@ def ritz_fresh(gram_A: Tensor, gram_B: Tensor, n: int, sign: float, eps: float, 
     lost = torch.sort(dropped.to(torch.int8), -1)[0].to(torch.bool)
     kept = e.masked_fill(lost, 0.0)
     G = torch.diag_embed(torch.cat([e[..., :n], kept[..., n:]], -1).to(C.dtype))
-    return Ritz(e[..., :n] * sign, (T @ C).mT, G * sign, lost, d, 1.0)
+    return Ritz(e[..., :n] * sign, T @ C, G * sign, lost, d, 1.0)

@@ -7,8 +7,8 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_conjugate_gradient import deduct, inner, take
-from torch._lobpcg_pattern import column_major, fast_operand, multiply
+from torch._lobpcg_impl.blocks import columns, deduct, gram, inner, take
+from torch._lobpcg_impl.operand import Pencil
 
 
 class Complement:
@@ -19,43 +19,57 @@ class Complement:
 
     Bu: Tensor  # where u is given
 
-    def __init__(self, A: Any, B: Any, shifts: Tensor, X: Tensor, largest: bool) -> None:
-        self.A, self.B = fast_operand(A), fast_operand(B)
-        self.shifts, self.X = shifts, column_major(X)  # (*, q), (*, m, k)
-        self.BX = column_major(multiply(self.B, self.X))
+    def __init__(
+        self, pencil: Pencil, shifts: Tensor, X: Tensor, largest: bool
+    ) -> None:
+        self.pencil = pencil
+        self.shifts, self.X = shifts, columns(X)  # (*, q), (*, m, k)
+        self.BX = columns(pencil.B.apply(self.X))
         self.sign = -1.0 if largest else 1.0
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
         self.quiet = self.probe = False
-        self.u: Optional[Tensor] = None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
+        self.u: Optional[Tensor] = (
+            None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
+        )
 
     def set_scale(self, b: Tensor) -> None:
         """Divide by a power of two near the norm of the operator, so that no dot product leaves the range."""
         top = self.raw(b).abs().amax((-2, -1), keepdim=True)
         one = torch.ones_like(top)
-        self.scale = torch.where(top > 0, torch.ldexp(one, torch.frexp(top).exponent), one)  # (*, 1, 1)
+        self.scale = torch.where(
+            top > 0, torch.ldexp(one, torch.frexp(top).exponent), one
+        )  # (*, 1, 1)
 
     def raw(self, z: Tensor) -> Tensor:
         """s (A - E_j B) z_j / scale."""
         factor = self.sign / self.scale
-        Az = multiply(self.A, z) * factor
-        return Az.addcmul_(multiply(self.B, z), self.shifts[..., None, :] * -factor)
+        Az = columns(self.pencil.A.apply(z)) * factor
+        return Az.addcmul_(self.pencil.B.apply(z), self.shifts[..., None, :] * -factor)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.project_dual(self.raw(z))
 
     def project(self, z: Tensor) -> Tensor:
-        z = deduct(z, self.X, self.BX.mH @ z)
-        return z if self.u is None else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
+        z = deduct(z, self.X, gram(self.BX, z))
+        return (
+            z
+            if self.u is None
+            else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
+        )
 
     def project_dual(self, b: Tensor) -> Tensor:
-        b = deduct(b, self.BX, self.X.mH @ b)
-        return b if self.u is None else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
+        b = deduct(b, self.BX, gram(self.X, b))
+        return (
+            b
+            if self.u is None
+            else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
+        )
 
     def exclude(self, u: Tensor) -> "Complement":
         """The same operators on the complement of u_j too; u: (*, m, q) in the complement of X."""
         part = self.restrict(slice(None))
-        part.Bu = multiply(self.B, u)
-        size = torch.sqrt(inner(u, part.Bu))
+        part.Bu = self.pencil.B.apply(u)
+        size = torch.sqrt(inner(u, part.Bu, keepdim=True))
         part.u, part.Bu = u / size, part.Bu / size
         return part
 
@@ -70,12 +84,10 @@ class Complement:
 
     def dense(self) -> Tuple[Tensor, Optional[Tensor]]:
         """A and B as dense Hermitian matrices: O(m^2) memory, called for small m only."""
-        return _dense(self.A, self.X), None if self.B is None else _dense(self.B, self.X)
-
-
-def _dense(M: Any, like: Tensor) -> Tensor:
-    if not isinstance(M, Tensor):
-        M = M(torch.eye(like.shape[-2], dtype=like.dtype, device=like.device))
-    if M.layout != torch.strided:
-        M = M.to_dense()
-    return M
+        pencil = self.pencil
+        if pencil.is_known():
+            return pencil.A.dense(), pencil.B.dense() if pencil.generalized else None
+        identity = torch.eye(pencil.m, dtype=self.X.dtype, device=self.X.device)
+        return pencil.A.apply(identity), pencil.B.apply(
+            identity
+        ) if pencil.generalized else None

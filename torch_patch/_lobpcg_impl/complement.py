@@ -4,7 +4,7 @@ On the complement of k extreme pairs s (A - E_j B) is positive definite, s = -1 
 smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not computed.  Three routes, chosen by cost:
 
 * factorised: one Cholesky factorisation of s (A - E_j B) + sigma (B X)(B X)^H per pair j, for small m;
-* conjugate gradients on all columns at once (_lobpcg_conjugate_gradient), for anything else; a dense A gets one
+* conjugate gradients on all columns at once (module conjugate_gradient), for anything else; a dense A gets one
   Cholesky factorisation as preconditioner as soon as plain iterations have cost as much as that factorisation;
 * spectral: all eigenpairs on the complement, where a dense forward found them, for k a good part of m, and where the
   operator turns out indefinite or singular to rounding (an eigenvalue cluster cut at k, or pairs that are not extreme).
@@ -12,13 +12,14 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 
 import math
 import warnings
-from typing import Any, Callable, List, Optional, Tuple, Union
+from typing import Callable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch._lobpcg_conjugate_gradient import conjugate_gradients, Deflation, inner, State, take
-from torch._lobpcg_pattern import column_major, multiply
-from torch._lobpcg_projected import Complement
+from torch._lobpcg_impl.blocks import columns, gram, inner, norms, safe_norms, take
+from torch._lobpcg_impl.conjugate_gradient import conjugate_gradients, Deflation, State
+from torch._lobpcg_impl.operand import Pencil
+from torch._lobpcg_impl.projected import Complement
 
 
 # Measured on one core: while k m^3 is below this, k factorisations take less time than one with iterations on top.
@@ -37,16 +38,14 @@ _MOST_ITERATIONS = 20000
 _SMALL_BELOW = 257
 
 
-def is_small_and_dense(A: Any, B: Any, m: int) -> bool:
+def is_small_and_dense(pencil: Pencil) -> bool:
     """Whether a further dense solve, or one in double precision, costs little compared with the forward."""
-    return _is_dense(A, B) and m < _SMALL_BELOW
+    return pencil.is_dense() and pencil.m < _SMALL_BELOW
 
 
-def _is_dense(A: Any, B: Any) -> bool:
-    return all(M is None or (isinstance(M, Tensor) and M.layout == torch.strided) for M in (A, B))
-
-
-def system_tolerance(E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: float) -> Tensor:
+def system_tolerance(
+    E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: float
+) -> Tensor:
     """Relative residuals (k,) for the systems of a derivative: half of the relative error that x_j itself has.
 
     E: (*, k), X: (*, m, k), T: (*, p) further eigenvalues, residual: (*, k).  With e_j = |r_j| |x_j| / gap_j, the bound
@@ -57,43 +56,48 @@ def system_tolerance(E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: flo
     if T.shape[-1] == 0 or E.numel() == 0:
         return E.new_full((E.shape[-1],), tol)
     gap = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)  # (*, k)
-    error = residual * torch.linalg.vector_norm(X, dim=-2) / gap
-    return (error / 2).reshape(-1, E.shape[-1]).amin(0).clamp(max=1e-3).clamp(min=tol).nan_to_num(tol)
+    error = residual * norms(X) / gap
+    return (
+        (error / 2)
+        .reshape(-1, E.shape[-1])
+        .amin(0)
+        .clamp(max=1e-3)
+        .clamp(min=tol)
+        .nan_to_num(tol)
+    )
 
 
 def solve_on_complement(
-    A: Any,
-    B: Any,
+    pencil: Pencil,
     E: Tensor,
     X: Tensor,
     b: Tensor,
-    Y: Optional[Tensor],
-    iK: Any,
     largest: bool,
     tol: Union[float, Tensor],
+    further: Optional[Tuple[Tensor, Tensor]] = None,
     quiet: bool = False,
-    T: Optional[Tensor] = None,
     probe: bool = False,
 ) -> Tensor:
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
-    E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, Y: (*, m, p) further approximate
-    eigenvectors or None, T: (*, p) their eigenvalues.  Relative residual at most `tol`, or tol[j], in column j, or the
+    E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, further: T (*, p) and Y (*, m, p),
+    more approximate eigenpairs.  Relative residual at most `tol`, or tol[j], in column j, or the
     smallest that rounding allows; a column that misses both is reported by a RuntimeWarning unless `quiet`.
     Components along which the operator is singular to rounding are left out, with a RuntimeWarning; with `probe` they
     are divided by that rounding, and nothing is reported.
     """
-    if E.dtype == torch.float32 and is_small_and_dense(A, B, X.shape[-2]):
-        z = _solve_in_double(A, B, X, b, largest, tol, quiet, probe)
-        return z.to(b.dtype)
+    if E.dtype == torch.float32 and is_small_and_dense(pencil):
+        return _solve_in_double(pencil, X, b, largest, tol, quiet, probe).to(b.dtype)
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
-    shifts = E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
-    op = Complement(A, B, shifts, X, largest)
+    shifts = (
+        E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
+    )
+    op = Complement(pencil, shifts, X, largest)
     op.quiet, op.probe = quiet or probe, probe
-    b = op.project_dual(column_major(b))
-    size = _safe_norm(b)
+    b = op.project_dual(columns(b))
+    size = safe_norms(b)
     if bool((size == 0).all()):
         return _further_dimensions_of_columns(torch.zeros_like(b), more, len(batch))
     b = b.div_(torch.where(size > 0, size, torch.ones_like(size)))
@@ -101,31 +105,39 @@ def solve_on_complement(
     m = X.shape[-2]
     if m == k:
         z = torch.zeros_like(b)
-    elif Y is not None and T is not None and Y.shape[-1] == m - k:
-        z = _by_all_pairs(op, b, T, Y)
+    elif further is not None and further[0].shape[-1] == m - k:
+        z = _by_all_pairs(op, b, *further)
     elif k >= _SPECTRAL_FROM and _SPECTRAL_FRACTION * k >= m and m < _SPECTRAL_BELOW:
         z = _spectral(op, b, *op.dense())
     elif k * m**3 <= _FACTORISE_FLOPS:
         z = _factorised(op, b, k)
     else:
-        z = _iterate(op, b, Y, iK, tol)
+        z = _iterate(op, b, None if further is None else further[1], tol)
     z = op.project(z) * (size * op.sign / op.scale)
     return _further_dimensions_of_columns(z, more, len(batch))
 
 
-def in_double(M: Any) -> Any:
-    """A real or complex tensor, or None, in double precision."""
-    return None if M is None else M.to(torch.promote_types(M.dtype, torch.float64))
+def in_double(M: Tensor) -> Tensor:
+    """A real or complex tensor in double precision."""
+    return M.to(torch.promote_types(M.dtype, torch.float64))
 
 
-def _solve_in_double(A: Any, B: Any, X: Tensor, b: Tensor, largest: bool, tol: Any, quiet: bool, probe: bool) -> Tensor:
+def _solve_in_double(
+    pencil: Pencil,
+    X: Tensor,
+    b: Tensor,
+    largest: bool,
+    tol: Union[float, Tensor],
+    quiet: bool,
+    probe: bool,
+) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
 
     Eigenvalues are the Rayleigh quotients of X, whose error is the square of X's rounding.
     """
-    A, B, X, b = (in_double(M) for M in (A, B, X, b))
-    E = inner(X, multiply(A, X)) / inner(X, multiply(B, X))
-    return solve_on_complement(A, B, E.squeeze(-2), X, b, None, None, largest, tol, quiet, probe=probe)
+    pencil, X, b = pencil.in_double(), in_double(X), in_double(b)
+    E = inner(X, pencil.A.apply(X)) / inner(X, pencil.B.apply(X))
+    return solve_on_complement(pencil, E, X, b, largest, tol, quiet=quiet, probe=probe)
 
 
 def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, Tensor]:
@@ -136,28 +148,29 @@ def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, 
     if further == 0:
         return b, remember
     # Sizes in full: -1 cannot be inferred in an empty batch.
-    b = b.reshape((math.prod(shape[:-1]),) + tuple(b.shape[further:])).movedim(0, -2)  # (*, m, +, k)
+    b = b.reshape((math.prod(shape[:-1]),) + tuple(b.shape[further:])).movedim(
+        0, -2
+    )  # (*, m, +, k)
     return b.reshape(tuple(b.shape[:-2]) + (math.prod(shape),)), remember
 
 
-def _further_dimensions_of_columns(z: Tensor, remember: Tensor, batch_dims: int) -> Tensor:
+def _further_dimensions_of_columns(
+    z: Tensor, remember: Tensor, batch_dims: int
+) -> Tensor:
     if remember.dim() == 1:
         return z
-    z = z.reshape(tuple(z.shape[:-1]) + (math.prod(remember.shape[:-1]), remember.shape[-1])).movedim(-2, 0)
+    z = z.reshape(
+        tuple(z.shape[:-1]) + (math.prod(remember.shape[:-1]), remember.shape[-1])
+    ).movedim(-2, 0)
     return z.reshape(tuple(remember.shape[:-1]) + tuple(z.shape[1:]))
-
-
-def _safe_norm(V: Tensor) -> Tensor:
-    """2-norms of columns, without overflow or underflow of squares; (*, m, p) -> (*, 1, p)."""
-    top = V.abs().amax(-2, keepdim=True)
-    unit = torch.where(top > 0, top, torch.ones_like(top))
-    return top * torch.linalg.vector_norm(V / unit, dim=-2, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------- factorised
 
 
-def _positive_matrix(op: Complement, A: Tensor, B: Optional[Tensor], shifts: Tensor) -> Tensor:
+def _positive_matrix(
+    op: Complement, A: Tensor, B: Optional[Tensor], shifts: Tensor
+) -> Tensor:
     """s (A - E_j B) / scale + sigma (B X)(B X)^H for shifts (*, q): (*, q, m, m), positive definite.
 
     On span X the quadratic form is s (E_i - E_j) / scale + sigma: sigma exceeds twice the spread of the shifts, and
@@ -179,7 +192,9 @@ def _factorised(op: Complement, b: Tensor, k: int) -> Tensor:
     """All columns by Cholesky factors, one per distinct shift (the first k), then one step of refinement."""
     A, B = op.dense()
     m, q = b.shape[-2:]
-    rhs = b.reshape(tuple(b.shape[:-1]) + (q // k, k)).movedim(-1, -3)  # (*, k, m, q / k)
+    rhs = b.reshape(tuple(b.shape[:-1]) + (q // k, k)).movedim(
+        -1, -3
+    )  # (*, k, m, q / k)
     step = max(1, _FACTOR_ELEMENTS // (m * m * max(1, b[..., 0, 0].numel())))
     pieces: List[Tensor] = []
     for start in range(0, k, step):
@@ -209,22 +224,26 @@ def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tens
     are left out, with a warning unless b does not see them.
     """
     m, k = op.X.shape[-2:]
-    Q = torch.linalg.qr(op.BX, mode="complete").Q[..., k:]  # (*, m, m - k), spans {z : X^H B z = 0}
+    Q = torch.linalg.qr(op.BX, mode="complete").Q[
+        ..., k:
+    ]  # (*, m, m - k), spans {z : X^H B z = 0}
     shift = op.shifts[..., :1, None]
     BQ = Q if B is None else B @ Q
     # Shifting by one of the E_j first keeps the digits of mu - E_j when the spectrum lies far from zero.
-    inner = Q.mH @ ((A @ Q - shift * BQ) * (op.sign / op.scale))
-    inner = (inner + inner.mH) / 2
+    C = Q.mH @ ((A @ Q - shift * BQ) * (op.sign / op.scale))
+    C = (C + C.mH) / 2
     if B is None:
-        mu, U = torch.linalg.eigh(inner)
+        mu, U = torch.linalg.eigh(C)
     else:
         L = torch.linalg.cholesky(Q.mH @ BQ)
-        inner = torch.linalg.solve_triangular(L, inner, upper=False)
-        inner = torch.linalg.solve_triangular(L, inner.mH, upper=False)
-        mu, U = torch.linalg.eigh((inner + inner.mH) / 2)
+        C = torch.linalg.solve_triangular(L, C, upper=False)
+        C = torch.linalg.solve_triangular(L, C.mH, upper=False)
+        mu, U = torch.linalg.eigh((C + C.mH) / 2)
         U = torch.linalg.solve_triangular(L.mH, U, upper=True)
     U = Q @ U
-    gap = mu.unsqueeze(-1) - (op.shifts.unsqueeze(-2) - shift) * (op.sign / op.scale)  # (*, m - k, q)
+    gap = mu.unsqueeze(-1) - (op.shifts.unsqueeze(-2) - shift) * (
+        op.sign / op.scale
+    )  # (*, m - k, q)
     return _divide(op, b, U, gap, mu.abs().amax(-1))
 
 
@@ -236,22 +255,28 @@ def _by_all_pairs(op: Complement, b: Tensor, T: Tensor, Y: Tensor) -> Tensor:
     return z + _divide(op, b - op(z), Y, gap, size, quiet=True)
 
 
-def _divide(op: Complement, b: Tensor, U: Tensor, gap: Tensor, size: Tensor, quiet: bool = False) -> Tensor:
+def _divide(
+    op: Complement, b: Tensor, U: Tensor, gap: Tensor, size: Tensor, quiet: bool = False
+) -> Tensor:
     """U ((U^H b) / gap) but for gaps at rounding level, for U with U^H B U = I; size: (*) of the operator."""
     m, k = op.X.shape[-2:]
     eps = torch.finfo(gap.dtype).eps
     # Backward error of the eigensolver: m eps times the size of the operator, eigenvalues of the forward included.
-    size = torch.maximum(size, op.shifts.abs().amax(-1) / op.scale[..., 0, 0])[..., None, None]
+    size = torch.maximum(size, op.shifts.abs().amax(-1) / op.scale[..., 0, 0])[
+        ..., None, None
+    ]
     lost = gap.abs() <= m * eps * size
-    c = U.mH @ b
+    c = gram(U, b)
     if op.probe:
         return U @ (c / torch.where(lost, m * eps * size, gap))
     if bool(lost.any()):
         # Rounding of an inner product of length m with unit b.
-        noise = 8 * math.sqrt(m) * eps * torch.linalg.vector_norm(U, dim=-2).unsqueeze(-1)
+        noise = 8 * math.sqrt(m) * eps * norms(U).unsqueeze(-1)
         if not (quiet or op.quiet) and bool((lost & (c.abs() > noise)).any()):
             j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
-            width = float((torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax())
+            width = float(
+                (torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax()
+            )
             warn_cut_cluster(j, k, width)
         c = torch.where(lost, torch.zeros_like(c), c)
     return U @ (c / torch.where(lost, torch.ones_like(gap), gap))
@@ -270,14 +295,20 @@ def warn_cut_cluster(j: int, k: int, gap: float) -> None:
 # -------------------------------------------------------------------------------------------- iterations
 
 
-def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: Any) -> Tensor:
+def _iterate(
+    op: Complement, b: Tensor, Y: Optional[Tensor], tol: Union[float, Tensor]
+) -> Tensor:
     """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance."""
     eps = torch.finfo(op.shifts.dtype).eps
     m, q = b.shape[-2:]
-    dense = _is_dense(op.A, op.B)
-    precondition = None if iK is None else lambda r: multiply(iK, r)
+    dense = op.pencil.is_dense()
+    precondition = None if op.pencil.iK is None else op.pencil.iK.apply
     z = torch.zeros_like(b)
-    rtol = torch.as_tensor(tol, dtype=op.shifts.dtype, device=b.device).clamp(min=4 * eps).reshape(-1)
+    rtol = (
+        torch.as_tensor(tol, dtype=op.shifts.dtype, device=b.device)
+        .clamp(min=4 * eps)
+        .reshape(-1)
+    )
     rtol = rtol.repeat(b.shape[-1] // rtol.numel())  # (q,)
     deflation = None
     if Y is not None and Y.shape[-1] > 0:
@@ -286,17 +317,25 @@ def _iterate(op: Complement, b: Tensor, Y: Optional[Tensor], iK: Any, tol: Any) 
     # A dense A is factorised at once where that is cheap, and elsewhere when iterations have cost as much.
     budget = min(10 * m, _MOST_ITERATIONS)
     if dense:
-        budget = m // _PRODUCTS_PER_FACTOR if precondition is None else max(50, m // _PRODUCTS_PER_FACTOR)
+        budget = (
+            m // _PRODUCTS_PER_FACTOR
+            if precondition is None
+            else max(50, m // _PRODUCTS_PER_FACTOR)
+        )
         budget = budget if budget >= 50 else 0
     state = State(math.inf, 0.0, False, False, torch.zeros_like(op.scale))
     if budget:
-        z, state = conjugate_gradients(op, b, None, deflation, precondition, rtol, budget)
+        z, state = conjugate_gradients(
+            op, b, None, deflation, precondition, rtol, budget
+        )
     if state.all_done:
         return _without_cut_cluster(op, b, z, state, precondition, rtol)
     if dense and not state.indefinite:
         A, B = op.dense()
         first = op.shifts[..., :1]
-        L, info = torch.linalg.cholesky_ex(_positive_matrix(op, A, B, first).squeeze(-3))
+        L, info = torch.linalg.cholesky_ex(
+            _positive_matrix(op, A, B, first).squeeze(-3)
+        )
         if not bool((info != 0).any()):
             precondition = lambda r: torch.cholesky_solve(r, L)  # noqa: E731
             z, state = conjugate_gradients(op, b, z, deflation, precondition, rtol, 200)
@@ -343,15 +382,15 @@ def _without_cut_cluster(
     column solved again.  A further null vector is not seen by b - (B u) u^H b, so one vector per column is enough.
     """
     eps = torch.finfo(op.shifts.dtype).eps
-    amplification = (state.norm * torch.linalg.vector_norm(z, dim=-2)).reshape(-1, z.shape[-1]).amax(0)
+    amplification = (state.norm * norms(z)).reshape(-1, z.shape[-1]).amax(0)
     large = (amplification > eps**-0.5).nonzero()[:, 0]
     if large.numel() == 0 or op.probe:
         return z
     part = op.restrict(large)
     u = take(op.project(z), large)
-    size = _safe_norm(u)
+    size = safe_norms(u)
     u = u / torch.where(size > 0, size, torch.ones_like(size))
-    gap = inner(u, part(u)) / inner(u, multiply(op.B, u))
+    gap = inner(u, part(u), keepdim=True) / inner(u, op.pencil.B.apply(u), keepdim=True)
     # Rounding in the eigenvalues themselves: the two of a cluster agree to a modest multiple of eps |K|.
     singular = (gap.abs() <= 64 * eps * state.norm).reshape(-1, large.numel()).any(0)
     if not bool(singular.any()):
@@ -359,11 +398,19 @@ def _without_cut_cluster(
     large, u = large[singular], take(u, singular)
     excluded = op.restrict(large).exclude(u)
     again, state = conjugate_gradients(
-        excluded, excluded.project_dual(take(b, large)), None, None, precondition, rtol[large], _MOST_ITERATIONS
+        excluded,
+        excluded.project_dual(take(b, large)),
+        None,
+        None,
+        precondition,
+        rtol[large],
+        _MOST_ITERATIONS,
     )
     k = op.X.shape[-1]
     if not op.quiet:
-        warn_cut_cluster(int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max()))
+        warn_cut_cluster(
+            int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max())
+        )
     if not state.all_done and not op.quiet:
         _warn_residual(state)
     return z.index_copy(-1, large, excluded.project(again))

@@ -13,11 +13,14 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_pattern import _SparseFromValues, _Values, Pattern
+from torch._lobpcg_impl.sparse import _Values, Pattern, SparseFromValues
 from torch.autograd import Function
 
 
-_COO, _COMPRESSED = "SparseCooTensorWithDimsAndTensorsBackward0", "SparseCompressedTensorBackward0"
+_COO, _COMPRESSED = (
+    "SparseCooTensorWithDimsAndTensorsBackward0",
+    "SparseCompressedTensorBackward0",
+)
 # Nodes between a sparse tensor and its constructors: conversions and sums, a handful.
 _MOST_NODES = 64
 
@@ -45,7 +48,12 @@ def around_constructor(M: Tensor) -> Tensor:
     that M is unused.  A tensor that retains its gradient or has hooks must see it: that keeps PyTorch's way.
     """
     node: Any = M.grad_fn
-    if node is None or node.name() != _COMPRESSED or M.retains_grad or M._backward_hooks:
+    if (
+        node is None
+        or node.name() != _COMPRESSED
+        or M.retains_grad
+        or M._backward_hooks
+    ):
         return M
     try:
         values = node._saved_values
@@ -85,7 +93,12 @@ class _Replacement:
     def __call__(self, grad_inputs: Any, grad_outputs: Any) -> Any:
         g, made = grad_outputs[0], self.made
         which = [i for i, h in enumerate(grad_inputs) if h is not None]
-        if g is None or not g.requires_grad or not torch.is_grad_enabled() or len(which) != 1:
+        if (
+            g is None
+            or not g.requires_grad
+            or not torch.is_grad_enabled()
+            or len(which) != 1
+        ):
             return None
         if made.layout == torch.sparse_coo:
             if g.layout == torch.strided:
@@ -113,7 +126,9 @@ class _ValuesAt(Function):
     def forward(G: Tensor, indices: Tensor) -> Tensor:
         pattern = Pattern(G)
         where, stored = _find(pattern, indices)
-        return torch.where(stored, pattern.values[where], torch.zeros_like(pattern.values[:1]))
+        return torch.where(
+            stored, pattern.values[where], torch.zeros_like(pattern.values[:1])
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -128,7 +143,7 @@ class _ValuesAt(Function):
             return None, None
         h = torch.where(ctx.stored, h, torch.zeros_like(h))
         values = torch.zeros_like(ctx.pattern.values).index_add(0, ctx.where, h)
-        return _SparseFromValues.apply(values, ctx.pattern), None
+        return SparseFromValues.apply(values, ctx.pattern), None
 
 
 def _find(pattern: Pattern, indices: Tensor) -> Tuple[Tensor, Tensor]:

@@ -1,54 +1,40 @@
 """Conjugate gradients on many columns with one shift each: projected, preconditioned, deflated, restarted.
 
-The operator K_j = s (A - E_j B) / scale is a torch._lobpcg_projected.Complement, positive definite on the complement
-of the eigenvectors.  Extra columns that the forward carried are deflated (Saad, Yeung, Erhel, Guyomarc'h 2000).
+The operator K_j = s (A - E_j B) / scale is a projected.Complement, positive definite on the complement of the
+eigenvectors.  Extra columns that the forward carried are deflated (Saad, Yeung, Erhel, Guyomarc'h 2000).
 """
 
 from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_pattern import column_major, multiply
+from torch._lobpcg_impl.blocks import (
+    columns as columnwise,
+    combine,
+    deduct,
+    gram,
+    inner,
+    norms,
+    take,
+)
 
 
 _RESTARTS = 2
-
-
-def inner(U: Tensor, V: Tensor) -> Tensor:
-    """Real parts of u_j^H v_j; (*, m, p) -> (*, 1, p)."""
-    if U.is_complex():
-        return (torch.view_as_real(U) * torch.view_as_real(V)).sum((-1, -3)).unsqueeze(-2)
-    return (U * V).sum(-2, keepdim=True)
-
-
-def combine(V: Tensor, c: Tensor) -> Tensor:
-    """V c with contiguous columns; V: (*, m, k), c: (*, k, q)."""
-    return (c.mT @ V.mT).mT
-
-
-def deduct(z: Tensor, V: Tensor, c: Tensor) -> Tensor:
-    """z - V c with contiguous columns, without a temporary of the size of z where there is no batch."""
-    if z.dim() == 2 and V.dim() == 2:
-        return torch.addmm(z.mT, c.mT, V.mT, alpha=-1).mT
-    return z - combine(V, c)
-
-
-def take(V: Tensor, columns: Any) -> Tensor:
-    """Columns of V (*, m, q), contiguous if those of V are."""
-    return V.mT[..., columns, :].mT
 
 
 class Deflation:
     """Coarse space of further approximate eigenvectors Y, exact for any Y: directions are kept K_j-orthogonal to Y."""
 
     def __init__(self, op: Any, Y: Tensor) -> None:
-        self.Y = Y = op.project(column_major(Y))
+        self.Y = Y = op.project(columnwise(Y))
         factor = op.sign / op.scale
-        self.AY = op.project_dual(column_major(multiply(op.A, Y))) * factor
-        self.BY = op.project_dual(column_major(multiply(op.B, Y))) * factor
+        self.AY = op.project_dual(columnwise(op.pencil.A.apply(Y))) * factor
+        self.BY = op.project_dual(columnwise(op.pencil.B.apply(Y))) * factor
         self.shifts = op.shifts
-        gram = (Y.mH @ self.AY).unsqueeze(-3) - op.shifts[..., None, None] * (Y.mH @ self.BY).unsqueeze(-3)
-        L, info = torch.linalg.cholesky_ex((gram + gram.mH) / 2)  # (*, q, p, p)
+        K = gram(Y, self.AY).unsqueeze(-3) - op.shifts[..., None, None] * gram(
+            Y, self.BY
+        ).unsqueeze(-3)
+        L, info = torch.linalg.cholesky_ex((K + K.mH) / 2)  # (*, q, p, p)
         smallest = torch.diagonal(L, dim1=-2, dim2=-1).real.amin()
         # Below sqrt(eps) of the operator's size the coarse space holds a cluster cut at k: dividing by it is noise.
         floor = torch.finfo(op.shifts.dtype).eps ** 0.5
@@ -58,7 +44,10 @@ class Deflation:
     def restrict(self, columns: Tensor) -> "Deflation":
         part = object.__new__(Deflation)
         part.__dict__.update(self.__dict__)
-        part.shifts, part.inverse = self.shifts[..., columns], self.inverse[..., columns, :, :]
+        part.shifts, part.inverse = (
+            self.shifts[..., columns],
+            self.inverse[..., columns, :, :],
+        )
         return part
 
     def coefficients(self, c: Tensor) -> Tensor:
@@ -67,11 +56,13 @@ class Deflation:
 
     def solve(self, r: Tensor) -> Tuple[Tensor, Tensor]:
         """z_j = Y M_j^-1 Y^H r_j and K_j z_j, without a product with A."""
-        c = self.coefficients(self.Y.mH @ r)
-        return combine(self.Y, c), combine(self.AY, c) - combine(self.BY, c * self.shifts[..., None, :])
+        c = self.coefficients(gram(self.Y, r))
+        return combine(self.Y, c), combine(self.AY, c) - combine(
+            self.BY, c * self.shifts[..., None, :]
+        )
 
     def __call__(self, t: Tensor) -> Tensor:
-        c = self.AY.mH @ t - (self.BY.mH @ t) * self.shifts[..., None, :]
+        c = gram(self.AY, t) - gram(self.BY, t) * self.shifts[..., None, :]
         return deduct(t, self.Y, self.coefficients(c))
 
 
@@ -79,7 +70,14 @@ class State:
     """How a run of conjugate gradients ended: the relative residual that most exceeds the one asked for, and that one,
     whether curvature was not positive, |K|."""
 
-    def __init__(self, residual: float, asked: float, all_done: bool, indefinite: bool, norm: Tensor) -> None:
+    def __init__(
+        self,
+        residual: float,
+        asked: float,
+        all_done: bool,
+        indefinite: bool,
+        norm: Tensor,
+    ) -> None:
         self.residual, self.asked, self.all_done = residual, asked, all_done
         self.indefinite, self.norm = indefinite, norm
 
@@ -109,21 +107,31 @@ def conjugate_gradients(
         r = r - part(z)
     for _ in range(1 + _RESTARTS):
         coarse = deflation and deflation.restrict(columns)
-        norm, used, indefinite = _sweep(part, r, z, columns, coarse, precondition, rtol[columns], budget)
+        norm, used, indefinite = _sweep(
+            part, r, z, columns, coarse, precondition, rtol[columns], budget
+        )
         budget -= used
         r = take(b, columns).sub_(part(take(z, columns)))
-        size = torch.linalg.vector_norm(r, dim=-2)
+        size = norms(r)
         # Two products and a subtraction, each with an error of a few eps |K| |z|.
-        attainable = 16 * eps * (1 + norm * torch.linalg.vector_norm(take(z, columns), dim=-2))
-        late = (size > torch.maximum(attainable, 2 * rtol[columns])).reshape(-1, columns.numel()).any(0)
-        excess, worst = (size / rtol[columns]).reshape(-1, columns.numel()).amax(0).max(0)
+        attainable = 16 * eps * (1 + norm * norms(take(z, columns)))
+        late = (
+            (size > torch.maximum(attainable, 2 * rtol[columns]))
+            .reshape(-1, columns.numel())
+            .any(0)
+        )
+        excess, worst = (
+            (size / rtol[columns]).reshape(-1, columns.numel()).amax(0).max(0)
+        )
         asked = float(rtol[columns][worst])
         all_done = not bool(late.any())
         if all_done or budget <= 0 or indefinite:
             break
         columns, r = columns[late], take(r, late)
         part = op.restrict(columns)
-    return z, State(float(excess) * asked, asked, all_done, indefinite and not all_done, norm)
+    return z, State(
+        float(excess) * asked, asked, all_done, indefinite and not all_done, norm
+    )
 
 
 def _sweep(
@@ -141,7 +149,7 @@ def _sweep(
     Columns that stop leave the block, so products are with active columns only.  One synchronisation per iteration.
     """
     eps = torch.finfo(op.shifts.dtype).eps
-    size0 = torch.linalg.vector_norm(take(z, columns), dim=-2, keepdim=True)
+    size0 = norms(take(z, columns), keepdim=True)
     tiny = torch.finfo(op.shifts.dtype).tiny
     if deflation is None:
         dz = torch.zeros_like(r)
@@ -153,40 +161,57 @@ def _sweep(
     p = Kp = rho = alpha = nothing
     step = 0
     while True:
-        size = torch.linalg.vector_norm(r, dim=-2, keepdim=True)
-        reach = 2 * eps * norm * (size0 + torch.linalg.vector_norm(dz, dim=-2, keepdim=True))
+        size = norms(r, keepdim=True)
+        reach = 2 * eps * norm * (size0 + norms(dz, keepdim=True))
         active = (size > torch.maximum(reach, rtol)).reshape(-1, columns.numel()).any(0)
         flags = active.tolist()  # the synchronisation
         if not all(flags) or step >= budget:
             going = [i for i, flag in enumerate(flags) if flag and step < budget]
-            done = torch.tensor([i for i in range(len(flags)) if i not in going], device=r.device)
+            done = torch.tensor(
+                [i for i in range(len(flags)) if i not in going], device=r.device
+            )
             z.index_add_(-1, columns[done], take(dz, done))
             if not going:
                 return norm, step, False
             keep = torch.tensor(going, device=r.device)
             op = op.restrict(keep)
             deflation = deflation and deflation.restrict(keep)
-            columns, rtol, r, dz, size0 = columns[keep], rtol[keep], take(r, keep), take(dz, keep), size0[..., keep]
+            columns, rtol, r, dz, size0 = (
+                columns[keep],
+                rtol[keep],
+                take(r, keep),
+                take(dz, keep),
+                size0[..., keep],
+            )
             size, reach = size[..., keep], reach[..., keep]
             if p is not None:
-                p, Kp, rho, alpha = take(p, keep), take(Kp, keep), rho[..., keep], alpha[..., keep]
+                p, Kp, rho, alpha = (
+                    take(p, keep),
+                    take(Kp, keep),
+                    rho[..., keep],
+                    alpha[..., keep],
+                )
         t = r
-        if precondition is not None or op.B is not None:
-            t = op.project(t if precondition is None else column_major(precondition(t)))
+        if precondition is not None or op.pencil.generalized:
+            t = op.project(t if precondition is None else columnwise(precondition(t)))
         if deflation is not None:
             t = deflation(t)
-        new = inner(r, t)
+        new = inner(r, t, keepdim=True)
         if p is None:
             p = t
         else:
             # <t, r_old> = 0 for a fixed symmetric preconditioner; written out it may vary or be nonsymmetric.
-            beta = new / rho if precondition is None else -alpha * inner(t, Kp) / rho
+            beta = (
+                new / rho
+                if precondition is None
+                else -alpha * inner(t, Kp, keepdim=True) / rho
+            )
             p = torch.addcmul(t, p, beta.to(p.dtype))
         rho = torch.clamp(new, min=tiny)
         del t
         Kp = op(p)
-        curvature = inner(p, Kp)
-        norm = torch.maximum(norm, (torch.linalg.vector_norm(Kp, dim=-2) / torch.linalg.vector_norm(p, dim=-2)).amax())
+        curvature = inner(p, Kp, keepdim=True)
+        norm = torch.maximum(norm, (norms(Kp) / norms(p)).amax())
         good = (curvature > 0) & (new > 0)
         alpha = torch.where(good, new / curvature, torch.zeros_like(new))
         dz.addcmul_(p, alpha.to(p.dtype))

@@ -1,9 +1,9 @@
-"""Which pairs have converged and which directions go on, from the residuals of an iteration (TorchScript dialect).
+"""Which pairs have converged and which directions go on, from the residuals of an iteration.
 
 The iteration's one transfer to the host is here.
 """
 
-from typing import NamedTuple, Optional
+from typing import List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -52,20 +52,20 @@ def judge_one(
     those go on whose rerr exceeds lock; of the first `more` where the wanted pairs have converged but not settled.
     index: the columns that went on before, returned if they are what goes on now.
     """
-    n, p = rerr.size(0), d.size(0)
+    n, p = rerr.shape[0], d.shape[0]
     numbers = [rerr]
     if p > 0:
         numbers.append(d)
     if definite is not None:
         numbers.append(definite)
-    values: list[float] = (torch.cat(numbers) if len(numbers) > 1 else rerr).tolist()
+    values: List[float] = (torch.cat(numbers) if len(numbers) > 1 else rerr).tolist()
     lead = 0
     while lead < k and values[lead] <= tol:
         lead += 1
     unsettled = settled is not None and lead == k and not bool(settled)
     if unsettled:
         lead, candidates = k - 1, more
-    running: list[int] = []
+    running: List[int] = []
     total, worst = 0.0, 0.0
     for i in range(n):
         total += values[i]
@@ -78,12 +78,14 @@ def judge_one(
         if values[i] > drop:
             least = min(least, values[i])
         losses = losses or values[i] < loss
-    if len(running) != index.size(0) or len(running) < n:
+    if len(running) != index.shape[0] or len(running) < n:
         index = torch.tensor(running, dtype=torch.int64, device=rerr.device)
     least_B, least_K = 1.0, 1.0
     if definite is not None:
         least_B, least_K = values[n + p], values[n + p + 1]
-    return Verdict(lead, len(running), worst, total, least, losses, least_B, least_K, index, rerr)
+    return Verdict(
+        lead, len(running), worst, total, least, losses, least_B, least_K, index, rerr
+    )
 
 
 def judge_batch(
@@ -110,16 +112,21 @@ def judge_batch(
     if settled is not None:
         unsettled = ((lead == k) & ~settled).unsqueeze(-1)
         waiting = waiting | (unsettled & (rerr[..., :more] > lock))
-        awaited = torch.cat([awaited, unsettled.expand(list(lead.shape) + [more - k])], -1)
+        awaited = torch.cat([awaited, unsettled.expand(lead.shape + (more - k,))], -1)
         lead = lead - unsettled.squeeze(-1).to(lead.dtype)
     least, losses = torch.ones_like(definite[0]), torch.zeros_like(definite[0])
-    if d.size(-1) > 0:
+    if d.shape[-1] > 0:
         least = d.masked_fill(d <= drop, 1.0).min()
         # Fillers show as zeros in d: more small ones than those are losses.
         losses = ((d < loss).sum(-1) - masked).max().to(real)
     counts = [waiting.sum(-1).max().to(real), lead.min().to(real)]
-    sizes = [(rerr[..., : awaited.size(-1)] * awaited).max(), rerr.sum(), least, losses]
-    values: list[float] = torch.cat([torch.stack(counts + sizes), definite]).tolist()
+    sizes = [
+        (rerr[..., : awaited.shape[-1]] * awaited).max(),
+        rerr.sum(),
+        least,
+        losses,
+    ]
+    values: List[float] = torch.cat([torch.stack(counts + sizes), definite]).tolist()
     active = int(values[0])
     order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
     index = order[..., :active]
@@ -139,7 +146,14 @@ def judge_batch(
 
 
 def settled(
-    rerr: Tensor, residual: Tensor, E: Tensor, norm_B: Tensor, k: int, last: int, small: float, late: bool
+    rerr: Tensor,
+    residual: Tensor,
+    E: Tensor,
+    norm_B: Tensor,
+    k: int,
+    last: int,
+    small: float,
+    late: bool,
 ) -> Tensor:
     """Whether columns k to last, which no caller chose, have found eigenvalues of their own, so that none before them
     was missed: (*).

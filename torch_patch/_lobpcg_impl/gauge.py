@@ -12,7 +12,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_function import batched_first, broadcast
+from torch._lobpcg_impl.transforms import batched_first, broadcast
 from torch.autograd import Function
 
 
@@ -22,10 +22,20 @@ class CheckOptions:
     `pair_eps`: unit rounding of the arithmetic in which the pairs were found, before they were rounded to their dtype.
     """
 
-    def __init__(self, m: int, k: int, tol: float, pair_eps: float, largest: bool, forward_mode: bool = False) -> None:
+    def __init__(
+        self,
+        m: int,
+        k: int,
+        tol: float,
+        pair_eps: float,
+        largest: bool,
+        forward_mode: bool = False,
+    ) -> None:
         self.m, self.k, self.tol, self.pair_eps = m, k, tol, pair_eps
         self.largest, self.forward_mode = largest, forward_mode
-        self.clustered = False  # set by the check: whether some F_ij between different pairs is 0
+        self.clustered = (
+            False  # set by the check: whether some F_ij between different pairs is 0
+        )
 
 
 def pair_factors(
@@ -119,8 +129,14 @@ class _PairMask(Function):
         options: CheckOptions,
     ) -> Tensor:
         mask = _pair_mask(E, G, gE, x, g, T, residual, scale, options).to(E.dtype)
-        options.clustered = options.clustered or bool((mask.sum(-1) < options.k - 1).any())
-        shapes = [mask.shape] + ([] if G is None else [G.shape]) + ([] if gE is None else [gE.shape + gE.shape[-1:]])
+        options.clustered = options.clustered or bool(
+            (mask.sum(-1) < options.k - 1).any()
+        )
+        shapes = (
+            [mask.shape]
+            + ([] if G is None else [G.shape])
+            + ([] if gE is None else [gE.shape + gE.shape[-1:]])
+        )
         return mask.expand(broadcast(*shapes)).contiguous()
 
     @staticmethod
@@ -137,7 +153,12 @@ class _PairMask(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Tuple[Any, ...], *inputs: Any) -> Any:
-        tensors, _ = batched_first(info.batch_size, in_dims[:-1], inputs[:-1], trailing=(1, 2, 1, 1, 1, 1, 1, 1))
+        tensors, _ = batched_first(
+            info.batch_size,
+            in_dims[:-1],
+            inputs[:-1],
+            trailing=(1, 2, 1, 1, 1, 1, 1, 1),
+        )
         mask = _PairMask.apply(*tensors, inputs[-1])
         if all(dim is None for dim in in_dims[:3]):
             mask = mask.expand((info.batch_size,) + tuple(mask.shape))
@@ -180,7 +201,9 @@ def generic_basis(E: Tensor, X: Tensor, scale: Tensor, options: CheckOptions) ->
         return X
     size = _pencil_size(torch.linalg.vector_norm(X, dim=-2), scale)
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
-    equal = (gap <= _rounding(E, size, options)[1]) & ~torch.eye(k, dtype=torch.bool, device=E.device)
+    equal = (gap <= _rounding(E, size, options)[1]) & ~torch.eye(
+        k, dtype=torch.bool, device=E.device
+    )
     if not bool(equal.any()):
         return X
     t = torch.arange(1, k * k + 1, dtype=E.dtype, device=E.device).reshape(k, k)
@@ -208,7 +231,9 @@ def _pair_mask(
     size = _pencil_size(x, scale[..., :k])
     rounding, blur = _rounding(E, size, options)
     equal = distinct & (gap <= blur)
-    _check_outside(E, gE, longest, g, gap, equal, T, residual, scale, rounding, blur, options)
+    _check_outside(
+        E, gE, longest, g, gap, equal, T, residual, scale, rounding, blur, options
+    )
     amplitude: Any = None
     if G is not None and g is not None:
         amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
@@ -224,29 +249,44 @@ def _pair_mask(
         split = equal & (G.abs() > 16 * math.sqrt(m) * eps * size)
         if bool(split.any()):
             i, j = _first(split, 2)
-            _warn_cluster(i, j, gap, "the tangent splits them, so single tangents of these pairs do not exist")
+            _warn_cluster(
+                i,
+                j,
+                gap,
+                "the tangent splits them, so single tangents of these pairs do not exist",
+            )
         return distinct & ~equal
     used = torch.zeros_like(equal)
     if gE is not None:
         _check_weights(gE, gap, equal)
         used = _weighs_differently(gE)
-    mixing = _mixing(E, longest, T, residual, rounding, options) / torch.where(gap > 0, gap, torch.ones_like(gap))
+    mixing = _mixing(E, longest, T, residual, rounding, options) / torch.where(
+        gap > 0, gap, torch.ones_like(gap)
+    )
     if G is None:
         if gE is not None:
             spread = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
-            _check_blur(used & close & ~equal, mixing * spread, _size(gE.abs()), gap, eps)
+            _check_blur(
+                used & close & ~equal, mixing * spread, _size(gE.abs()), gap, eps
+            )
         return distinct & ~equal
     skew = (G - G.mH).abs() / 2
     # Rounding in G of a loss that does not see the gauge: inner products of length m.
     noise = 8 * math.sqrt(m) * eps * amplitude
     # A loss that is blind to the gauge of equal eigenvalues sees gap over distance of those that are equal to rounding.
-    seen = equal & (skew > noise + amplitude * gap / _distance(E, T, equal).unsqueeze(-1))
+    seen = equal & (
+        skew > noise + amplitude * gap / _distance(E, T, equal).unsqueeze(-1)
+    )
     if bool(seen.any()):
         i, j = _first(seen, 2)
         why = "the loss depends on the choice of eigenvectors among them"
         if bool((seen & (skew > math.sqrt(eps) * amplitude)).any()):
             i, j = _first(seen & (skew > math.sqrt(eps) * amplitude), 2)
-            raise RuntimeError(_cluster_text(i, j, gap, why) + "; it has no gradient there. " + _WELL_POSED)
+            raise RuntimeError(
+                _cluster_text(i, j, gap, why)
+                + "; it has no gradient there. "
+                + _WELL_POSED
+            )
         _warn_cluster(i, j, gap, why)
     # A loss that is invariant in a cluster has a Hermitian block, skew part zero up to noise: the exact factor is zero.
     invariant = close & (skew <= noise)
@@ -273,7 +313,10 @@ def _distance(E: Tensor, T: Tensor, equal: Tensor) -> Tensor:
     distance = inside.masked_fill(same, math.inf).amin(-1)
     if T.shape[-1]:
         outside = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
-        distance = torch.minimum(distance, torch.where(outside > 0, outside, torch.full_like(outside, math.inf)))
+        distance = torch.minimum(
+            distance,
+            torch.where(outside > 0, outside, torch.full_like(outside, math.inf)),
+        )
     return distance
 
 
@@ -294,7 +337,11 @@ def _cluster_text(i: int, j: int, gap: Tensor, why: str) -> str:
 
 
 def _warn_cluster(i: int, j: int, gap: Tensor, why: str) -> None:
-    text = _cluster_text(i, j, gap, why) + "; the part of the derivative that exists is returned. " + _WELL_POSED
+    text = (
+        _cluster_text(i, j, gap, why)
+        + "; the part of the derivative that exists is returned. "
+        + _WELL_POSED
+    )
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
@@ -314,7 +361,10 @@ def _weighs_differently(gE: Tensor) -> Tensor:
     """Pairs (i, j) that enter the loss with different weight: (+, *, k, k)."""
     difference = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
     # A smooth symmetric loss has gE that differ by its curvature times the gap, at most eps^(1/3) in a cluster.
-    return difference > torch.finfo(gE.dtype).eps ** (1 / 3) * gE.abs().amax(-1)[..., None, None]
+    return (
+        difference
+        > torch.finfo(gE.dtype).eps ** (1 / 3) * gE.abs().amax(-1)[..., None, None]
+    )
 
 
 def _check_weights(gE: Tensor, gap: Tensor, equal: Tensor) -> None:
@@ -325,7 +375,14 @@ def _check_weights(gE: Tensor, gap: Tensor, equal: Tensor) -> None:
         _warn_cluster(i, j, gap, "the loss weighs them differently")
 
 
-def _mixing(E: Tensor, x: Tensor, T: Tensor, residual: Tensor, rounding: Tensor, options: CheckOptions) -> Tensor:
+def _mixing(
+    E: Tensor,
+    x: Tensor,
+    T: Tensor,
+    residual: Tensor,
+    rounding: Tensor,
+    options: CheckOptions,
+) -> Tensor:
     """How much two pairs mix, times their gap: rounding, and |r_i| |r_j| / (distance to the rest) by Rayleigh-Ritz."""
     if not T.shape[-1]:
         return rounding
@@ -335,7 +392,9 @@ def _mixing(E: Tensor, x: Tensor, T: Tensor, residual: Tensor, rounding: Tensor,
     return rounding + (r / rest).unsqueeze(-1) * r.unsqueeze(-2)
 
 
-def _check_blur(used: Tensor, error: Tensor, total: Tensor, gap: Tensor, eps: float) -> None:
+def _check_blur(
+    used: Tensor, error: Tensor, total: Tensor, gap: Tensor, eps: float
+) -> None:
     """Warn where the gradient between two close pairs lost more than half of the digits; (*, k, k) each."""
     relative = error / torch.where(total > 0, total, torch.ones_like(total))
     # 4e-7 in double precision, 1e-2 in single.
@@ -408,14 +467,18 @@ def _check_outside(
     if g is not None:
         matters = matters | (g != 0)
     # The estimate is good to a factor of ten; two digits are the least that is returned without a word.
-    near = matters & ((error > 0.01) | (nearest <= torch.diagonal(blur, dim1=-2, dim2=-1)))
+    near = matters & (
+        (error > 0.01) | (nearest <= torch.diagonal(blur, dim1=-2, dim2=-1))
+    )
     if bool(near.any()):
         (j,) = _first(near, 1)
         nearest, error = torch.broadcast_tensors(nearest, error)
         _warn_near(j, k, float(nearest[..., j].min()), float(error[..., j].max()))
         return
     inaccuracy = residual * x + torch.diagonal(blur, dim1=-2, dim2=-1)
-    missed = (E.unsqueeze(-1) - T.unsqueeze(-2)) * (-1.0 if options.largest else 1.0) > inaccuracy.unsqueeze(-1)
+    missed = (E.unsqueeze(-1) - T.unsqueeze(-2)) * (
+        -1.0 if options.largest else 1.0
+    ) > inaccuracy.unsqueeze(-1)
     if bool(missed.any()):
         _warn_missed(float(T.max() if options.largest else T.min()), k, options.largest)
 

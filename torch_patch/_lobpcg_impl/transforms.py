@@ -16,7 +16,9 @@ def save(ctx: Any, **values: Any) -> None:
     tensors = [values[name] for name in ctx.names]
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
-    ctx.others = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    ctx.others = {
+        name: value for name, value in values.items() if not isinstance(value, Tensor)
+    }
 
 
 def saved(ctx: Any) -> Dict[str, Any]:
@@ -39,9 +41,16 @@ def without_autocast(like: Tensor) -> ContextManager[Any]:
 def broadcast(*shapes: Sequence[int]) -> List[int]:
     """The shape that broadcastable shapes have together.  torch.broadcast_shapes imports a symbolic algebra package."""
     out: List[int] = []
-    for sizes in itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+    for sizes in itertools.zip_longest(
+        *(reversed(shape) for shape in shapes), fillvalue=1
+    ):
         out.append(next((size for size in sizes if size != 1), 1))
     return out[::-1]
+
+
+def sum_to(g: Tensor, shape: Sequence[int]) -> Tensor:
+    """g summed over the dimensions in which `shape` was broadcast."""
+    return g if g.shape == tuple(shape) else g.sum_to_size(shape)
 
 
 def batched_first(
@@ -61,7 +70,9 @@ def batched_first(
     for value, dim, rank in zip(values, in_dims, ranks):
         if isinstance(value, Tensor) and dim is not None:
             value = value.movedim(dim, 0)
-            value = value.reshape((size,) + (1,) * (deepest - rank) + tuple(value.shape[1:]))
+            value = value.reshape(
+                (size,) + (1,) * (deepest - rank) + tuple(value.shape[1:])
+            )
         out.append(value)
     return out, deepest
 
@@ -75,12 +86,18 @@ def accepts_legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(rule)
     def wrapped(ctx: Any, *args: Any) -> Any:
-        mapped = [isinstance(a, Tensor) and torch._C._functorch.is_legacy_batchedtensor(a) for a in args]
+        mapped = [
+            isinstance(a, Tensor) and torch._C._functorch.is_legacy_batchedtensor(a)
+            for a in args
+        ]
         if not any(mapped):
             return rule(ctx, *args)
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
-        physical = [torch._remove_batch_dim(a, level, 1, 0) if m else a for a, m in zip(args, mapped)]
+        physical = [
+            torch._remove_batch_dim(a, level, 1, 0) if m else a
+            for a, m in zip(args, mapped)
+        ]
         present: List[bool] = []
 
         def run(*tensors: Tensor) -> Tuple[Tensor, ...]:
@@ -91,7 +108,10 @@ def accepts_legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
             return tuple(o for o in out if o is not None)
 
         results = iter(torch.vmap(run)(*[p for p, m in zip(physical, mapped) if m]))
-        out = tuple(torch._add_batch_dim(next(results), 0, level) if there else None for there in present)
+        out = tuple(
+            torch._add_batch_dim(next(results), 0, level) if there else None
+            for there in present
+        )
         return out if len(out) > 1 else out[0]
 
     return wrapped

@@ -1,0 +1,748 @@
+"""Operand: a Hermitian matrix that acts on blocks, in whatever form it is given; Pencil: the three of one problem.
+
+Solver and derivative know a matrix by what it does: its product with a block (*, m, p), the cotangent of its parameters
+for a cotangent of that product, the tangent of the product, its norm, scale and checks.  Layouts, conversions and
+batches are inside.  The parameters of an operand are the tensors that autograd sees: the matrix itself, if it is a
+tensor.  `with_parameters` is the same operand on other tensors, live ones in the place of detached ones; what was
+converted once for products stays with it.
+
+To add a kind of operand, write a subclass and name it in `operand`.
+"""
+
+import copy
+import itertools
+import math
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch._lobpcg_impl import arguments
+from torch._lobpcg_impl.blocks import fixed_block, gram, largest_entries, safe_scale
+from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
+from torch._lobpcg_impl.sparse import (
+    block_diagonal,
+    by_rows,
+    compressed_rows,
+    csr_matrix,
+    is_sparse,
+    is_symmetric_pattern,
+    Pattern,
+    PatternProduct,
+    PatternValues,
+    row_indices,
+    SparseFromValues,
+    SparseProduct,
+)
+from torch._lobpcg_impl.transforms import sum_to
+
+
+# Rows of a dense matrix multiplied at a time: with a thin block they and their result stay in the cache.
+_ROWS_AT_A_TIME = 256
+# Cholesky (m^3 / 3) costs as much as a few dozen iterations; above this order the iteration is left to meet a
+# direction along which B is negative.
+_CHOLESKY_CHECK_BELOW = 4097
+
+
+def operand(M: Any, name: str) -> "Operand":
+    """The operand that M, a tensor, a callable or None for the identity, stands for."""
+    if M is None:
+        return Identity(name)
+    if not isinstance(M, Tensor):
+        return MatrixFree(name, M)
+    return Sparse(name, M) if is_sparse(M) else Dense(name, M)
+
+
+class Operand:
+    """A Hermitian linear map on blocks (*, m, p).
+
+    parameters: the tensors that a derivative is taken in.  stored: numbers held, 0 if unknown.  columns: how many
+    vectors `apply` has multiplied so far.
+    """
+
+    parameters: Tuple[Tensor, ...] = ()
+    stored = 0
+    columns = 0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def with_parameters(self, *parameters: Tensor) -> "Operand":
+        return self
+
+    def with_gradient(self) -> "Operand":
+        """The operand in a form in which gradients of any order exist."""
+        return self
+
+    def apply(self, V: Tensor) -> Tensor:
+        """The product with V (+, *, m, p), same shape and dtype, not recorded by autograd; V is not written to."""
+        self.columns += V.shape[-1]
+        return self._multiply(V)
+
+    def _multiply(self, V: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def product(self, V: Tensor) -> Tensor:
+        """The product with V, differentiable in the parameters and V."""
+        return self.apply(V)
+
+    def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
+        """Cotangents of the parameters for cotangents U of the products with V, summed over the pairs (U, V);
+        differentiable in U and V.  That of a Hermitian matrix is the Hermitian part of sum U V^H."""
+        return ()
+
+    def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
+        """The tangent of the product at fixed V for tangents of the parameters, which act through their Hermitian
+        parts; differentiable."""
+        return torch.zeros_like(V)
+
+    def largest(self, V: Tensor) -> Tensor:
+        """The size of the largest entry of each matrix, NaN or infinite if any entry is: (*) or ().
+
+        V, here and below: a block (*, m, 2) of fixed numbers, from whose product an operand without entries knows.
+        """
+        raise NotImplementedError
+
+    def mean_square(self, V: Tensor) -> Tensor:
+        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
+        raise NotImplementedError
+
+    def diagonal(self) -> Optional[Tensor]:
+        """The diagonal, real, (*, m); None where it is not known."""
+        return None
+
+    def scaled(self, scale: Tensor) -> "Operand":
+        """scale * M for powers of two (*) or ()."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The matrix, (*, m, m)."""
+        raise NotImplementedError
+
+    def in_double(self) -> "Operand":
+        raise NotImplementedError
+
+    def member(self, position: Tuple[int, ...]) -> "Operand":
+        """The operand of one matrix of the batch; a batch dimension of size 1, or none, serves all positions."""
+        return self
+
+    def check_finite(self, V: Tensor) -> Tensor:
+        """largest(V); ValueError where it is not finite."""
+        largest = self.largest(V)
+        if not bool(torch.isfinite(largest).all()):
+            raise ValueError(
+                f"lobpcg: {self.name} has NaN or infinite entries; every entry must be finite: check what produced "
+                f"{self.name}"
+            )
+        return largest
+
+    def check_hermitian(self, V: Tensor) -> None:
+        """ValueError where the matrix is seen not to be Hermitian."""
+
+    def check_positive(self) -> None:
+        """ValueError where the matrix is seen at once not to be positive definite."""
+
+
+class Identity(Operand):
+    """The B that is left out."""
+
+    def apply(self, V: Tensor) -> Tensor:
+        return V
+
+    def product(self, V: Tensor) -> Tensor:
+        return V
+
+    def mean_square(self, V: Tensor) -> Tensor:
+        return torch.ones([], dtype=torch.float64)
+
+    def largest(self, V: Tensor) -> Tensor:
+        return torch.ones([], dtype=torch.float64)
+
+    def scaled(self, scale: Tensor) -> Operand:
+        return self
+
+    def in_double(self) -> Operand:
+        return self
+
+
+class _Matrix(Operand):
+    """A matrix given as a tensor, (*, m, m)."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        super().__init__(name)
+        self.tensor = tensor
+
+    @property
+    def parameters(self) -> Tuple[Tensor, ...]:  # type: ignore[override]
+        return (self.tensor,)
+
+    def with_parameters(self, *parameters: Tensor) -> "_Matrix":
+        same = copy.copy(self)
+        (same.tensor,) = parameters
+        return same
+
+    def in_double(self) -> Operand:
+        return operand(
+            self.tensor.to(torch.promote_types(self.tensor.dtype, torch.float64)),
+            self.name,
+        )
+
+    def scaled(self, scale: Tensor) -> Operand:
+        if bool((scale == 1.0).all()):
+            return self
+        return operand(self._times(scale.to(self.tensor.dtype.to_real())), self.name)
+
+    def _times(self, scale: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Dense(_Matrix):
+    """A strided matrix or batch."""
+
+    @property
+    def stored(self) -> int:  # type: ignore[override]
+        return self.tensor.numel()
+
+    def _multiply(self, V: Tensor) -> Tensor:
+        A, p = self.tensor, V.shape[-1]
+        if A.dim() > 2:
+            return torch.matmul(A, V)
+        if V.dim() > 2:
+            # One matrix and many blocks are one product with a wide block instead of many products.
+            return _unfold(torch.matmul(A, _fold(V)), V)
+        blocked = (
+            V.device.type == "cpu" and 4 <= p and p < A.shape[-1] and A.shape[-1] > 512
+        )
+        if (
+            not blocked
+            or torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return torch.matmul(A, V)
+        rows, U = V.mT, V.new_empty((p, V.shape[-2]))
+        for i in range(0, A.shape[-1], _ROWS_AT_A_TIME):
+            torch.mm(
+                rows, A[i : i + _ROWS_AT_A_TIME].mT, out=U[:, i : i + _ROWS_AT_A_TIME]
+            )
+        return U.mT
+
+    def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
+        U, V = _side_by_side(self.tensor, pairs)
+        P = torch.matmul(U, V.mH)
+        # One sum with the transpose, so that the result is Hermitian to the bit.
+        return (sum_to((P + _adjoint(P)) / 2, self.tensor.shape),)
+
+    def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
+        (M,) = tangents
+        return (
+            torch.zeros_like(V)
+            if M is None
+            else (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
+        )
+
+    def largest(self, V: Tensor) -> Tensor:
+        if self.tensor.shape[-1] == 0:
+            return self.tensor.new_zeros(self.tensor.shape[:-2], dtype=torch.float64)
+        return largest_entries(self.tensor.flatten(-2).unsqueeze(-1))[..., 0].to(
+            torch.float64
+        )
+
+    def mean_square(self, V: Tensor) -> Tensor:
+        return (
+            torch.linalg.vector_norm(self.tensor, dim=(-2, -1)).square()
+            / self.tensor.shape[-1]
+        )
+
+    def diagonal(self) -> Tensor:
+        d = self.tensor.diagonal(dim1=-2, dim2=-1)
+        return d.real if d.is_complex() else d
+
+    def _times(self, scale: Tensor) -> Tensor:
+        return self.tensor * scale[..., None, None]
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+    def member(self, position: Tuple[int, ...]) -> Operand:
+        return Dense(self.name, _at(self.tensor, position, 2))
+
+    def check_positive(self) -> None:
+        d = self.diagonal()
+        bad = bool((d <= 0).any())
+        if not bad and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
+            # Scaled to a unit diagonal the factorisation neither overflows nor mistakes a graded matrix for a singular
+            # one.
+            s = d.rsqrt()
+            bad = bool(
+                (
+                    torch.linalg.cholesky_ex(
+                        self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
+                    )[1]
+                    > 0
+                ).any()
+            )
+        if bad:
+            raise ValueError(
+                f"lobpcg: {self.name} is not positive definite (its Cholesky factorisation fails); {self.name} must be "
+                "Hermitian positive definite"
+            )
+
+
+class Sparse(_Matrix):
+    """A sparse matrix in any layout, or a batch of them in COO or CSR.
+
+    Products are with one CSR matrix, made once: of a batch, with its block-diagonal matrix.
+    """
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        super().__init__(name, tensor)
+        if tensor.dim() > 2 and tensor.layout not in (
+            torch.sparse_coo,
+            torch.sparse_csr,
+        ):
+            raise ValueError(
+                f"lobpcg: a batch of sparse matrices in layout {tensor.layout}; batches must be COO or CSR: convert "
+                "with to_sparse_csr()"
+            )
+        self.made: Dict[str, Any] = {}  # shared by all copies with other parameters
+
+    def with_gradient(self) -> Operand:
+        """ValueError where a position (r, c) is stored without (c, r): the gradient has no place there."""
+        M = self.tensor
+        if not M.requires_grad:
+            return self
+        if not is_symmetric_pattern(M.detach()):
+            raise ValueError(
+                f"lobpcg: the gradient of sparse {self.name} is Hermitian and lives on its stored positions, but "
+                f"{self.name} stores a position (r, c) without (c, r); make its pattern symmetric, with explicit "
+                "zeros, or pass a dense matrix"
+            )
+        if M.grad_fn is not None:
+            keep_graph_of_values(M)
+        M = by_rows(around_constructor(M))
+        return self if M is self.tensor else Sparse(self.name, M)
+
+    def _once(self, what: str, make: Callable[[Tensor], Any]) -> Any:
+        if what not in self.made:
+            self.made[what] = make(self.tensor.detach())
+        return self.made[what]
+
+    @property
+    def rows(self) -> Tensor:
+        """The CSR matrix of products, (m, m), or (b m, b m) for a batch of b."""
+        return self._once(
+            "rows", block_diagonal if self.tensor.dim() > 2 else compressed_rows
+        )
+
+    @property
+    def pattern(self) -> Pattern:
+        return self._once("pattern", Pattern)
+
+    @property
+    def stored(self) -> int:  # type: ignore[override]
+        return self.rows.values().numel()
+
+    def _multiply(self, V: Tensor) -> Tensor:
+        if self.tensor.dim() > 2:
+            batch, (m, p) = self.tensor.shape[:-2], V.shape[-2:]
+            V = V.expand(V.shape[: max(0, V.dim() - 2 - len(batch))] + batch + (m, p))
+            extra = V.dim() - 2 - len(batch)
+            tall = V.reshape((math.prod(V.shape[:extra]), -1, p)).movedim(
+                0, -2
+            )  # (b m, +, p)
+            U = self.rows @ tall.reshape(tall.shape[0], -1)
+            return U.reshape(tall.shape).movedim(-2, 0).reshape(V.shape)
+        if V.dim() > 2:
+            return _unfold(self.rows @ _fold(V), V)
+        return self.rows @ V.contiguous()
+
+    def product(self, V: Tensor) -> Tensor:
+        return SparseProduct.apply(self.tensor, V, self)
+
+    def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
+        U, V = _side_by_side(self.tensor, pairs)
+        return (
+            SparseFromValues.apply(
+                PatternValues.apply(U, V, self.pattern, True), self.pattern
+            ),
+        )
+
+    def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
+        (M,) = tangents
+        if M is None:
+            return torch.zeros_like(V)
+        if not is_sparse(M):
+            return (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
+        pattern = Pattern(M)
+        V = V.expand(pattern.batch_shape + V.shape[-2:]) if pattern.batch_shape else V
+        return (
+            PatternProduct.apply(pattern.values, V, pattern, False)
+            + PatternProduct.apply(pattern.values, V, pattern, True)
+        ) / 2
+
+    def _per_matrix(self, values: Tensor) -> Tensor:
+        """Sums of nonnegative numbers, one for each stored element of `rows`, over each matrix: (*)."""
+        batch = self.tensor.shape[:-2]
+        which = row_indices(self.rows) // max(1, self.tensor.shape[-1])
+        return (
+            values.new_zeros(max(1, math.prod(batch)))
+            .index_add(0, which, values)
+            .reshape(batch)
+        )
+
+    def largest(self, V: Tensor) -> Tensor:
+        values = self.rows.values().abs().to(torch.float64)
+        batch = self.tensor.shape[:-2]
+        if not batch:
+            return values.amax() if values.numel() else values.new_zeros(())
+        which = row_indices(self.rows) // self.tensor.shape[-1]
+        return (
+            values.new_zeros(math.prod(batch))
+            .scatter_reduce(0, which, values, "amax")
+            .reshape(batch)
+        )
+
+    def mean_square(self, V: Tensor) -> Tensor:
+        values, m = self.rows.values(), max(1, self.tensor.shape[-1])
+        if self.tensor.dim() == 2:
+            return torch.linalg.vector_norm(values).square() / m
+        return self._per_matrix(values.abs().square()) / m
+
+    def diagonal(self) -> Tensor:
+        M, m = self.rows, self.tensor.shape[-1]
+        row, values = row_indices(M), M.values()
+        # Not .real: a view of stored values cannot be viewed again.
+        values = torch.real(values.clone()) if values.is_complex() else values
+        values = torch.where(row == M.col_indices(), values, torch.zeros_like(values))
+        return (
+            values.new_zeros(M.shape[0])
+            .index_add(0, row, values)
+            .reshape(self.tensor.shape[:-2] + (m,))
+        )
+
+    def _times(self, scale: Tensor) -> Tensor:
+        M, m = self.rows, self.tensor.shape[-1]
+        if self.tensor.dim() == 2:
+            return csr_matrix(M.crow_indices(), M.col_indices(), M.values() * scale, m)
+        batch = self.tensor.shape[:-2]
+        factors = scale.expand(batch).reshape(-1)[row_indices(M) // m]
+        pattern = self.pattern
+        return pattern.with_values((M.values() * factors).reshape(pattern.values.shape))
+
+    def dense(self) -> Tensor:
+        return self.tensor.to_dense()
+
+    def member(self, position: Tuple[int, ...]) -> Operand:
+        batch, m = self.tensor.shape[:-2], self.tensor.shape[-1]
+        if not batch:
+            return self
+        which = int(_at(torch.arange(math.prod(batch)).reshape(batch), position))
+        M = self.rows
+        crow = M.crow_indices()[which * m : (which + 1) * m + 1]
+        stored = slice(int(crow[0]), int(crow[-1]))
+        return Sparse(
+            self.name,
+            csr_matrix(
+                crow - crow[0],
+                M.col_indices()[stored] - which * m,
+                M.values()[stored],
+                m,
+            ),
+        )
+
+    def check_hermitian(self, V: Tensor) -> None:
+        """By |u^H M v - conj(v^H M u)| for fixed random u, v: a single unequal pair of entries shows with probability
+        one, at the cost of one product with two columns.
+
+        The rounding error of the two forms is at most 2 m eps ||M||_F / sqrt(m) |u| |v|, and sqrt(m) times smaller as a
+        rule.
+        """
+        forms = gram(
+            V, self._multiply(V)
+        )  # (*, 2, 2): entry (i, j) is u_i . M u_j, for real u
+        skew = (forms - forms.mH).abs().amax((-2, -1))
+        limit = (
+            8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * self.mean_square(V).sqrt()
+        )
+        if bool((skew > limit).any()):
+            name = self.name
+            raise ValueError(
+                f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
+                f"fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian "
+                f"matrix, such as ({name} + {name}^H) / 2"
+            )
+
+    def check_positive(self) -> None:
+        if bool((self.diagonal() <= 0).any()):
+            raise ValueError(
+                f"lobpcg: {self.name} is not positive definite: a diagonal entry is not positive; {self.name} must be "
+                "Hermitian positive definite"
+            )
+
+
+class MatrixFree(Operand):
+    """A matrix known by its products: a callable on blocks (*, m, p), a constant to autograd."""
+
+    def __init__(
+        self,
+        name: str,
+        call: Callable[[Tensor], Tensor],
+        scale: Optional[Tensor] = None,
+    ) -> None:
+        super().__init__(name)
+        self.call, self.scale = call, scale
+        self._probe: Optional[Tensor] = None
+
+    def _multiply(self, V: Tensor) -> Tensor:
+        U = self.call(V)
+        name = self.name
+        if not isinstance(U, Tensor):
+            raise TypeError(
+                f"lobpcg: {name} returned {type(U).__name__}; a callable {name} must map a block (*, m, p) to a tensor "
+                "of the same shape"
+            )
+        if U.shape != V.shape or U.dtype != V.dtype or U.device != V.device:
+            raise ValueError(
+                f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.device} for a block of shape "
+                f"{tuple(V.shape)}, {V.dtype}, {V.device}; a callable must keep shape, dtype and device"
+            )
+        # Seen here a NaN has a name; later it would be a factorisation that fails.
+        if U.numel() > 0 and not bool(torch.isfinite(largest_entries(U)).all()):
+            raise ValueError(
+                f"lobpcg: {name} returned NaN or infinite values for a finite block; check the callable {name}"
+            )
+        return U if self.scale is None else U * self.scale[..., None, None]
+
+    def scaled(self, scale: Tensor) -> Operand:
+        if bool((scale == 1.0).all()):
+            return self
+        return MatrixFree(
+            self.name, self.call, scale if self.scale is None else self.scale * scale
+        )
+
+    def _probed(self, V: Tensor) -> Tensor:
+        """The product with the fixed block, made once."""
+        if self._probe is None:
+            self._probe = self.apply(V)
+        return self._probe
+
+    def largest(self, V: Tensor) -> Tensor:
+        return largest_entries(self._probed(V)).amax(-1).to(torch.float64)
+
+    def mean_square(self, V: Tensor) -> Tensor:
+        ratio = torch.linalg.vector_norm(
+            self._probed(V), dim=(-2, -1)
+        ) / torch.linalg.vector_norm(V, dim=(-2, -1))
+        return ratio.square()
+
+    def in_double(self) -> Operand:
+        return self
+
+
+def _adjoint(M: Tensor) -> Tensor:
+    """M^H, not a conjugate that is only marked as such: that breaks forward mode under vmap."""
+    return torch.conj_physical(M.mT) if M.is_complex() else M.mT
+
+
+def _fold(V: Tensor) -> Tensor:
+    """(*, m, p) as (m, * p): batches become columns."""
+    return V.movedim(-2, 0).reshape(V.shape[-2], -1)
+
+
+def _unfold(U: Tensor, V: Tensor) -> Tensor:
+    """(m, * p) in the shape of V (*, m, p)."""
+    return U.reshape((U.shape[0],) + tuple(V.shape[:-2]) + (V.shape[-1],)).movedim(
+        0, -2
+    )
+
+
+def _side_by_side(
+    M: Tensor, pairs: Sequence[Tuple[Tensor, Tensor]]
+) -> Tuple[Tensor, Tensor]:
+    """U, V whose product U V^H is the sum over the pairs; batches that M lacks become columns, too."""
+    if len(pairs) == 1:
+        U, V = pairs[0]
+    else:
+        U, V = (torch.cat(_expanded(blocks), -1) for blocks in zip(*pairs))
+    return (_fold(U), _fold(V)) if M.dim() == 2 and U.dim() > 2 else (U, V)
+
+
+def _expanded(blocks: Sequence[Tensor]) -> List[Tensor]:
+    batch = max((block.shape[:-2] for block in blocks), key=len)
+    return [block.expand(batch + block.shape[-2:]) for block in blocks]
+
+
+def _at(T: Tensor, position: Tuple[int, ...], trailing: int = 0) -> Tensor:
+    """T at one position of the batch, to which T's own batch dimensions broadcast."""
+    batch = T.shape[: T.dim() - trailing]
+    return T[
+        tuple(
+            i if size > 1 else 0
+            for i, size in zip(position[len(position) - len(batch) :], batch)
+        )
+    ]
+
+
+def hermitian_part(M: Any) -> Any:
+    """(M + M^H) / 2 of a dense matrix; M itself where that changes no bit, and for everything else."""
+    if not isinstance(M, Tensor) or is_sparse(M) or _is_hermitian(M):
+        return M
+    return (M + _adjoint(M)) / 2
+
+
+def _is_hermitian(M: Tensor) -> bool:
+    """Whether dense M (*, m, m) equals M^H to the bit; by tiles, since the transpose as a whole would miss the cache
+    throughout.  False under a transform, where values cannot be looked at."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    M = M.detach()
+    m, tile = M.shape[-1], 512
+    for i in range(0, m, tile):
+        for j in range(0, i + 1, tile):
+            lower = M[..., i : i + tile, j : j + tile]
+            if not torch.equal(lower, M[..., j : j + tile, i : i + tile].mH):
+                return False
+    return True
+
+
+class Pencil:
+    """A, B and iK of one problem.
+
+    batch: their batch shape together with that of the start block.  scale_A, scale_B: powers of four, (*) or (), by
+    which `checked` has multiplied A and B.
+    """
+
+    def __init__(
+        self,
+        A: Operand,
+        B: Operand,
+        iK: Optional[Operand],
+        like: Tensor,
+        batch: List[int],
+    ) -> None:
+        self.A, self.B, self.iK = A, B, iK
+        self.m, self.dtype, self.device, self.batch = (
+            like.shape[-2],
+            like.dtype,
+            like.device,
+            batch,
+        )
+        self.scale_A = self.scale_B = torch.ones([], dtype=torch.float64)
+        self.rescaled = False
+
+    @classmethod
+    def of(cls, A: Any, B: Any, iK: Any, X: Optional[Tensor]) -> "Pencil":
+        like = next(T for T in (A, X, B) if isinstance(T, Tensor))
+        batch = arguments.batch_shape(A=A, B=B, X=X, iK=iK)
+        return cls(
+            operand(A, "A"),
+            operand(B, "B"),
+            None if iK is None else operand(iK, "iK"),
+            like,
+            batch,
+        )
+
+    @property
+    def generalized(self) -> bool:
+        return not isinstance(self.B, Identity)
+
+    @property
+    def operands(self) -> Tuple[Operand, ...]:
+        return (self.A, self.B) if self.iK is None else (self.A, self.B, self.iK)
+
+    @property
+    def parameters(self) -> Tuple[Any, ...]:
+        """Those of A, then of B, then of iK."""
+        return tuple(itertools.chain.from_iterable(M.parameters for M in self.operands))
+
+    def split(self, values: Sequence[Any]) -> List[Tuple[Any, ...]]:
+        """One value for each parameter, as those of A, of B and of iK."""
+        given = iter(values)
+        return [
+            tuple(itertools.islice(given, len(M.parameters))) for M in self.operands
+        ]
+
+    @property
+    def probe(self) -> Tensor:
+        """Two fixed vectors, (*, m, 2), of which no start block has one."""
+        return fixed_block(self.m, 2, 1 << 20, self.empty()).expand(
+            [*self.batch, self.m, 2]
+        )
+
+    def with_parameters(
+        self, parameters: Sequence[Any], X: Optional[Tensor] = None
+    ) -> "Pencil":
+        """The same pencil on other tensors; their batch shape may be another."""
+        operands = [
+            M.with_parameters(*own)
+            for M, own in zip(self.operands, self.split(parameters))
+        ]
+        same = self.of_operands(
+            operands[0], operands[1], None if self.iK is None else operands[2]
+        )
+        same.batch = arguments.batch_shape(
+            **{str(i): T for i, T in enumerate([*parameters, X])}
+        )
+        return same
+
+    def with_gradients(self) -> "Pencil":
+        """The pencil in a form in which gradients of any order exist.  ValueError where they do not."""
+        return self.of_operands(self.A.with_gradient(), self.B.with_gradient(), self.iK)
+
+    def bare(self) -> "Pencil":
+        """The pencil without its tensors, for an autograd Function to keep beside those that it saves."""
+        return self.with_parameters([None] * len(self.parameters))
+
+    def of_operands(self, A: Operand, B: Operand, iK: Optional[Operand]) -> "Pencil":
+        same = copy.copy(self)
+        same.A, same.B, same.iK = A, B, iK
+        return same
+
+    def checked(self) -> "Pencil":
+        """The pencil near size one, its values checked; iK stays as it is.
+
+        Raises ValueError unless A, B and iK are finite, A and B Hermitian where they are sparse, and B positive
+        definite as far as that shows at once.  A callable is trusted.
+        """
+        probe = self.probe
+        same = self.of_operands(self.A, self.B, self.iK)
+        same.scale_A = safe_scale(self.A.check_finite(probe), self.dtype)
+        same.scale_B = safe_scale(self.B.check_finite(probe), self.dtype)
+        same.A, same.B = self.A.scaled(same.scale_A), self.B.scaled(same.scale_B)
+        same.rescaled = same.A is not self.A or same.B is not self.B
+        for M in (same.A, same.B):
+            M.check_hermitian(probe)
+        same.B.check_positive()
+        if isinstance(self.iK, _Matrix):  # the products of a callable are checked, each
+            self.iK.check_finite(probe)
+        return same
+
+    def member(self, position: Tuple[int, ...]) -> "Pencil":
+        """The pencil of one matrix of the batch."""
+        same = self.of_operands(
+            *(
+                None if M is None else M.member(position)
+                for M in (self.A, self.B, self.iK)
+            )
+        )
+        same.batch = []
+        same.scale_A, same.scale_B = (
+            _at(scale, position) for scale in (self.scale_A, self.scale_B)
+        )
+        return same
+
+    def is_dense(self) -> bool:
+        """Whether a factorisation of A and B costs no conversion."""
+        return isinstance(self.A, Dense) and isinstance(self.B, (Dense, Identity))
+
+    def is_known(self) -> bool:
+        """Whether A and B have entries, which a factorisation could start from."""
+        return isinstance(self.A, _Matrix) and isinstance(self.B, (_Matrix, Identity))
+
+    def in_double(self) -> "Pencil":
+        same = self.of_operands(self.A.in_double(), self.B.in_double(), self.iK)
+        same.dtype = torch.promote_types(self.dtype, torch.float64)
+        return same
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of the pencil's dtype and device."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

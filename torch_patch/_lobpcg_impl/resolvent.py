@@ -1,0 +1,290 @@
+"""The reduced resolvent z_j = R_j b_j of k eigenpairs as a differentiable operation, to any order and in both modes.
+
+z_j is the unique solution of (A - E_j B) z_j = (I - B X X^H) b_j with X^H B z_j = 0, that is, with c = X^H b, of
+
+    [A - E_j B   B X] [z_j]   [b_j]
+    [X^H B        0 ] [c_j] = [ 0 ]
+
+whose matrix is Hermitian.  Reverse mode, with w_j = R_j gz_j and v_j = X^H gz_j:
+
+    gb = w                        gE_j = Re w_j^H B z_j
+    gA = -Herm(w z^H)             gB   = Herm((w E) z^H - w (X c)^H - (X v) z^H)
+    gX = -B (w c^H + z v^H)
+
+Forward mode:
+
+    dz_j = R_j (db_j - (dA - E_j dB) z_j + dE_j B z_j - d(B X) c_j) - X d(B X)^H z_j
+"""
+
+import math
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.blocks import norms
+from torch._lobpcg_impl.complement import solve_on_complement, system_tolerance
+from torch._lobpcg_impl.operand import Operand, Pencil
+from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.transforms import (
+    accepts_legacy_vmap,
+    batched_first,
+    refuse_nested_forward_mode,
+    sum_to,
+    without_autocast,
+)
+from torch.autograd import Function
+
+
+def reduced_resolvent(pairs: Pairs, b: Tensor, E: Optional[Tensor] = None) -> Tensor:
+    """R_j b_j for all pairs as one block, differentiable in the pencil's parameters, E, X and b.
+
+    b: (*, m, k), with any further leading dimensions; E: (*, k), where other shifts than pairs.E are meant.  The
+    further pairs and the preconditioner change the cost of the solve, not its result.
+    """
+    shifts = pairs.E if E is None else E
+    constants = (pairs.T, pairs.Y, pairs.residual)
+    pencil = pairs.pencil
+    return ReducedResolvent.apply(
+        pencil.bare(), pairs.options, shifts, pairs.X, b, *constants, *pencil.parameters
+    )
+
+
+class ReducedResolvent(Function):
+    """(pencil, options, E, X, b, T, Y, residual, parameters of the pencil ...) -> [R_j b_j]."""
+
+    @staticmethod
+    def forward(
+        pencil: Pencil,
+        options: Options,
+        E: Tensor,
+        X: Tensor,
+        b: Tensor,
+        T: Tensor,
+        Y: Tensor,
+        residual: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        tol = system_tolerance(E, X, T, residual[..., : E.shape[-1]], options.tol)
+        with without_autocast(X):
+            return solve_on_complement(
+                pencil.with_parameters(parameters),
+                E,
+                X,
+                b,
+                options.largest,
+                tol,
+                further=(T, Y),
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.pencil, ctx.options, *tensors = inputs
+        ctx.save_for_backward(output, *tensors)
+        ctx.save_for_forward(output, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def backward(ctx: Any, gz: Optional[Tensor]) -> Any:
+        if gz is None:
+            return (None,) * len(ctx.needs_input_grad)
+        z, b, pairs = _saved(ctx)
+        pencil, E, X = pairs.pencil, pairs.E, pairs.X
+        need_E, need_X = ctx.needs_input_grad[2:4]
+        need_A, need_B, *_ = (
+            any(needed) for needed in pencil.split(ctx.needs_input_grad[8:])
+        )
+        gE = gX = None
+        gA, gB = [None] * len(pencil.A.parameters), [None] * len(pencil.B.parameters)
+        with without_autocast(X):
+            w = reduced_resolvent(pairs, gz)
+            if need_A:
+                gA = pencil.A.pullback((-w, z))
+            if need_E:
+                gE = sum_to(_real((w.conj() * pencil.B.product(z)).sum(-2)), E.shape)
+            if need_B or need_X:
+                c, v = X.mH @ b, X.mH @ gz  # (*, k, k)
+            if need_B:
+                gB = pencil.B.pullback((w * E.unsqueeze(-2) - X @ v, z), (-w, X @ c))
+            if need_X:
+                gX = sum_to(-pencil.B.product(w @ c.mH + z @ v.mH), X.shape)
+        rest = [None] * (len(ctx.needs_input_grad) - 8 - len(gA) - len(gB))
+        return (None, None, gE, gX, w, None, None, None, *gA, *gB, *rest)
+
+    @staticmethod
+    @accepts_legacy_vmap
+    def jvp(
+        ctx: Any, _pencil: Any, _options: Any, dE: Any, dX: Any, db: Any, *others: Any
+    ) -> Any:
+        refuse_nested_forward_mode()
+        z, b, pairs = _saved(ctx)
+        A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
+        dA, dB, *_ = pairs.pencil.split(others[3:])
+        with without_autocast(X):
+            rhs = torch.zeros_like(z) if db is None else db
+            if _any(dA):
+                rhs = rhs - A.tangent(dA, z)
+            if _any(dB):
+                rhs = rhs + B.tangent(dB, z) * E.unsqueeze(-2)
+            if dE is not None:
+                rhs = rhs + B.product(z) * dE.unsqueeze(-2)
+            dBX = B.tangent(dB, X) if _any(dB) else None
+            if dX is not None:
+                dBX = B.product(dX) if dBX is None else dBX + B.product(dX)
+            if dBX is None:
+                return reduced_resolvent(pairs, rhs)
+            rhs = rhs - dBX @ (X.mH @ b)
+            return reduced_resolvent(pairs, rhs) - X @ (dBX.mH @ z)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Tuple[Any, ...],
+        pencil: Pencil,
+        options: Options,
+        *tensors: Any,
+    ) -> Any:
+        mapped = _mapped(info.batch_size, in_dims[2:], tensors)
+        return ReducedResolvent.apply(pencil, options, *mapped), 0
+
+
+def _any(tangents: Tuple[Any, ...]) -> bool:
+    return any(tangent is not None for tangent in tangents)
+
+
+def _saved(ctx: Any) -> Tuple[Tensor, Tensor, Pairs]:
+    """z, b and the pairs."""
+    z, E, X, b, T, Y, residual, *parameters = ctx.saved_tensors
+    return (
+        z,
+        b,
+        Pairs(
+            ctx.pencil.with_parameters(parameters),
+            ctx.options,
+            E,
+            X,
+            T,
+            Y,
+            residual,
+            residual,
+        ),
+    )
+
+
+def _mapped(size: int, in_dims: Tuple[Any, ...], tensors: Tuple[Any, ...]) -> List[Any]:
+    """E, X, b, T, Y, residual, parameters with the mapped dimension first, in such a way that they broadcast."""
+    trailing = (1, 2, 2, 1, 2, 1) + (2,) * (len(tensors) - 6)
+    (E, X, b, *others), _ = batched_first(size, in_dims, tensors, trailing)
+    # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
+    if in_dims[2] is None:
+        b = b.expand((size,) + tuple(b.shape))
+    if any(dim is not None for i, dim in enumerate(in_dims) if i != 2):
+        E = E.expand((size,) + tuple(E.shape)) if in_dims[0] is None else E
+        X = X.expand((size,) + tuple(X.shape)) if in_dims[1] is None else X
+    return [E, X, b, *others]
+
+
+def rayleigh_quotient(B: Operand, Z: Tensor, b: Tensor, largest: bool) -> Tensor:
+    """(+, *, k): z^H (A - E_j B) z / z^H B z for z = R_j b_j, without a product with A; infinitely far where z = 0."""
+    length = Z.abs().amax(-2)  # divided out first: squares of 1e200 leave the range
+    there = length > 0
+    length = torch.where(there, length, torch.ones_like(length))
+    Z = Z / length.unsqueeze(-2)
+    top, bottom = (
+        _real((Z.conj() * b).sum(-2)),
+        _real((Z.conj() * B.product(Z)).sum(-2)),
+    )
+    far = -math.inf if largest else math.inf
+    return torch.where(
+        there, top / length / torch.where(there, bottom, torch.ones_like(bottom)), far
+    )
+
+
+def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
+    """(*, 1): distance from E_k to a Ritz value of the complement close to it.  A constant to autograd.
+
+    Infinity where that is known: the guard T nearest to E_k, with its residual, shows that none is there, or a pair is
+    late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column.
+    """
+    tensors = (
+        pairs.E,
+        pairs.X,
+        late,
+        pairs.T,
+        pairs.Y,
+        pairs.residual,
+        *pairs.pencil.parameters,
+    )
+    tensors = tuple(T if T is None else T.detach() for T in tensors)
+    return _NearestOutside.apply(pairs.pencil.bare(), pairs.options, *tensors)
+
+
+class _NearestOutside(Function):
+    @staticmethod
+    def forward(
+        pencil: Pencil,
+        options: Options,
+        E: Tensor,
+        X: Tensor,
+        late: Tensor,
+        T: Tensor,
+        Y: Tensor,
+        residual: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        k, m, p = E.shape[-1], X.shape[-2], T.shape[-1]
+        last, far = E[..., -1:], -math.inf if options.largest else math.inf
+        if bool(late.any()):
+            return torch.full_like(last, far)
+        # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
+        if 0 < p and 16 * (k + p) <= m:
+            nearest, column = (T - last).abs().min(-1, keepdim=True)
+            spread = (residual[..., k:] * norms(Y)).gather(-1, column)
+            # The eigenvalue meant by the guard is within `spread` of it.
+            if bool((spread <= nearest / 2).all()):
+                return torch.full_like(last, far)
+        t = torch.arange(1, m + 1, dtype=E.dtype, device=E.device)
+        probe = (
+            torch.sin(t * t).unsqueeze(-1).to(X.dtype)
+        )  # incommensurable with 2 pi: without symmetry
+        b = torch.cat([torch.zeros_like(X[..., :-1]), probe.expand_as(X[..., -1:])], -1)
+        pencil = pencil.with_parameters(parameters)
+        # The component along one eigenvector is about 1 / sqrt(m) of the whole.
+        tol = 0.1 / math.sqrt(m)
+        with without_autocast(X):
+            z = solve_on_complement(
+                pencil, E, X, b, options.largest, tol, further=(T, Y), probe=True
+            )
+            return rayleigh_quotient(pencil.B, z, b, options.largest)[..., -1:]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Tuple[Any, ...],
+        pencil: Pencil,
+        options: Options,
+        *tensors: Any,
+    ) -> Any:
+        (late,), _ = batched_first(info.batch_size, in_dims[4:5], tensors[2:3], (1,))
+        dims = in_dims[2:4] + (None,) + in_dims[5:]
+        E, X, _, *others = _mapped(
+            info.batch_size, dims, tensors[:2] + (tensors[1],) + tensors[3:]
+        )
+        return _NearestOutside.apply(pencil, options, E, X, late, *others), 0
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.real(x) if x.is_complex() else x

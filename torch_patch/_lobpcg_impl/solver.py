@@ -1,0 +1,138 @@
+"""From a pencil to eigenpairs, without autograd: a dense solve or the iteration, batches under a tracker."""
+
+import itertools
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.blocks import fixed_block, norms
+from torch._lobpcg_impl.iteration import EigenPairs, LOBPCG
+from torch._lobpcg_impl.operand import operand, Pencil
+from torch._lobpcg_impl.ritz import hermitian
+
+
+# Measured on one thread: with k = 5, eigh costs as much as the iterations near m = 512; with a preconditioner that is
+# any good, near m = 128.
+_DENSE_UP_TO, _DENSE_UP_TO_WITH_IK = 512, 128
+
+
+def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
+    """n >= k eigenpairs of each pencil; X: (*, m, n), the start block, or None.  Dense A and B are Hermitian to the
+    bit.
+
+    Raises ValueError on NaN, infinity, asymmetry and a B or iK that shows itself not to be positive definite.
+    """
+    pencil, m, batch = pencil.checked(), pencil.m, pencil.batch
+    if X is not None:
+        operand(X, "X").check_finite(X)
+    if 0 in batch:
+        return _no_pairs(pencil, options.n)
+    if dense_is_cheaper(pencil, options):
+        return dense_solve(pencil, options)
+    start = fixed_block(m, options.n, 0, pencil.empty()) if X is None else X
+    start = start.expand([*batch, m, options.n])
+    if options.tracker is None or not batch:
+        return iterate(pencil, start, options)
+    # One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order.
+    positions = itertools.product(*(range(size) for size in batch))
+    pairs = [iterate(pencil.member(p), start[p], options) for p in positions]
+    return EigenPairs(
+        *(
+            torch.stack(field).reshape([*batch, *field[0].shape])
+            for field in zip(*pairs)
+        )
+    )
+
+
+def iterate(pencil: Pencil, X: Tensor, options: Options) -> EigenPairs:
+    """Run the worker on one problem or on a batch in lockstep; the pencil is checked."""
+    iparams = {
+        "m": pencil.m,
+        "n": options.n,
+        "k": options.k,
+        "niter": options.niter,
+        "chosen": options.chosen,
+    }
+    fparams = {"tol": options.tol}
+    bparams = {"largest": options.largest, "separate": options.differentiated}
+    given = (options.ortho_iparams, options.ortho_fparams, options.ortho_bparams)
+    for shown, ortho in zip((iparams, fparams, bparams), given):
+        shown.update({"ortho_" + name: value for name, value in ortho.items()})
+    A, B, iK = (
+        getattr(M, "tensor", getattr(M, "call", None))
+        for M in (pencil.A, pencil.B, pencil.iK)
+    )
+    worker = LOBPCG(
+        A, B, X, iK, iparams, fparams, bparams, options.method, options.tracker, pencil
+    )
+    with torch.no_grad():
+        worker.run()
+    return worker.result()
+
+
+def dense_is_cheaper(pencil: Pencil, options: Options) -> bool:
+    """One dense factorisation instead of iterations: m < 3 n, where LOBPCG does not apply, or small dense matrices."""
+    if options.iterate or not pencil.is_known():
+        return False
+    if pencil.m < 3 * options.n:
+        return True
+    return pencil.is_dense() and pencil.m <= (
+        _DENSE_UP_TO if pencil.iK is None else _DENSE_UP_TO_WITH_IK
+    )
+
+
+def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
+    """All m pairs by Cholesky of B and eigh, E (*, m), X (*, m, m), residuals of the first k.  Cost: about 9 m^3.
+
+    The pencil is checked.  The pairs beyond k cost nothing here, and with them the backward solve is a sum.
+    """
+    m, n, batch = pencil.m, options.k, pencil.batch
+    A = pencil.A.dense()
+    if not pencil.generalized:
+        E, X = torch.linalg.eigh(A)
+        BX, norm_B = X, torch.ones_like(E[..., :1])
+        norm_A = torch.maximum(
+            torch.linalg.vector_norm(E, dim=-1, keepdim=True) / m**0.5,
+            E.abs().amax(-1, keepdim=True),
+        )
+    else:
+        B = pencil.B.dense()
+        L, info = torch.linalg.cholesky_ex(B)
+        if bool((info > 0).any()):
+            raise ValueError(
+                "lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive "
+                "definite"
+            )
+        half = torch.linalg.solve_triangular(L, A, upper=False)
+        C = torch.linalg.solve_triangular(L, half.mH, upper=False)
+        E, V = torch.linalg.eigh(hermitian(C))
+        X = torch.linalg.solve_triangular(L.mH, V, upper=True)
+        BX = B @ X
+        norm_A, norm_B = (
+            torch.linalg.matrix_norm(M).unsqueeze(-1) / m**0.5 for M in (A, B)
+        )
+    if options.largest:
+        E, X, BX = E.flip(-1), X.flip(-1), BX.flip(-1)
+    # The residual costs a product with A a column: of the pairs that are asked for, not of all m.
+    first = X[..., :n]
+    residual = norms(A @ first - BX[..., :n] * E[..., None, :n])
+    scale = (norm_A + E[..., :n].abs() * norm_B) * norms(first)
+    if pencil.rescaled:
+        up, root = (
+            T.to(E.dtype).unsqueeze(-1)
+            for T in (1.0 / pencil.scale_A, pencil.scale_B.sqrt())
+        )
+        E, X = E * up * root.square(), X * root.unsqueeze(-1)
+        residual, scale = residual * up * root, scale * up * root
+    shapes = ([m], [m, m], [n], [n])
+    return EigenPairs(
+        *(T.expand(batch + shape) for T, shape in zip((E, X, residual, scale), shapes))
+    )
+
+
+def _no_pairs(pencil: Pencil, n: int) -> EigenPairs:
+    """The result for an empty batch."""
+    X = pencil.empty(*pencil.batch, pencil.m, n)
+    E = X.new_empty((*pencil.batch, n), dtype=X.dtype.to_real())
+    return EigenPairs(E, X, E, E)
