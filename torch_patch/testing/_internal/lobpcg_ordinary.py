@@ -39,9 +39,9 @@ span of the vectors of its cluster may be 1e-2 (single) or 1e-4 (double), or 20 
 gradient is asked for, also twice sqrt(eps) times the norm over the gap, as tol promises.
 
 **Exact zeros.** The gradient of a constant, such as the norm of orthonormal X, has no relative error. Where the exact
-gradient is below 30 eps times the size that a cotangent of this norm gives in a random direction, the error is
-relative to that size, and its verdict begins with "zero". The norm is that of the cotangent at X or at a random X,
-whichever is larger: a loss may be at its minimum.
+gradient is below 1e-10 times the size that a cotangent of this norm has in a random direction, or it and what
+rounding makes of it are below 30 eps times that size, the error is relative to that size, and its verdict begins with
+"zero". The norm is that of the cotangent at X or at a random X, whichever is larger: a loss may be at its minimum.
 """
 
 from __future__ import annotations
@@ -548,11 +548,14 @@ class Oracle:
         """X, W and W_B with gA = Herm(W X^H), gB = Herm(W_B X^H). seen: the X that the loss is evaluated at."""
         k = self.k
         e, X = self._separated(e), V[:, :k]
-        E = e[:k]
-        gE, gX = self._cotangents(loss, E, X if seen is None else seen)
-        G = V.mH @ gX  # (m, k)
+        gE, gX = self._cotangents(loss, e[:k], X if seen is None else seen)
+        return X, *self._pulled(e, V, gE, gX)
+
+    def _pulled(self, e, V, gE, gX):
+        """W and W_B of _factors, for cotangents of the wanted pairs."""
+        E, X, G = e[: self.k], V[:, : self.k], V.mH @ gX  # G: (m, k)
         W = V @ (G / self._distance(e)) + X * gE
-        return X, W, -W * E - 0.5 * X * G[:k].diagonal().real
+        return W, -W * E - 0.5 * X * G[: self.k].diagonal().real
 
     def _distance(self, e):
         """E_j - e_i, infinite for j = i, (m, k)."""
@@ -560,18 +563,16 @@ class Oracle:
         distance[torch.arange(self.k), torch.arange(self.k)] = math.inf
         return distance
 
-    def _sizes(self, loss):
-        """Norm of a gradient whose cotangent has this norm in a random direction; what rounding leaves of zero here."""
-        e, k, X = self._separated(self.e), self.k, self.V[:, : self.k]
-        lengths = torch.linalg.norm(self.V, dim=0)
-        elsewhere = self.data.Q * lengths[:k]
-        cotangents = [self._cotangents(loss, e[:k], Y) for Y in (X, elsewhere)]
-        gE = torch.maximum(cotangents[0][0].abs(), cotangents[1][0].abs())
-        gX = torch.maximum(*(torch.linalg.norm(gX, dim=0) for _, gX in cotangents))
-        terms = (lengths[:, None] ** 2 / self._distance(e)).abs()
-        typical = (gX**2 / len(e) * (terms**2).sum(0) + (gE * lengths[:k]) ** 2) * lengths[:k] ** 2
-        noise = 30 * math.sqrt(len(e)) * torch.finfo(torch.float64).eps * gX * terms.amax(0) * lengths[:k]
-        return float(typical.sum().sqrt()), float(torch.linalg.norm(noise))
+    def _typical(self, loss):
+        """As _factors, for cotangents of this loss's size in a random direction, and a random X of the same lengths."""
+        e, X, numbers = self._separated(self.e), self.V[:, : self.k], _Draw("typical", self.problem.seed)
+        E, elsewhere = e[: self.k], self.data.Q * torch.linalg.norm(X, dim=0)
+        (gE, gX), (other_gE, other_gX) = (self._cotangents(loss, E, Y) for Y in (X, elsewhere))
+        gE = torch.maximum(gE.abs(), other_gE.abs())
+        length = torch.maximum(torch.linalg.norm(gX, dim=0), torch.linalg.norm(other_gX, dim=0))
+        direction = numbers.normal(*X.shape, dtype=X.dtype)
+        gX = direction * (length / torch.linalg.norm(direction, dim=0))
+        return elsewhere, *self._pulled(e, self.V, gE, gX)
 
     def gradients(self, name, X):
         """For each leaf: exact gradient; what rounding and kinks account for; size of its terms; whether it is zero."""
@@ -584,7 +585,11 @@ class Oracle:
 
         V = self.aligned(X)
         Y = V[:, : self.k]
-        exact, (size, noise) = leaves(self.e, V), self._sizes(loss)
+        exact = leaves(self.e, V)
+        T, *both = self._typical(loss)
+        sizes = [float(torch.linalg.norm(M.pull_back(W, T))) for M, W in zip(matrices, both)]
+        # zero by structure: the oracle's own rounding of V^H gX; zero to rounding: of the dtype, with all that it makes
+        structure = max(1e-10, 30 * math.sqrt(len(self.e)) * torch.finfo(torch.float64).eps)
         others = [
             leaves(e, U, U[:, : self.k] * rounded, noise=4 * self.eps, generator=numbers.generator)
             for e, U, rounded, numbers in self.samples
@@ -596,8 +601,9 @@ class Oracle:
         for i, g in enumerate(exact):
             allowed = 2 * max(float(torch.linalg.norm(other[i] - g)) for other in others)
             kink = 2 * float(torch.linalg.norm(kinked[i] - g))
-            zero = float(torch.linalg.norm(g)) <= max(30 * self.eps * size, noise)
-            found.append((g, allowed, kink, size, zero))
+            norm = float(torch.linalg.norm(g))
+            zero = norm <= structure * sizes[i] or norm + allowed <= 30 * self.eps * sizes[i]
+            found.append((g, allowed, kink, sizes[i], zero))
         return found
 
 
