@@ -123,10 +123,13 @@ class TestLobpcgGraphs(LobpcgGradientCase):
 
         seen = []
         self.assertEqual(breaks(lambda A: torch.lobpcg(2 * A, k=2)[0] + 1, self.A), 0)
-        tracked = lambda A: torch.lobpcg(2 * A, k=2, tracker=tracker)[0] + 1
-        preconditioned = (
-            lambda A: torch.lobpcg(2 * A, k=2, iK=lambda R: R.clone())[0] + 1
-        )
+
+        def tracked(A):
+            return torch.lobpcg(2 * A, k=2, tracker=tracker)[0] + 1
+
+        def preconditioned(A):
+            return torch.lobpcg(2 * A, k=2, iK=lambda R: R.clone())[0] + 1
+
         for f in (tracked, preconditioned):
             self.assertEqual(breaks(f, self.A), 1)
             self.assertEqual(
@@ -283,7 +286,10 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         from torch.fx.experimental.proxy_tensor import make_fx
 
         S = self.hermitian(24).to_sparse_coo().coalesce()
-        f = lambda S: torch.lobpcg(S, **self.options)
+
+        def f(S):
+            return torch.lobpcg(S, **self.options)
+
         for mode in ("real", "fake"):
             graph = make_fx(f, tracing_mode=mode)(S)
             self.assertEqual(graph(2 * S), f(2 * S), rtol=0, atol=0)

@@ -14,14 +14,13 @@ from torch._lobpcg_impl.graph import (
     in_graphs,
     MATRICES,
     NUMBERS,
-    Outputs,
     refuse_in_graph,
     restore_pencil,
 )
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
-from torch._lobpcg_impl.solver import dense_is_cheaper, solve
+from torch._lobpcg_impl.solver import pair_shapes, solve
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     is_traced,
@@ -227,35 +226,14 @@ def _lobpcg(
     return outputs[0], outputs[1]
 
 
-def _solve_outputs(*tensors: Any, **numbers: Any) -> Outputs:
-    A, B, iK, X = tensors
-    pencil, options = Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
-    batch, m, k, dense = pencil.batch, pencil.m, options.k, False
-    if 0 not in batch:
-        dense = dense_is_cheaper(pencil, options)
-    found, n = (m, k) if dense else (options.n, options.n)
-    further = found - k if options.differentiated else 0
-    real, dtype = A.dtype.to_real(), A.dtype
-    vectors = [([*batch, m, p], dtype) for p in (k, further)]
-    E, T, residual, scale = [([*batch, p], real) for p in (k, further, n, n)]
-    return [E, vectors[0], T, vectors[1], residual, scale]
-
-
-def _restore_solve(A: Tensor, B: Any, iK: Any, X: Any, **numbers: Any) -> Any:
-    """A graph may be run where a derivative is wanted although it was traced where none was."""
-    pencil = Pencil.of(A, B, iK, X).with_gradients()
-    options = Options.of_numbers(**numbers)
-    if may_be_differentiated(*pencil.parameters):
-        options = dataclasses.replace(options, differentiated=True)
-    return (pencil.bare(), options, X, *pencil.parameters)
-
-
 @in_graphs(
     "solve",
     f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _solve_outputs,
+    lambda A, B, iK, X, **numbers: pair_shapes(
+        Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
+    ),
     hold_pencil,
-    _restore_solve,
+    restore_pencil,
 )
 class LOBPCGAutogradFunction(Function):
     """(pencil, options, X, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward

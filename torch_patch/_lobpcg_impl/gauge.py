@@ -136,9 +136,7 @@ class SecondOrderAtMost(Function):
         return SecondOrderAtMost.apply(W, F, order), 0
 
 
-_MASK_TENSORS = (
-    "Tensor E, Tensor? G, Tensor? gE, Tensor x, Tensor? g, Tensor T, Tensor residual, Tensor scale"
-)
+_MASK_TENSORS = "Tensor E, Tensor? G, Tensor? gE, Tensor x, Tensor? g, Tensor T, Tensor residual, Tensor scale"
 _MASK_NUMBERS = (
     "SymInt m, SymInt k, float tol, float pair_eps, bool largest, bool forward_mode"
 )

@@ -11,6 +11,7 @@ Each operator is the forward of one autograd Function, and the Function has its 
     a graph that runs   the operator -> Function.apply -> forward
 """
 
+import dataclasses
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
@@ -18,12 +19,12 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.sparse import is_sparse
-from torch._lobpcg_impl.transforms import is_traced
+from torch._lobpcg_impl.transforms import is_traced, may_be_differentiated
 from torch.autograd import Function
 from torch.library import Library
 
 
-_library = Library("_lobpcg", "DEF")
+_library = Library("_lobpcg", "DEF")  # noqa: TOR901
 _WITHOUT_VALUES = ("Meta", "SparseMeta", "SparseCsrMeta")
 
 MATRICES = "Tensor A, Tensor? B, Tensor? iK"
@@ -128,8 +129,11 @@ def hold_pencil(pencil: Pencil, options: Options, *tensors: Any) -> Held:
 def restore_pencil(
     A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], *tensors: Any, **numbers: Any
 ) -> Sequence[Any]:
-    pencil = Pencil.of(A, B, iK, None)
+    """A graph may run where a derivative is wanted although none was wanted where it was traced."""
+    pencil = Pencil.of(A, B, iK, None).with_gradients()
     options = Options.of_numbers(**numbers)
+    if may_be_differentiated(*pencil.parameters):
+        options = dataclasses.replace(options, differentiated=True)
     return [pencil.bare(), options, *tensors, *pencil.parameters]
 
 

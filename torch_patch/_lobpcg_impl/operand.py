@@ -212,12 +212,7 @@ class Dense(_Matrix):
         blocked = (
             V.device.type == "cpu" and 4 <= p and p < A.shape[-1] and A.shape[-1] > 512
         )
-        if (
-            not blocked
-            or torch.is_grad_enabled()
-            or in_transform()
-            or is_traced(A, V)
-        ):
+        if not blocked or torch.is_grad_enabled() or in_transform() or is_traced(A, V):
             return torch.matmul(A, V)
         rows, U = V.mT, V.new_empty((p, V.shape[-2]))
         for i in range(0, A.shape[-1], _ROWS_AT_A_TIME):

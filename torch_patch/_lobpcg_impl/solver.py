@@ -1,7 +1,7 @@
 """From a pencil to eigenpairs, without autograd: a dense solve or the iteration, batches under a tracker."""
 
 import itertools
-from typing import Optional
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,21 @@ def dense_is_cheaper(pencil: Pencil, options: Options) -> bool:
     return pencil.is_dense() and pencil.m <= (
         _DENSE_UP_TO if pencil.iK is None else _DENSE_UP_TO_WITH_IK
     )
+
+
+def pair_shapes(
+    pencil: Pencil, options: Options
+) -> List[Tuple[Sequence[int], torch.dtype]]:
+    """Shape and dtype of what Pairs hold: E, X, T, Y, residual, scale.  No value decides how many pairs are found."""
+    batch, m, k = pencil.batch, pencil.m, options.k
+    dense = 0 not in batch and dense_is_cheaper(pencil, options)
+    found, n = (m, k) if dense else (options.n, options.n)
+    further = found - k if options.differentiated else 0
+    vectors = ([*batch, m, k], [*batch, m, further])
+    values = ([*batch, p] for p in (k, further, n, n))
+    X, Y = ((shape, pencil.dtype) for shape in vectors)
+    E, T, residual, scale = ((shape, pencil.dtype.to_real()) for shape in values)
+    return [E, X, T, Y, residual, scale]
 
 
 def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
