@@ -118,7 +118,9 @@ TORN = {
     "sticky": transaction(steps=[["torch/_lobpcg.py", [DIGEST, 0o1644, None], None]]),
     "a negative mode": transaction(steps=[["torch/_lobpcg.py", [DIGEST, -1, None], None]]),
     "a mode in words": transaction(steps=[["torch/_lobpcg.py", [DIGEST, "644", None], None]]),
-    "a digest that is a path": transaction(steps=[["torch/_lobpcg.py", ["../../../victim/profile", 0o644, None], None]]),
+    "a digest that is a path": transaction(
+        steps=[["torch/_lobpcg.py", ["../../../victim/profile", 0o644, None], None]]
+    ),
     "a link in numbers": transaction(steps=[["torch/_lobpcg.py", [DIGEST, 0, 5], None]]),
 }
 
@@ -247,7 +249,7 @@ def test_what_is_no_regular_file_is_not_read(project, wheel, path, kind):
         place.symlink_to("/dev/zero")
     else:
         place.mkdir()
-    with pytest.raises(PatchError, match="no regular file|another kind"):
+    with pytest.raises(PatchError, match=r"no regular file|another kind"):
         run("apply", project, wheel)
 
 
