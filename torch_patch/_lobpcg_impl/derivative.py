@@ -41,7 +41,6 @@ from torch._lobpcg_impl.complement import (
 from torch._lobpcg_impl.gauge import (
     CheckOptions,
     generic_basis,
-    is_late,
     pair_factors,
     SecondOrderAtMost,
 )
@@ -167,10 +166,8 @@ def _with_values_outside(
     The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum: R_j amplifies that end most.
     """
     pencil, options = pairs.pencil, pairs.options
-    k = pairs.E.shape[-1]
     if b is None or Z is None:
-        late = is_late(pairs.residual, pairs.scale, pairs.X.shape[-2], k, options.tol)
-        distance = nearest_outside(pairs, late)
+        distance = nearest_outside(pairs)
     else:
         B = pencil.with_parameters(
             [T if T is None else T.detach() for T in pencil.parameters]
@@ -211,7 +208,7 @@ def reverse_mode(
             )
         W = X @ C - Z if W is None else W + X @ C - Z
     if N is not None:
-        W = SecondOrderAtMost.apply(W, 0)
+        W = SecondOrderAtMost.apply(W, F.detach(), 0)
     gA: Cotangents = A.pullback((W, X)) if need_A else (None,) * len(A.parameters)
     if not need_B:
         return gA, (None,) * len(B.parameters)

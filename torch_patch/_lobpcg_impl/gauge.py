@@ -8,10 +8,12 @@ vmap; its result is the mask of the pairs (i, j) whose factor F_ij = 1 / (E_j - 
 
 import math
 import warnings
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.graph import Held, in_graphs, Outputs
+from torch._lobpcg_impl.pairs import is_late
 from torch._lobpcg_impl.transforms import batched_first, broadcast
 from torch.autograd import Function
 
@@ -33,9 +35,12 @@ class CheckOptions:
     ) -> None:
         self.m, self.k, self.tol, self.pair_eps = m, k, tol, pair_eps
         self.largest, self.forward_mode = largest, forward_mode
-        self.clustered = (
-            False  # set by the check: whether some F_ij between different pairs is 0
-        )
+        # Set by the check: whether some F_ij between different pairs is 0, or a graph is traced, where it may be.
+        self.clustered = False
+
+    def numbers(self) -> Dict[str, Any]:
+        """What an operator's schema can hold."""
+        return {name: v for name, v in vars(self).items() if name != "clustered"}
 
 
 def pair_factors(
@@ -77,42 +82,92 @@ def _lengths(X: Tensor, Y: Tensor) -> Tensor:
     return torch.cat([x.expand(tuple(y.shape[:-1]) + (x.shape[-1],)), y], -1)
 
 
+def _hold_order(W: Tensor, F: Tensor, order: int) -> Held:
+    return (W, F), {"order": order}
+
+
+@in_graphs(
+    "second_order_at_most",
+    "(Tensor W, Tensor F, *, int order) -> Tensor",
+    lambda W, F, order: [(W.shape, W.dtype)],
+    _hold_order,
+    lambda W, F, order: (W, F, order),
+)
 class SecondOrderAtMost(Function):
-    """W -> W; warns where a third derivative passes through."""
+    """(W, F, order) -> W, W being what `order` derivatives have been taken of; warns of a third where F has a cluster."""
 
     @staticmethod
-    def forward(W: Tensor, order: int) -> Tensor:
+    def forward(W: Tensor, F: Tensor, order: int) -> Tensor:
+        if order > 1 and bool(((F == 0).sum(-1) > 1).any()):
+            warnings.warn(
+                "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some "
+                "are here",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return W.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.order = inputs[1]
+        _, F, ctx.order = inputs
+        ctx.save_for_backward(F)
+        ctx.save_for_forward(F)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _warn_third(g, ctx.order), None
+        (F,) = ctx.saved_tensors
+        return SecondOrderAtMost.apply(g, F, ctx.order + 1), None, None
 
     @staticmethod
-    def jvp(ctx: Any, t: Tensor, _: Any) -> Tensor:
-        return _warn_third(t, ctx.order)
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
+        (F,) = ctx.saved_tensors
+        return SecondOrderAtMost.apply(t, F, ctx.order + 1)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Tuple[Any, ...], W: Tensor, order: int) -> Any:
-        return SecondOrderAtMost.apply(W, order), in_dims[0]
+    def vmap(
+        info: Any, in_dims: Tuple[Any, ...], W: Tensor, F: Tensor, order: int
+    ) -> Any:
+        if in_dims[0] is None:
+            W = W.expand((info.batch_size, *W.shape))
+        else:
+            W = W.movedim(in_dims[0], 0)
+        # F is looked at as a whole, so its batches may stand anywhere but last.
+        F = F if in_dims[1] is None else F.movedim(in_dims[1], 0)
+        return SecondOrderAtMost.apply(W, F, order), 0
 
 
-def _warn_third(g: Tensor, order: int) -> Tensor:
-    if order < 1:
-        return SecondOrderAtMost.apply(g, order + 1)
-    warnings.warn(
-        "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some are "
-        "here",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return g
+_MASK_TENSORS = (
+    "Tensor E, Tensor? G, Tensor? gE, Tensor x, Tensor? g, Tensor T, Tensor residual, Tensor scale"
+)
+_MASK_NUMBERS = (
+    "SymInt m, SymInt k, float tol, float pair_eps, bool largest, bool forward_mode"
+)
 
 
+def _mask_shape(E: Tensor, G: Any, gE: Any, *_: Any) -> List[int]:
+    shapes = [E.shape + E.shape[-1:]]
+    shapes += [] if G is None else [G.shape]
+    shapes += [] if gE is None else [gE.shape + gE.shape[-1:]]
+    return broadcast(*shapes)
+
+
+def _hold_mask(*arguments: Any) -> Held:
+    *tensors, options = arguments
+    options.clustered = True
+    return tensors, options.numbers()
+
+
+def _mask_outputs(*tensors: Any, **numbers: Any) -> Outputs:
+    return [(_mask_shape(*tensors), tensors[0].dtype)]
+
+
+@in_graphs(
+    "pair_mask",
+    f"({_MASK_TENSORS}, *, {_MASK_NUMBERS}) -> Tensor",
+    _mask_outputs,
+    _hold_mask,
+    lambda *tensors, **numbers: (*tensors, CheckOptions(**numbers)),
+)
 class _PairMask(Function):
     """(E, G, gE, ...) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
 
@@ -132,12 +187,7 @@ class _PairMask(Function):
         options.clustered = options.clustered or bool(
             (mask.sum(-1) < options.k - 1).any()
         )
-        shapes = (
-            [mask.shape]
-            + ([] if G is None else [G.shape])
-            + ([] if gE is None else [gE.shape + gE.shape[-1:]])
-        )
-        return mask.expand(broadcast(*shapes)).contiguous()
+        return mask.expand(_mask_shape(E, G, gE)).contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -409,13 +459,6 @@ def _check_blur(
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def is_late(residual: Tensor, scale: Tensor, m: int, k: int, tol: float) -> Tensor:
-    """(*, k): whether a pair has missed the tolerance."""
-    # No iteration gets below the rounding of its own residual, however small tol is.
-    reachable = max(tol, 16 * math.sqrt(m) * torch.finfo(residual.dtype).eps)
-    return residual[..., :k] > reachable * scale[..., :k]
 
 
 def _check_outside(

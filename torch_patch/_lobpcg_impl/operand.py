@@ -33,7 +33,7 @@ from torch._lobpcg_impl.sparse import (
     SparseFromValues,
     SparseProduct,
 )
-from torch._lobpcg_impl.transforms import sum_to
+from torch._lobpcg_impl.transforms import in_transform, is_traced, sum_to
 
 
 # Rows of a dense matrix multiplied at a time: with a thin block they and their result stay in the cache.
@@ -215,7 +215,8 @@ class Dense(_Matrix):
         if (
             not blocked
             or torch.is_grad_enabled()
-            or torch._C._are_functorch_transforms_active()
+            or in_transform()
+            or is_traced(A, V)
         ):
             return torch.matmul(A, V)
         rows, U = V.mT, V.new_empty((p, V.shape[-2]))
@@ -591,8 +592,8 @@ def hermitian_part(M: Any) -> Any:
 
 def _is_hermitian(M: Tensor) -> bool:
     """Whether dense M (*, m, m) equals M^H to the bit; by tiles, since the transpose as a whole would miss the cache
-    throughout.  False under a transform, where values cannot be looked at."""
-    if torch._C._are_functorch_transforms_active():
+    throughout.  False under a transform or a tracer, where values cannot be looked at."""
+    if in_transform() or is_traced(M):
         return False
     M = M.detach()
     m, tile = M.shape[-1], 512

@@ -1,8 +1,10 @@
 """Pairs: what a solve has found, with the pencil and the options that it was found for."""
 
+import math
 from dataclasses import dataclass
 from typing import Tuple
 
+import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.operand import Pencil
@@ -32,3 +34,10 @@ class Pairs:
     def all_known(self) -> bool:
         """Whether the further pairs are all of the rest."""
         return self.E.shape[-1] + self.T.shape[-1] == self.X.shape[-2]
+
+
+def is_late(residual: Tensor, scale: Tensor, m: int, k: int, tol: float) -> Tensor:
+    """(*, k): whether a pair has missed the tolerance."""
+    # No iteration gets below the rounding of its own residual, however small tol is.
+    reachable = max(tol, 16 * math.sqrt(m) * torch.finfo(residual.dtype).eps)
+    return residual[..., :k] > reachable * scale[..., :k]

@@ -24,11 +24,20 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import norms
 from torch._lobpcg_impl.complement import solve_on_complement, system_tolerance
+from torch._lobpcg_impl.graph import (
+    hold_pencil,
+    in_graphs,
+    MATRICES,
+    NUMBERS,
+    Outputs,
+    restore_pencil,
+)
 from torch._lobpcg_impl.operand import Operand, Pencil
-from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.pairs import is_late, Pairs
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     batched_first,
+    broadcast,
     refuse_nested_forward_mode,
     sum_to,
     without_autocast,
@@ -50,6 +59,18 @@ def reduced_resolvent(pairs: Pairs, b: Tensor, E: Optional[Tensor] = None) -> Te
     )
 
 
+def _block_shape(*tensors: Any, **numbers: Any) -> Outputs:
+    X, b = tensors[4:6]
+    return [((*broadcast(X.shape[:-2], b.shape[:-2]), *X.shape[-2:]), X.dtype)]
+
+
+@in_graphs(
+    "resolvent",
+    f"({MATRICES}, Tensor E, Tensor X, Tensor b, Tensor T, Tensor Y, Tensor residual, *, {NUMBERS}) -> Tensor",
+    _block_shape,
+    hold_pencil,
+    restore_pencil,
+)
 class ReducedResolvent(Function):
     """(pencil, options, E, X, b, T, Y, residual, parameters of the pencil ...) -> [R_j b_j]."""
 
@@ -145,7 +166,7 @@ class ReducedResolvent(Function):
         options: Options,
         *tensors: Any,
     ) -> Any:
-        mapped = _mapped(info.batch_size, in_dims[2:], tensors)
+        mapped = _mapped(info.batch_size, in_dims[2:], tensors, (1, 2, 1))
         return ReducedResolvent.apply(pencil, options, *mapped), 0
 
 
@@ -172,9 +193,17 @@ def _saved(ctx: Any) -> Tuple[Tensor, Tensor, Pairs]:
     )
 
 
-def _mapped(size: int, in_dims: Tuple[Any, ...], tensors: Tuple[Any, ...]) -> List[Any]:
-    """E, X, b, T, Y, residual, parameters with the mapped dimension first, in such a way that they broadcast."""
-    trailing = (1, 2, 2, 1, 2, 1) + (2,) * (len(tensors) - 6)
+def _mapped(
+    size: int,
+    in_dims: Tuple[Any, ...],
+    tensors: Tuple[Any, ...],
+    constants: Tuple[int, ...],
+) -> List[Any]:
+    """E, X, b, constants, parameters with the mapped dimension first, in such a way that they broadcast.
+
+    constants: how many dimensions of each are not batch.
+    """
+    trailing = (1, 2, 2, *constants, *(2 for _ in tensors[3 + len(constants) :]))
     (E, X, b, *others), _ = batched_first(size, in_dims, tensors, trailing)
     # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
     if in_dims[2] is None:
@@ -201,25 +230,37 @@ def rayleigh_quotient(B: Operand, Z: Tensor, b: Tensor, largest: bool) -> Tensor
     )
 
 
-def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
+def nearest_outside(pairs: Pairs) -> Tensor:
     """(*, 1): distance from E_k to a Ritz value of the complement close to it.  A constant to autograd.
 
     Infinity where that is known: the guard T nearest to E_k, with its residual, shows that none is there, or a pair is
-    late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column.
+    late, and the gradient inaccurate.  Otherwise it costs a rough solution for one column.
     """
     tensors = (
         pairs.E,
         pairs.X,
-        late,
         pairs.T,
         pairs.Y,
         pairs.residual,
+        pairs.scale,
         *pairs.pencil.parameters,
     )
     tensors = tuple(T if T is None else T.detach() for T in tensors)
     return _NearestOutside.apply(pairs.pencil.bare(), pairs.options, *tensors)
 
 
+def _number_shape(*tensors: Any, **numbers: Any) -> Outputs:
+    E = tensors[3]
+    return [((*E.shape[:-1], 1), E.dtype)]
+
+
+@in_graphs(
+    "nearest_outside",
+    f"({MATRICES}, Tensor E, Tensor X, Tensor T, Tensor Y, Tensor residual, Tensor scale, *, {NUMBERS}) -> Tensor",
+    _number_shape,
+    hold_pencil,
+    restore_pencil,
+)
 class _NearestOutside(Function):
     @staticmethod
     def forward(
@@ -227,15 +268,15 @@ class _NearestOutside(Function):
         options: Options,
         E: Tensor,
         X: Tensor,
-        late: Tensor,
         T: Tensor,
         Y: Tensor,
         residual: Tensor,
+        scale: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         k, m, p = E.shape[-1], X.shape[-2], T.shape[-1]
         last, far = E[..., -1:], -math.inf if options.largest else math.inf
-        if bool(late.any()):
+        if bool(is_late(residual, scale, m, k, options.tol).any()):
             return torch.full_like(last, far)
         # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
         if 0 < p and 16 * (k + p) <= m:
@@ -278,12 +319,12 @@ class _NearestOutside(Function):
         options: Options,
         *tensors: Any,
     ) -> Any:
-        (late,), _ = batched_first(info.batch_size, in_dims[4:5], tensors[2:3], (1,))
-        dims = in_dims[2:4] + (None,) + in_dims[5:]
+        E, X, *others = tensors
+        dims = (in_dims[2], in_dims[3], in_dims[3], *in_dims[4:])
         E, X, _, *others = _mapped(
-            info.batch_size, dims, tensors[:2] + (tensors[1],) + tensors[3:]
+            info.batch_size, dims, (E, X, X, *others), (1, 2, 1, 1)
         )
-        return _NearestOutside.apply(pencil, options, E, X, late, *others), 0
+        return _NearestOutside.apply(pencil, options, E, X, *others), 0
 
 
 def _real(x: Tensor) -> Tensor:
