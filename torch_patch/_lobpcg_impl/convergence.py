@@ -79,7 +79,7 @@ def judge_one(
             least = min(least, values[i])
         losses = losses or values[i] < loss
     if len(running) != index.shape[0] or len(running) < n:
-        index = torch.tensor(running, dtype=torch.int64, device=rerr.device)
+        index = torch.tensor(running, dtype=torch.int64, device=index.device)
     least_B, least_K = 1.0, 1.0
     if definite is not None:
         least_B, least_K = values[n + p], values[n + p + 1]
