@@ -58,7 +58,11 @@ def iterate(pencil: Pencil, X: Tensor, options: Options) -> EigenPairs:
         "chosen": options.chosen,
     }
     fparams = {"tol": options.tol}
-    bparams = {"largest": options.largest, "separate": options.differentiated}
+    bparams = {
+        "largest": options.largest,
+        "separate": options.differentiated,
+        "accurate": options.accurate,
+    }
     given = (options.ortho_iparams, options.ortho_fparams, options.ortho_bparams)
     for shown, ortho in zip((iparams, fparams, bparams), given):
         shown.update({"ortho_" + name: value for name, value in ortho.items()})
