@@ -19,14 +19,15 @@ class Measures(NamedTuple):
     """How good the pairs of an iteration are.
 
     e: (*, n) eigenvalues.  rerr: (*, n) residuals relative to (|A| + |E| |B|) |x|.  rho: (*, n) norms of D^-1/2 r, D =
-    diag(B), and size N: (*, n) the pencil's size in the same scale, neither of which changes when unknowns are scaled.
-    eps: unit rounding of the blocks.
+    diag(B); size N and noise: (*, n), what rounding by a relative eps changes in rho and in E, over eps.  None of these
+    three changes when unknowns are scaled.  eps: unit rounding of the blocks.
     """
 
     e: Tensor
     rerr: Tensor
     rho: Tensor
     size: Tensor
+    noise: Tensor
     eps: float
 
     @property
@@ -59,13 +60,14 @@ class Measures(NamedTuple):
     def accurate(self, k: int, tol: float, vectors: bool) -> Tensor:
         """Whether the first k pairs are as accurate as a call without tol asks for: (*, k).
 
-        The eigenvalue to tol relative to itself, a third of what is promised, or to 10 eps N; with `vectors` the vector
-        too, if guards tell its gap.  Or rounding allows no better.
+        The eigenvalue to tol relative to itself, a third of what is promised, or to ten times its noise; with `vectors`
+        the vector too, if guards tell its gap.  Or rounding allows no better.
         """
         rho, floor = self.rho[..., :k], self.floor[..., :k]
         if self.e.shape[-1] == k:
             return torch.ones_like(rho, dtype=torch.bool)
-        allowed = torch.maximum(tol * self.e[..., :k].abs(), 5.0 * floor)
+        noise = 10.0 * self.eps * self.noise[..., :k]
+        allowed = torch.maximum(tol * self.e[..., :k].abs(), noise)
         good = self.value_error(k) <= allowed
         if vectors:
             good = good & (rho <= _VECTOR_ERROR[self.eps > 1e-10] * self.gap(k))

@@ -157,27 +157,28 @@ class LOBPCG:
         self._clear(X)
 
     def _set_graded_scale(self) -> None:
-        """The root of D^-1, D = diag(B), in which rho is measured, and the sizes of A and B in that scale."""
+        """D = diag(B), in whose scale rho is measured, and the row norms of A and B in that scale.
+
+        root: D^-1/2 (*, m, 1), None where D is taken as a multiple of the identity: without B, or of a callable its root
+        mean square.  rows: (*, m, 2), D times the squared row norms of D^-1/2 A D^-1/2 and of D^-1/2 B D^-1/2.
+        """
         pencil = self.pencil
-        self.root: Optional[Tensor] = None  # (*, m, 1), where D is not a multiple of I
-        self.graded_A, self.graded_B = self.norm_A, self.norm_B
-        if not pencil.generalized:
-            return
+        self.root: Optional[Tensor] = None
         d = pencil.B.diagonal()
         if d is None:
-            # For a callable its root mean square.
-            unit = self.norm_B.clamp_min(self.tiny)
-            self.graded_A, self.graded_B = self.norm_A / unit, self.norm_B / unit
             return
-        s = d.clamp_min(self.tiny).rsqrt()
-        self.root = s.unsqueeze(-1)
-        self.graded_A, self.graded_B = (
-            op.mean_square(pencil.probe, s)
-            .to(device=self.place, dtype=torch.float64)
-            .sqrt()
-            .unsqueeze(-1)
-            for op in (pencil.A, pencil.B)
-        )
+        d = d.to(torch.float64).clamp_min(self.tiny)
+        rows = []
+        for op, norm in ((pencil.A, self.norm_A), (pencil.B, self.norm_B)):
+            squares = op.row_squares(d)
+            if squares is None:
+                norm = norm.to(d.device) / d.mean(-1, keepdim=True)
+                squares = norm.square().expand(d.shape)
+            rows.append(squares * d)
+        real = self.X.dtype.to_real()
+        self.d_B = d.unsqueeze(-1).to(real)
+        self.root = d.rsqrt().unsqueeze(-1).to(real)
+        self.rows = torch.stack(torch.broadcast_tensors(*rows), -1).to(real)
 
     def _clear(self, X: Tensor) -> None:
         """The state before the first iteration."""
@@ -203,7 +204,7 @@ class LOBPCG:
         self.least = 1.0
         self.residual = torch.zeros_like(self.e)
         self.scale = torch.zeros_like(self.e)
-        self.measures = Measures(self.e, self.e, self.e, self.e, self.eps)
+        self.measures = Measures(self.e, self.e, self.e, self.e, self.e, self.eps)
         self.R = self.S = X
 
     def down(self, *tensors: Tensor) -> List[Tensor]:
@@ -509,29 +510,53 @@ class LOBPCG:
         X, AX, BX = self.basis.wanted()
         torch.addcmul(AX, BX, self.E.unsqueeze(-2).to(AX.dtype), value=-1, out=self.W)
         self.length = norms(self.W)
-        size, numbers = self.e.abs(), [self.length.unsqueeze(-1)]
+        numbers = [self.length.unsqueeze(-1)]
         if self.pencil.generalized:
             numbers.append(norms(X).unsqueeze(-1))
         if self.root is not None:
-            numbers.append(norms(self.W * self.root).unsqueeze(-1))
+            numbers += self.graded_numbers(X)
         self.residual, *others = (
             torch.real(T).squeeze(-1) for T in self.down(*numbers)
         )
+        size = self.e.abs()
         if self.pencil.generalized:
             self.scale = (self.norm_A + size * self.norm_B) * others[0]
         else:
             # ||A|| >= |E_j|
             self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size
-        rho, graded = self.residual, self.scale
-        if self.root is not None:
-            rho = others[1]
-        elif self.pencil.generalized:
-            rho = rho / self.norm_B.clamp_min(self.tiny).sqrt()
-        if self.pencil.generalized:
-            graded = torch.maximum(self.graded_A, size) + size * self.graded_B
         self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
-        self.measures = Measures(
-            self.e, self.tvars["rerr"], rho, graded.clamp_min(self.tiny), self.eps
+        self.measures = self.measured(size, others)
+
+    def graded_numbers(self, X: Tensor) -> List[Tensor]:
+        """Columns (*, n, 1): rho = |D^-1/2 r|; sums of x_a^2 D_a w_a^2 and of x_a^4 D_a^2 w_a^2, w the row norms of A,
+        then of B, in the scale of D."""
+        squares = X.abs().square()
+        rows = self.rows
+        ends = squares.mT @ rows, squares.square().mT @ (rows * self.d_B)
+        rho = norms(self.W * self.root).unsqueeze(-1)
+        return [rho, *(column for end in ends for column in end.split(1, -1))]
+
+    def measured(self, size: Tensor, numbers: List[Tensor]) -> Measures:
+        """The measures of the pairs; size: |E|; numbers: |x|, then those of graded_numbers, with B.
+
+        Rounding the entries of A and B by a relative eps each changes the residual by eps N, and x^H A x by eps times
+        the root of the sum with fourth powers: much less where a graded pencil is large and x is not.
+        """
+        rerr, tiny = self.tvars["rerr"], self.tiny
+        if not self.pencil.generalized:
+            scale = self.scale.clamp_min(tiny)
+            return Measures(self.e, rerr, self.residual, scale, scale, self.eps)
+        if self.root is None:
+            unit = self.norm_B.clamp_min(tiny)
+            scale = torch.maximum(self.norm_A / unit, size) + size
+            scale = scale.clamp_min(tiny)
+            rho = self.residual / unit.sqrt()
+            return Measures(self.e, rerr, rho, scale, scale, self.eps)
+        _, rho, A2, B2, A4, B4 = numbers
+        scale = torch.maximum(A2.sqrt(), size) + size * B2.sqrt()
+        noise = A4.sqrt() + size * B4.sqrt()
+        return Measures(
+            self.e, rerr, rho, scale.clamp_min(tiny), noise.clamp_min(tiny), self.eps
         )
 
     def update_converged_count(self) -> int:
