@@ -75,19 +75,36 @@ def solve_on_complement(
     largest: bool,
     tol: Union[float, Tensor],
     further: Optional[Tuple[Tensor, Tensor]] = None,
-    quiet: bool = False,
-    probe: bool = False,
+    use: str = "derivative",
 ) -> Tensor:
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, further: T (*, p) and Y (*, m, p),
     more approximate eigenpairs.  Relative residual at most `tol`, or tol[j], in column j, or the
-    smallest that rounding allows; a column that misses both is reported by a RuntimeWarning unless `quiet`.
-    Components along which the operator is singular to rounding are left out, with a RuntimeWarning; with `probe` they
-    are divided by that rounding, and nothing is reported.
+    smallest that rounding allows; a column that misses both is reported.  A column inside span X, to rounding, is zero.
+    Components along which the operator is singular to rounding are left out, which is reported; where the use is a
+    "probe" they are divided by that rounding.  A probe and a "step" of Newton's report nothing.
     """
-    if E.dtype == torch.float32 and is_small_and_dense(pencil):
-        return _solve_in_double(pencil, X, b, largest, tol, quiet, probe).to(b.dtype)
+    eps = torch.finfo(E.dtype).eps
+    if eps > 1e-10 and is_small_and_dense(pencil):
+        z = _solve_in_double(pencil, X, b, largest, tol, use)
+    else:
+        z = _solve(pencil, E, X, b, largest, tol, further, use, eps)
+    return z.to(b.dtype)
+
+
+def _solve(
+    pencil: Pencil,
+    E: Tensor,
+    X: Tensor,
+    b: Tensor,
+    largest: bool,
+    tol: Union[float, Tensor],
+    further: Optional[Tuple[Tensor, Tensor]],
+    use: str,
+    eps: float,
+) -> Tensor:
+    """The same in the precision of X; eps: unit rounding of the precision that b was computed in."""
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
@@ -95,12 +112,10 @@ def solve_on_complement(
         E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
     )
     op = Complement(pencil, shifts, X, largest)
-    op.quiet, op.probe = quiet or probe, probe
-    b = op.project_dual(columns(b))
-    size = safe_norms(b)
+    op.quiet, op.probe = use != "derivative", use == "probe"
+    b, size = _right_hand_side(op, b, eps)
     if bool((size == 0).all()):
         return _further_dimensions_of_columns(torch.zeros_like(b), more, len(batch))
-    b = b.div_(torch.where(size > 0, size, torch.ones_like(size)))
     op.set_scale(b)
     m = X.shape[-2]
     if m == k:
@@ -117,6 +132,32 @@ def solve_on_complement(
     return _further_dimensions_of_columns(z, more, len(batch))
 
 
+def _right_hand_side(op: Complement, b: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
+    """(I - B X X^H) b in columns of norm one or zero, and what to multiply them by; b: (*, m, q).
+
+    Of a column inside span X, the cotangent of a norm for one, the projection leaves rounding alone: at most 16 eps of
+    b and of the terms that were subtracted.  It is zero then, and not a direction to solve for.  The projector is as
+    exact as X is orthonormal, so it is applied to what it left once more: what lies in the complement keeps its length.
+    """
+    size = safe_norms(b)
+    b = columns(b / _nonzero(size))
+    c = gram(op.X, b)
+    terms = 1 + norms(op.BX).unsqueeze(-2).to(b.real.dtype) @ c.abs()  # (*, 1, q)
+    b = op.project_dual(b)
+    left = norms(b, keepdim=True)
+    inside = left <= 16 * eps * terms  # false for NaN, which goes on to be seen
+    b = op.project_dual(b / _nonzero(left))
+    again = norms(b, keepdim=True)
+    inside = inside | (again < 0.5)
+    b = b.div_(_nonzero(again)).masked_fill_(inside, 0.0)
+    return b, (size * left * again).masked_fill(inside, 0.0)
+
+
+def _nonzero(size: Tensor) -> Tensor:
+    """size, and 1 where it is 0."""
+    return torch.where(size == 0, torch.ones_like(size), size)
+
+
 def in_double(M: Tensor) -> Tensor:
     """A real or complex tensor in double precision."""
     return M.to(torch.promote_types(M.dtype, torch.float64))
@@ -128,16 +169,18 @@ def _solve_in_double(
     b: Tensor,
     largest: bool,
     tol: Union[float, Tensor],
-    quiet: bool,
-    probe: bool,
+    use: str,
 ) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
 
-    Eigenvalues are the Rayleigh quotients of X, whose error is the square of X's rounding.
+    X is orthonormal to single precision; a Newton-Schulz step squares what is missing.  Eigenvalues are the Rayleigh
+    quotients of X, whose error is the square of X's rounding.
     """
+    eps = torch.finfo(b.dtype).eps
     pencil, X, b = pencil.in_double(), in_double(X), in_double(b)
+    X = 1.5 * X - 0.5 * X @ gram(X, pencil.B.apply(X))
     E = inner(X, pencil.A.apply(X)) / inner(X, pencil.B.apply(X))
-    return solve_on_complement(pencil, E, X, b, largest, tol, quiet=quiet, probe=probe)
+    return _solve(pencil, E, X, b, largest, tol, None, use, eps)
 
 
 def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, Tensor]:

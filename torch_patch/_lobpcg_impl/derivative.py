@@ -48,8 +48,8 @@ from torch._lobpcg_impl.gauge import (
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.resolvent import (
+    distance_of_quotient,
     nearest_outside,
-    rayleigh_quotient,
     reduced_resolvent,
 )
 from torch._lobpcg_impl.transforms import in_transform
@@ -106,7 +106,7 @@ def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
     r = _residuals(pencil, e, x)
     before = norms(r)
     # A relative error of the step is as good as the square of what it corrects.
-    Z = x - solve_on_complement(pencil, e, x, r, largest, 1e-4, quiet=True)
+    Z = x - solve_on_complement(pencil, e, x, r, largest, 1e-4, use="step")
     L, info = torch.linalg.cholesky_ex(gram(Z, pencil.B.apply(Z)))
     Z = torch.linalg.solve_triangular(L, Z.mH, upper=False).mH
     H = gram(Z, pencil.A.apply(Z))
@@ -172,10 +172,11 @@ def _with_values_outside(
         late = is_late(pairs.residual, pairs.scale, pairs.X.shape[-2], k, options.tol)
         distance = nearest_outside(pairs, late)
     else:
-        B = pencil.with_parameters(
+        pencil = pencil.with_parameters(
             [T if T is None else T.detach() for T in pencil.parameters]
-        ).B
-        distance = rayleigh_quotient(B, Z.detach(), b.detach(), options.largest)
+        )
+        E = pairs.E.detach()
+        distance = distance_of_quotient(pencil, E, Z.detach(), options.largest)
     found = pairs.E.detach()[..., -distance.shape[-1] :] + distance
     T = pairs.T.expand(tuple(found.shape[:-1]) + (pairs.T.shape[-1],))
     return torch.cat([T, found], -1)
