@@ -11,7 +11,6 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 """
 
 import math
-import warnings
 from typing import Callable, List, Optional, Tuple, Union
 
 import torch
@@ -20,6 +19,7 @@ from torch._lobpcg_impl.blocks import columns, gram, inner, norms, safe_norms, t
 from torch._lobpcg_impl.conjugate_gradient import conjugate_gradients, Deflation, State
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.projected import Complement
+from torch._lobpcg_impl.report import found, members
 
 
 # Measured on one core: while k m^3 is below this, k factorisations take less time than one with iterations on top.
@@ -315,23 +315,27 @@ def _divide(
     if bool(lost.any()):
         # Rounding of an inner product of length m with unit b.
         noise = 8 * math.sqrt(m) * eps * norms(U).unsqueeze(-1)
-        if not (quiet or op.quiet) and bool((lost & (c.abs() > noise)).any()):
-            j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
-            width = float(
-                (torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax()
-            )
-            warn_cut_cluster(j, k, width)
+        seen = lost & (c.abs() > noise)
+        if not (quiet or op.quiet) and bool(seen.any()):
+            _report_cut_cluster(op, seen.any(-2), (gap.abs() * lost).amax(-2), k)
         c = torch.where(lost, torch.zeros_like(c), c)
     return U @ (c / torch.where(lost, torch.ones_like(gap), gap))
 
 
-def warn_cut_cluster(j: int, k: int, gap: float) -> None:
-    warnings.warn(
-        f"lobpcg: eigenvalue {j} of the k={k} asked for equals one that was not asked for (gap {gap:.1e}, rounding "
-        "level), so its eigenvector is not a differentiable function of the matrices; the part of the gradient that "
-        "exists is returned. Raise k until the cluster is complete, or use a loss that does not depend on this vector.",
-        RuntimeWarning,
-        stacklevel=2,
+def _report_cut_cluster(op: Complement, cut: Tensor, gap: Tensor, k: int) -> None:
+    """cut, gap: (*, q), the columns in which something was left out, and its distance."""
+    report_cut_cluster(cut, gap * op.scale.squeeze(-2), k, cut.dim() - 1)
+
+
+def report_cut_cluster(cut: Tensor, gap: Tensor, k: int, batch: int) -> None:
+    """cut: (+, *, q), where eigenvalue q mod k equals one that was not asked for; gap: the distance of the two."""
+    j = int(cut.reshape(-1, cut.shape[-1]).any(0).nonzero()[0]) % k
+    width = float(gap.expand_as(cut)[cut].max())
+    found(
+        f"lobpcg: eigenvalue {j} of the k={k} asked for equals one that was not asked for (gap {width:.1e}, rounding "
+        f"level){members(cut.any(-1), batch)}, so its eigenvector is not a differentiable function of the matrices; "
+        "the part of the gradient that exists is returned. Raise k until the cluster is complete, or use a loss that "
+        "does not depend on this vector."
     )
 
 
@@ -391,12 +395,12 @@ def _iterate(
     if m < _SPECTRAL_BELOW:
         return _spectral(op, b, *op.dense())
     if not op.quiet:
-        _warn_residual(state)
+        _report_residual(state)
     return z
 
 
-def _warn_residual(state: State) -> None:
-    warnings.warn(
+def _report_residual(state: State) -> None:
+    found(
         f"lobpcg: a linear system of the derivative reached a relative residual of {state.residual:.1e} where "
         f"{state.asked:.1e} was asked for"
         + (
@@ -406,8 +410,7 @@ def _warn_residual(state: State) -> None:
         )
         + "; the gradient is less accurate than that by the inverse relative gap. Raise k or n past the cluster, "
         "pass a preconditioner iK, or tighten tol.",
-        RuntimeWarning,
-        stacklevel=2,
+        state.residual,
     )
 
 
@@ -435,9 +438,15 @@ def _without_cut_cluster(
     u = u / torch.where(size > 0, size, torch.ones_like(size))
     gap = inner(u, part(u), keepdim=True) / inner(u, op.pencil.B.apply(u), keepdim=True)
     # Rounding in the eigenvalues themselves: the two of a cluster agree to a modest multiple of eps |K|.
-    singular = (gap.abs() <= 64 * eps * state.norm).reshape(-1, large.numel()).any(0)
+    cut = (gap.abs() <= 64 * eps * state.norm).squeeze(-2)
+    singular = cut.reshape(-1, large.numel()).any(0)
     if not bool(singular.any()):
         return z
+    if not op.quiet:
+        every = torch.zeros_like(op.shifts.expand(cut.shape[:-1] + op.shifts.shape[-1:]))
+        where = every.bool().index_copy(-1, large, cut)
+        widths = every.index_copy(-1, large, gap.abs().squeeze(-2))
+        _report_cut_cluster(op, where, widths, op.X.shape[-1])
     large, u = large[singular], take(u, singular)
     excluded = op.restrict(large).exclude(u)
     again, state = conjugate_gradients(
@@ -449,11 +458,6 @@ def _without_cut_cluster(
         rtol[large],
         _MOST_ITERATIONS,
     )
-    k = op.X.shape[-1]
-    if not op.quiet:
-        warn_cut_cluster(
-            int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max())
-        )
     if not state.all_done and not op.quiet:
-        _warn_residual(state)
+        _report_residual(state)
     return z.index_copy(-1, large, excluded.project(again))
