@@ -1,9 +1,9 @@
 """torch.lobpcg on ordinary problems, with default arguments: right and quiet, or wrong and said.
 
-The first part takes a few problems of each family from lobpcg_ordinary, whose oracle is dense and in double precision, and holds the verdicts to the
-contract; `tools/trust.py` does the same for hundreds. The rest are kinds of problems that once came back wrong without a
-word, or warned of although right, several instances of each. Their oracles are closed forms and dense eigensolvers
-in double precision.
+The first part takes a few problems of each family from lobpcg_ordinary, whose oracle is dense and in double
+precision, and holds the verdicts to the contract; `tools/trust.py` does the same for hundreds. The rest are kinds of
+problems that once came back wrong without a word, or warned of although right, several instances of each. Their
+oracles are closed forms and dense eigensolvers in double precision.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import threading
 import warnings
 
 import pytest
+
 import torch
 from torch.testing._internal import lobpcg_ordinary as ordinary
 
@@ -105,7 +106,7 @@ def relative_norm(found, exact):
 
 
 def spectral_gradient(A, loss, k, largest):
-    """Gradient of loss(E, X) in a dense matrix A without repeated wanted eigenvalues: a sum over all pairs, in double precision."""
+    """Gradient of loss(E, X) in a matrix without repeated wanted eigenvalues: a sum over all pairs."""
     e, V = pencil_pairs(A)
     e, V = (e.flip(0), V.flip(1)) if largest else (e, V)
     E, X = e[:k].clone().requires_grad_(True), V[:, :k].clone().requires_grad_(True)
@@ -182,7 +183,7 @@ class TestOrdinaryProblems:
             for family in ordinary.FAMILIES
             for report in reports(family, dtype)
             for gradient in report.gradients
-            if gradient[1].startswith("zero") and gradient[4]
+            if gradient[1] in ("zero: false alarm", "zero: warned")
         ]
         assert said == []
 
@@ -198,7 +199,10 @@ class TestOrdinaryProblems:
             for name in ("weighted", "overlap", "trace"):
                 found = oracle.gradients(name, oracle.V[:, : problem.k])
                 for which, (g, *_) in enumerate(found):
-                    assert math.isclose(*directional(problem, oracle, name, which, g), rel_tol=1e-5), (problem, name)
+                    assert math.isclose(*directional(problem, oracle, name, which, g), rel_tol=1e-5, abs_tol=1e-7), (
+                        problem,
+                        name,
+                    )
 
 
 def directional(problem, oracle, name, which, g):
@@ -213,10 +217,12 @@ def directional(problem, oracle, name, which, g):
         moved = list(matrices)
         old = matrices[which]
         moved[which] = ordinary.Matrix(old.m, old.parameter + t * direction, old.index, old.entries, old.layout)
-        other = ordinary.Oracle(ordinary.Ordinary(problem.family, problem.seed, *moved, problem.k, problem.largest, DOUBLE))
+        other = ordinary.Oracle(
+            ordinary.Ordinary(problem.family, problem.seed, *moved, problem.k, problem.largest, DOUBLE)
+        )
         return float(ordinary.LOSSES[name](other.e[: problem.k], other.V[:, : problem.k], oracle.data))
 
-    step = 1e-5 * float(parameter.abs().mean())
+    step = 1e-5 * float(parameter.detach().abs().mean())
     return float((g.conj() * direction).sum().real), (at(step) - at(-step)) / (2 * step)
 
 
@@ -224,8 +230,86 @@ def symmetric_direction(matrix, direction):
     """The Hermitian part of a change of all entries; a change of stored entries has the same on both sides."""
     if matrix.index is None:
         return hermitian(direction)
-    dense = torch.sparse_coo_tensor(matrix.index, direction, (matrix.m, matrix.m)).to_dense()
+    dense = torch.sparse_coo_tensor(matrix.index, direction, (matrix.m, matrix.m), check_invariants=False).to_dense()
     return hermitian(dense)[matrix.index[0], matrix.index[1]]
+
+
+class TestVerdicts:
+    """The verdicts, on a stand-in for torch.lobpcg with one fault: torch.linalg.eigh and what autograd makes of it."""
+
+    @staticmethod
+    def verdicts(
+        fault=lambda E, X, k: (E[:k], X[:, :k]),
+        backward=lambda A: A,
+        dtype=DOUBLE,
+        family="GOE",
+        losses=("sum", "trace"),
+    ):
+        def stand_in(A, k, B, largest):
+            E, X = torch.linalg.eigh(hermitian(backward(A)))
+            E, X = (E.flip(0), X.flip(1)) if largest else (E, X)
+            return fault(E, X, k)
+
+        report = ordinary.examine(ordinary.draw(10, dtype, 60, family), losses, stand_in)
+        return {entry[0] for entry in report.forwards}, {entry[1] for entry in report.gradients}
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("family", ["GOE", "Wishart", "covariance"])
+    def test_right(self, family, dtype):
+        found = self.verdicts(dtype=dtype, family=family, losses=("sum", "gap", "trace", "overlap", "abs"))
+        assert found == ({"right"}, {"right"})
+
+    @pytest.mark.parametrize(
+        ("fault", "forward"),
+        [
+            (lambda E, X, k: (E[:k] * (1 + 1e-6), X[:, :k]), "E off, silent"),
+            (lambda E, X, k: (E[1 : k + 1], X[:, 1 : k + 1]), "missed, silent"),
+            (lambda E, X, k: (E[:k], X[:, :k] + 1e-3 * X[:, 1 : k + 1]), "X mixed, silent"),
+            (lambda E, X, k: (E[:k], X[:, :k] * (1 + 1e-6)), "X mixed, silent"),
+            (lambda E, X, k: (E[:k] * math.nan, X[:, :k]), "E off, silent"),
+        ],
+    )
+    def test_faults_of_pairs(self, fault, forward):
+        assert self.verdicts(fault)[0] == {forward}
+
+    def test_pairs_warned_of(self):
+        def fault(E, X, k):
+            warnings.warn("lobpcg: stand-in", stacklevel=2)
+            return E[:k], X[:, :k]
+
+        assert self.verdicts(fault) == ({"false alarm"}, {"right"})
+
+    @pytest.mark.parametrize(
+        ("factor", "verdict"), [(1.1, "silent"), (1 + 5e-4, "loose"), (1 + 1e-6, "right"), (math.nan, "silent")]
+    )
+    def test_faults_of_gradients(self, factor, verdict):
+        assert self.verdicts(backward=self.scaled(factor)) == ({"right"}, {verdict})
+
+    @pytest.mark.parametrize(("factor", "verdict"), [(1.1, "warned"), (1.0, "false alarm")])
+    def test_gradients_warned_of(self, factor, verdict):
+        assert self.verdicts(backward=self.scaled(factor, "lobpcg: stand-in")) == ({"right"}, {verdict})
+
+    def test_refused(self):
+        assert self.verdicts(backward=self.scaled(None)) == ({"right"}, {"refused"})
+
+    @staticmethod
+    def scaled(factor, text=""):
+        """Every gradient times a factor, with a warning where there is a text; None: an error."""
+
+        class Scale(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, A):
+                return A.clone()
+
+            @staticmethod
+            def backward(ctx, g):
+                if factor is None:
+                    raise RuntimeError("lobpcg: stand-in")
+                if text:
+                    warnings.warn(text, stacklevel=2)
+                return g * factor
+
+        return Scale.apply
 
 
 # Scales -------------------------------------------------------------------------------------------------------------
@@ -242,11 +326,12 @@ class TestScaleOfSparseBatches:
     )
     def test_eigenvalues(self, dtype, scale, layout, largest):
         members = [
-            tridiagonal(torch.arange(1.0, 71).double() + s, 0.5 * torch.ones(69).double(), torch.strided) for s in (0, 3)
+            tridiagonal(torch.arange(1.0, 71).double() + s, 0.5 * torch.ones(69).double(), torch.strided)
+            for s in (0, 3)
         ]
         S = (torch.stack(members) * scale).to(dtype)
         A = S.to_sparse() if layout == torch.sparse_coo else S.to_sparse_csr()
-        (E, X), said = call(lambda: torch.lobpcg(A, k=2, largest=largest))
+        (E, _), said = call(lambda: torch.lobpcg(A, k=2, largest=largest))
         exact = torch.stack([wanted(torch.linalg.eigvalsh(M), 2, largest) for M in members])
         assert relative(E.double() / scale, exact) < (1e-3 if dtype == SINGLE else 1e-7)
         assert said == []
@@ -254,7 +339,9 @@ class TestScaleOfSparseBatches:
     @pytest.mark.parametrize("scale", [1e-9, 1e9])
     def test_masses(self, scale):
         i = torch.arange(60)
-        K = torch.stack([tridiagonal(2 + 0.1 * i.float(), -torch.ones(59)), tridiagonal(3 + 0.1 * i.float(), -torch.ones(59))])
+        K = torch.stack(
+            [tridiagonal(2 + 0.1 * i.float(), -torch.ones(59)), tridiagonal(3 + 0.1 * i.float(), -torch.ones(59))]
+        )
         M = torch.stack([torch.diag(1 + 0.01 * i.float())] * 2) * scale
         (E, _), _ = call(lambda: torch.lobpcg(K.to_sparse(), k=2, B=M.to_sparse()))
         exact = torch.stack([wanted(pencil_pairs(a, b)[0], 2, True) for a, b in zip(K, M)])
@@ -271,19 +358,25 @@ class TestScaleOfSparseBatches:
 
 
 class TestVectorsOfSeparatedEigenvalues:
-    @pytest.mark.parametrize("m, low, seed", [(400, 1e-4, 0), (300, 1e-5, 1), (60, 1e-8, 2), (150, 1e-3, 3), (520, 1e-4, 4)])
+    @pytest.mark.parametrize(
+        ("m", "low", "seed"), [(400, 1e-4, 0), (300, 1e-5, 1), (60, 1e-8, 2), (150, 1e-3, 3), (520, 1e-4, 4)]
+    )
     @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo])
     def test_graded_mass(self, m, low, seed, layout):
         A, d = wishart(m, seed, SINGLE), torch.logspace(0, math.log10(low), m)
         B = torch.diag(d) if layout == torch.strided else torch.diag(d).to_sparse()
         A = A if layout == torch.strided else A.to_sparse()
         e, V = (t.flip(-1) for t in pencil_pairs(A, B))
-        (E, X), _ = call(lambda: torch.lobpcg(A, k=4, B=B))
+        (_, X), _ = call(lambda: torch.lobpcg(A, k=4, B=B))
         X, gaps = X.double(), e[:5].diff().abs() / e[0]
-        apart = torch.minimum(gaps[:4], torch.cat([gaps[:1], gaps[:3]])) > 1e-3
-        overlap = (V[:, :4].mT @ (d.double()[:, None] * X)).diagonal().abs() / (d.double()[:, None] * X * X).sum(0).sqrt()
+        apart = torch.minimum(gaps[:4], torch.cat([gaps[:1], gaps[:3]])) > (1e-3 if m <= 512 else 1e-2)
+        overlap = (V[:, :4].mT @ (d.double()[:, None] * X)).diagonal().abs() / (d.double()[:, None] * X * X).sum(
+            0
+        ).sqrt()
+        # a factorisation is as accurate as rounding allows, an iteration as its tolerance
+        least = 1 - 1e-4 if layout == torch.strided and m <= 512 else 0.99
         assert apart.any()
-        assert (overlap[apart] > 1 - 1e-4).all(), overlap
+        assert (overlap[apart] > least).all(), overlap
 
     @pytest.mark.parametrize(
         ("dtype", "m", "gap", "tol", "options"),
@@ -305,8 +398,8 @@ class TestVectorsOfSeparatedEigenvalues:
         allowed = tol * (A.norm() / m**0.5 + E.abs()) * torch.linalg.norm(X, dim=0)
         exact = torch.linalg.eigh(A)[1].flip(1)[:, :2]
         assert said == []
-        # the residual of a vector that is rounded to the dtype is at least its rounding
-        assert (residual <= 1.1 * allowed + 2 * torch.finfo(dtype).eps).all(), residual / allowed
+        # twice: the solver estimates the norms; and a vector that is rounded to the dtype has at least that residual
+        assert (residual <= 2 * allowed + 2 * torch.finfo(dtype).eps).all(), residual / allowed
         assert (exact.mT @ X).diagonal().abs().min() > 0.99
 
 
@@ -319,7 +412,7 @@ class TestCotangentsInsideTheSpan:
     def test_nothing_was_missed(self, dtype, seed):
         """A constant null vector: for X ** 4 its cotangent is parallel to it."""
         A = grid(15, 20, random_weights(seed), walls=False, dtype=dtype).requires_grad_()
-        E, X = torch.lobpcg(A, k=3, largest=False)
+        _, X = torch.lobpcg(A, k=3, largest=False)
         (g,), said = call(lambda: torch.autograd.grad((X**4).sum(), A))
         exact = stored(A, spectral_gradient(A.detach(), lambda E, X: (X**4).sum(), 3, False))
         assert said == []
@@ -342,7 +435,7 @@ class TestCotangentsInsideTheSpan:
         A = torch.sparse_coo_tensor(index, values, (m, m))
 
         def gradient():
-            E, X = torch.lobpcg(A, k, largest=False)
+            _, X = torch.lobpcg(A, k, largest=False)
             value = X.square().sum() if loss == "norm" else (X.mT @ X.detach()).square().sum()
             return torch.autograd.grad(value, p)[0]
 
@@ -404,7 +497,7 @@ class TestDefaultArguments:
 
     @pytest.mark.parametrize(("m", "low", "seed"), [(60, 1e-6, 0), (40, 1e-4, 1), (120, 1e-6, 2), (200, 1e-5, 3)])
     def test_dense_solve_with_a_graded_mass(self, m, low, seed):
-        """As accurate as the iteration, which is right to seven digits there; no advice about iterations that never ran."""
+        """As accurate as the iteration, right to seven digits there; no advice about iterations that never ran."""
         A, B = wishart(m, seed, SINGLE), torch.diag(torch.logspace(0, math.log10(low), m))
         (E, _), said = call(lambda: torch.lobpcg(A, k=3, B=B, largest=False))
         assert relative(E, wanted(pencil_pairs(A, B)[0], 3, False)) < 1e-4
@@ -431,7 +524,9 @@ class TestDefaultArguments:
         assert said == []
         assert relative_norm(found.to_dense(), exact) < 1e-2
 
-    @pytest.mark.parametrize(("m", "seed", "kind"), [(513, 0, "wishart"), (600, 1, "wishart"), (700, 2, "goe"), (520, 3, "rbf")])
+    @pytest.mark.parametrize(
+        ("m", "seed", "kind"), [(513, 0, "wishart"), (600, 1, "wishart"), (700, 2, "goe"), (520, 3, "rbf")]
+    )
     def test_vector_gradients_of_iterated_dense_matrices(self, m, seed, kind):
         if kind == "wishart":
             A = wishart(m, seed, SINGLE)
@@ -456,7 +551,9 @@ class TestDefaultArguments:
 
 class TestBelowRounding:
     @pytest.mark.parametrize("tol", [0.0, 1e-16])
-    @pytest.mark.parametrize("name", ["multiple of I in a batch", "rank one in a batch", "multiple of I", "complete graph"])
+    @pytest.mark.parametrize(
+        "name", ["multiple of I in a batch", "rank one in a batch", "multiple of I", "complete graph"]
+    )
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_best_pairs_are_returned(self, name, dtype, tol):
         W, I, one = wishart(30, 0), torch.eye(30, dtype=DOUBLE), torch.ones(30, 30, dtype=DOUBLE)
@@ -466,7 +563,7 @@ class TestBelowRounding:
             "multiple of I": 0.3 * I,
             "complete graph": torch.stack([W, 30 * I - one]),
         }[name].to(dtype)
-        with deadline(20):
+        with deadline(8):
             (E, X), _ = call(lambda: torch.lobpcg(A, k=3, tol=tol, method="ortho", niter=500))
         exact, eps = torch.linalg.eigvalsh(A.double()).flip(-1), torch.finfo(dtype).eps
         assert ((E.double() - exact[..., :3]).abs() <= 200 * eps * exact.abs().amax(-1, True)).all()
@@ -476,7 +573,7 @@ class TestBelowRounding:
     @pytest.mark.parametrize("m", [15, 24])
     def test_until_rounding_ends(self, seed, m):
         A = torch.stack([wishart(m, seed), m * torch.eye(m, dtype=DOUBLE) - 1])
-        with deadline(10):
+        with deadline(4):
             (E, _), _ = call(lambda: torch.lobpcg(A, k=2, niter=-1, tol=0.0))
         exact = wanted(torch.linalg.eigvalsh(A), 2, True)
         assert relative(E, exact) < 1e-12
@@ -486,7 +583,9 @@ class TestBelowRounding:
 
 
 class TestStarts:
-    @pytest.mark.parametrize(("m", "dtype", "seed"), [(120, SINGLE, 0), (120, SINGLE, 1), (64, SINGLE, 2), (120, DOUBLE, 3)])
+    @pytest.mark.parametrize(
+        ("m", "dtype", "seed"), [(120, SINGLE, 0), (120, SINGLE, 1), (64, SINGLE, 2), (120, DOUBLE, 3)]
+    )
     def test_level_crossings_of_a_training_loop(self, m, dtype, seed):
         """Last step's eigenvectors after another pair has entered the top three: at most a tenth of a percent off."""
         g, X, off = generator(seed), None, []
@@ -604,7 +703,7 @@ class TestOneBadMember:
     def test_degenerate(self, shape, member, name, loss):
         A = batch_with(shape, member, degenerate()).requires_grad_()
         c = torch.randn(shape + (12, 2), generator=generator(1), dtype=DOUBLE)
-        E, X = torch.lobpcg(A, 2, largest=False)
+        _, X = torch.lobpcg(A, 2, largest=False)
         signs = X.detach().sum(-2, keepdim=True).sign()
         value = lambda X, s, c: (X**4).sum() if loss == "fourth power" else (c * s * X).sum()
         (g,), said = call(lambda: torch.autograd.grad(value(X, signs, c), A))
@@ -620,11 +719,11 @@ class TestOneBadMember:
 
     def test_single_matrix_is_an_error(self):
         A = degenerate().requires_grad_()
-        E, X = torch.lobpcg(A, 2, largest=False)
+        _, X = torch.lobpcg(A, 2, largest=False)
         with pytest.raises(RuntimeError, match="equal"):
             torch.autograd.grad((X**4).sum(), A)
 
-    @pytest.mark.parametrize("member", [5, 0])
+    @pytest.mark.parametrize("member", [5, 13])
     @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo])
     def test_singular_mass(self, member, layout):
         A = batch_with((16,), 0, degenerate())
@@ -662,7 +761,12 @@ class TestInterface:
     @pytest.mark.parametrize("layout", ["csr", "csc", "bsr", "coo"])
     def test_nothing_stored(self, layout, dtype):
         Z = torch.zeros(8, 8, dtype=dtype)
-        convert = {"csr": Z.to_sparse_csr, "csc": Z.to_sparse_csc, "coo": Z.to_sparse, "bsr": lambda: Z.to_sparse_bsr((2, 2))}
+        convert = {
+            "csr": Z.to_sparse_csr,
+            "csc": Z.to_sparse_csc,
+            "coo": Z.to_sparse,
+            "bsr": lambda: Z.to_sparse_bsr((2, 2)),
+        }
         A = convert[layout]().requires_grad_()
         E, X = torch.lobpcg(A, k=1)
         assert E.tolist() == [0.0]
@@ -683,9 +787,8 @@ class TestInterface:
         try:
             (E, _), _ = call(function)
         except (ValueError, RuntimeError) as error:
-            assert "lobpcg" in str(error)
-        else:
-            assert relative(E, torch.tensor(exact).double()) < 1e-3
+            E, text = None, str(error)
+        assert "lobpcg" in text if E is None else relative(E, torch.tensor(exact).double()) < 1e-3
 
     def test_guess_in_the_place_of_k(self):
         A = wishart(50, 0)
@@ -717,6 +820,5 @@ class TestInterface:
         try:
             found, said = call(gradient)
         except (RuntimeError, ValueError) as error:
-            assert "lobpcg" in str(error)
-        else:
-            assert said or math.isclose(float(found), 44.0, rel_tol=1e-6)
+            found, said = math.nan, ["lobpcg"] if "lobpcg" in str(error) else []
+        assert said or math.isclose(float(found), 44.0, rel_tol=1e-6)

@@ -5,17 +5,18 @@ usage: .venv/bin/python tools/trust.py [--matrices N | --seeds LIST] [--dtype NA
        .venv/bin/python tools/trust.py --training [--dtype NAME ...]
        .venv/bin/python tools/trust.py --starts [--dtype NAME ...]
 
-The first form draws problems (torch/testing/_internal/lobpcg_ordinary.py says which, and what each verdict means), prints one row of
-counts for each family, the shares, and the worst cases with the command that repeats each. The second trains on a dense matrix
-and on a sparse graph with learned weights, each step started from the eigenvectors of the last. The third measures what a
-start at exact eigenvectors costs beside a cold start. The exit status is 1 if the first form found something silent
-and wrong or refused, 0 otherwise, 2 for a wrong call.
+The first form draws problems (torch/testing/_internal/lobpcg_ordinary.py says which, and what each verdict means),
+prints one row of counts for each family, the shares, and the worst cases with the command that repeats each. The
+second trains on a dense matrix and on a sparse graph with learned weights, each step started from the eigenvectors of
+the last. The third measures what a start at exact eigenvectors costs beside a cold start. The exit status is 1 if the
+first form found something silent and wrong or refused, 0 otherwise, 2 for a wrong call.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -30,8 +31,9 @@ ROWS = (
     ("silent", ("silent",)),
     ("refused", ("refused",)),
     ("rounding", ("rounding", "undetermined")),
+    ("unsaid", ("unsaid",)),
     ("kink", ("kink", "zero: kink")),
-    ("0:right", ("zero: right", "zero: loose", "zero: rounding")),
+    ("0:right", ("zero: right", "zero: loose", "zero: rounding", "zero: unsaid")),
     ("0:alarm", ("zero: false alarm", "zero: warned")),
     ("0:silent", ("zero: silent", "zero: refused")),
 )
@@ -118,17 +120,32 @@ def table(reports: list, dtype: str) -> str:
         cells += [sum(gradient[v] for v in verdicts) for _, verdicts in ROWS]
         lines.append(line(family, cells))
     forward = Counter(entry[0] for r in reports for entry in r.forwards)
+    wrong = sum(number for verdict, number in forward.items() if "silent" in verdict)
     calm = forward["right"] + forward["false alarm"]
     usual = gradient["right"] + gradient["false alarm"]  # of the row "all"
     lines.append(
-        f"{len(reports)} matrices, {sum(forward.values())} forward passes, {sum(gradient.values())} gradients in {dtype}. "
+        f"{len(reports)} matrices, {forward.total()} forward passes, {gradient.total()} gradients in {dtype}. "
         f"False alarms: {gradient['false alarm'] / max(usual, 1):.2%} of {usual} right gradients, "
         f"{forward['false alarm'] / max(calm, 1):.2%} of {calm} right forward passes. "
-        f"Silent and wrong: {gradient['silent']} gradients, {sum(n for v, n in forward.items() if 'silent' in v)} forward "
-        f"passes. Refused: {gradient['refused'] + forward['refused']}. Exact gradient zero: {gradient['zero: silent']} silent "
-        f"and wrong, {gradient['zero: false alarm'] + gradient['zero: warned']} warned of."
+        f"Silent and wrong: {gradient['silent']} gradients, {wrong} forward passes. "
+        f"Refused: {gradient['refused'] + forward['refused']}. "
+        f"Exact gradient zero: {gradient['zero: silent']} silent and wrong, "
+        f"{gradient['zero: false alarm'] + gradient['zero: warned']} warned of."
     )
     return "\n".join(lines)
+
+
+def estimates(reports: list) -> str:
+    """How good the errors are that warnings of gradients state, where rounding does not decide."""
+    ratios = []
+    for r in reports:
+        for _, verdict, error, _, text in r.gradients:
+            stated = re.search(r"error of (?:about )?([0-9.]+(?:e[-+]?[0-9]+)?|inf)", text)
+            if stated and verdict in ("warned", "false alarm"):
+                ratios.append(float(stated[1]) / max(error, 1e-300))
+    good = sum(0.1 <= ratio <= 10 for ratio in ratios)
+    middle = sorted(ratios)[len(ratios) // 2] if ratios else 0.0
+    return f"Stated errors: {len(ratios)}, within a factor of ten {good}, median {middle:.1f} times the error."
 
 
 def worst(reports: list, dtype: str, number: int, most: int) -> list[str]:
@@ -150,7 +167,7 @@ def counted(options: argparse.Namespace) -> int:
     for dtype in options.dtype:
         start = time.monotonic()
         reports = count(options, dtype)
-        print(table(reports, dtype), f"{time.monotonic() - start:.0f} s.")
+        print(table(reports, dtype), estimates(reports), f"{time.monotonic() - start:.0f} s.")
         print(*worst(reports, dtype, options.worst, options.most), sep="\n")
         bad += sum(len(r.bad()) for r in reports)
         kept += [dict(problem=repr(r.problem), forwards=r.forwards, gradients=r.gradients) for r in reports]

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """Eigenproblems as users have them, with common losses, and an oracle that says how right torch.lobpcg is on them.
 
-``draw(seed, dtype)`` returns a problem, ``examine(problem)`` what became of it: two forward passes and one gradient for each
-loss, each with its error and a verdict. A verdict names what a user would see::
+``draw(seed, dtype)`` returns a problem, ``examine(problem)`` what became of it: two forward passes and one gradient
+for each loss, each with its error and a verdict. A verdict names what a user would see::
 
     right            no word, and the error is small
     silent           no word, and the error is above 5 % (single precision) or 1e-3 (double)
@@ -10,33 +10,38 @@ loss, each with its error and a verdict. A verdict names what a user would see::
     false alarm      warned of, though the error is at most 1e-2 (single) or 1e-4 (double)
     warned           warned of, and the error is larger than that
     refused          an exception, though the derivative exists
-    rounding         silent and off, or warned of, where rounding the given matrices accounts for it
+    rounding         warned of, where rounding the given matrices accounts for it
     undetermined     rounding the given matrices changes this gradient by half of itself or more
-    kink             no word, and off, because entries of X nearer to zero than X is accurate have another sign: a loss of |x|
-                     has a kink there
+    unsaid           one of these two without a word, and the error is above the bar of "silent": not wrong, given the
+                     matrices, but a user would want to know
+    kink             no word, and off, because entries of X nearer to zero than X is accurate have another sign: a loss
+                     of |x| has a kink there
 
-The oracle is dense and in double precision: a copy of the matrices *as they are in the dtype given*, all their eigenpairs,
-and the derivative as a sum over all of them,
+The oracle is dense and in double precision: a copy of the matrices *as they are in the dtype given*, all their
+eigenpairs, and the derivative as a sum over all of them,
 
     dX_j = sum_{i != j} V_i V_i^H (dA - E_j dB) X_j / (E_j - E_i) - X_j X_j^H dB X_j / 2 .
 
-**What rounding allows.** In exact arithmetic a matrix that was rounded once more, by a relative eps of the given dtype, has other
-eigenpairs: with C = V^H (dA - E_j dB) X, the pairs i and j mix by C_ij / (E_j - E_i). For a matrix alone C_ij is taken as eps |A|_2,
-what a backward stable factorisation in that dtype may do. For a pencil the norms of A and B say little where they are graded, so C_ij is four
-times its root mean square over independent relative roundings of all entries, eps sqrt(sum_ab |V_ai|^2 |M_ab|^2 |X_bj|^2), which does not
-change when unknowns are scaled. The exact gradient is evaluated at two such perturbed sets of pairs (clusters by a small eigenproblem, entries
-of X rounded as well), and once with the entries of X set to zero that are below four times the larger change; twice the largest difference is
-what rounding allows of this loss. A gradient is not called wrong below that, nor a warning false above it. A kink is told in the
-same way, with the entries below 1e-3 (single) or 1e-6 (double) of the root mean square of their vector set to zero.
+**What rounding allows.** In exact arithmetic a matrix that was rounded once more, by a relative eps of the given
+dtype, has other eigenpairs: with C = V^H (dA - E_j dB) X, the pairs i and j mix by C_ij / (E_j - E_i). For a matrix
+alone C_ij is taken as eps |A|_2, what a backward stable factorisation in that dtype may do. For a pencil the norms of
+A and B say little where they are graded, so C_ij is four times its root mean square over independent relative
+roundings of all entries, eps sqrt(sum_ab |V_ai|^2 |M_ab|^2 |X_bj|^2), which does not change when unknowns are scaled.
+The exact gradient is evaluated at two such perturbed sets of pairs (clusters by a small eigenproblem, entries of X
+rounded as well), and once with the entries of X set to zero that are below four times the larger change; twice the
+largest difference is what rounding allows of this loss. A gradient is not called wrong below that, nor a warning
+false above it. A kink is told in the same way, with the entries below 1e-3 (single) or 1e-6 (double) of the root mean
+square of their vector set to zero.
 
-**Eigenvalues and vectors.** An eigenvalue may be off by 1e-3 (single) or 1e-7 (double) of itself or by 20 eps |A|_2; for a pencil the latter is
-20 times the root mean square above, for i = j. The angle between an eigenvector and the span of the vectors of its cluster may be 1e-2 (single)
-or 1e-4 (double), or 20 times the mixing above; where no gradient is asked for, also twice sqrt(eps) times the norm over the gap, as tol promises.
+**Eigenvalues and vectors.** An eigenvalue may be off by 1e-3 (single) or 1e-7 (double) of itself or by 20 eps |A|_2;
+for a pencil the latter is 20 times the root mean square above, for i = j. The angle between an eigenvector and the
+span of the vectors of its cluster may be 1e-2 (single) or 1e-4 (double), or 20 times the mixing above; where no
+gradient is asked for, also twice sqrt(eps) times the norm over the gap, as tol promises.
 
-**Exact zeros.** The gradient of a constant, such as the norm of orthonormal X, has no relative error. Where the exact gradient is below
-30 eps times the size that a cotangent of this norm gives in a random direction, the error is relative to that size, and its
-verdict begins with "zero". The norm is that of the cotangent at X or at a random X, whichever is larger: a loss may
-be at its minimum.
+**Exact zeros.** The gradient of a constant, such as the norm of orthonormal X, has no relative error. Where the exact
+gradient is below 1e-10 times the size that a cotangent of this norm has in a random direction, or it and what
+rounding makes of it are below 30 eps times that size, the error is relative to that size, and its verdict begins with
+"zero". The norm is that of the cotangent at X or at a random X, whichever is larger: a loss may be at its minimum.
 """
 
 from __future__ import annotations
@@ -50,7 +55,7 @@ from typing import Callable, Optional
 import torch
 
 
-__all__ = ["draw", "examine", "FAMILIES", "LOSSES", "Matrix", "Ordinary", "Report"]
+__all__ = ["FAMILIES", "LOSSES", "Matrix", "Ordinary", "Report", "draw", "examine"]
 
 
 # Problems -----------------------------------------------------------------------------------------------------------
@@ -60,8 +65,8 @@ __all__ = ["draw", "examine", "FAMILIES", "LOSSES", "Matrix", "Ordinary", "Repor
 class Matrix:
     """A matrix made from a parameter: the entries themselves, or what a user learns (points, weights of edges).
 
-    ``parameter`` is in the dtype of the problem. ``entries`` maps it to the values at ``index`` (2, nnz), or to the whole matrix
-    where index is None; without it, the parameter is these values.
+    ``parameter`` is in the dtype of the problem. ``entries`` maps it to the values at ``index`` (2, nnz), or to the
+    whole matrix where index is None; without it, the parameter is these values.
     """
 
     m: int
@@ -268,7 +273,7 @@ def _grid(draw, dtype, most):
 
 
 def _neighbours(draw, most):
-    """Order, edges (2, number) and weights of a graph of nearest neighbours of points in the plane, connected by a path."""
+    """Order, edges (2, number) and weights of a nearest-neighbour graph in the plane, connected by a path."""
     m = draw.size(most)
     points = draw.uniform(m, 2)
     points = points[torch.argsort(points[:, 0])]
@@ -382,7 +387,7 @@ def draw(seed, dtype=torch.float32, most=2000, family=None):
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """Constants of the losses of one problem, in the precision of its pairs: vectors (m,), weights (k,), a basis (m, k)."""
+    """Constants of the losses of one problem: vectors (m,), weights (k,), a basis (m, k), pairs of rows."""
 
     u: torch.Tensor
     v: torch.Tensor
@@ -446,8 +451,9 @@ LOSSES: dict[str, Callable] = {
 class Oracle:
     """All eigenpairs of a problem, the wanted first, in double precision; exact gradients and what rounding allows."""
 
-    # Wanted eigenvalues nearer than this (relative to the largest modulus) are set this far apart before a difference is divided by
-    # theirs: what a loss of whole clusters needs is then right to the larger number, and rounding is amplified by its inverse.
+    # Wanted eigenvalues nearer than this (relative to the largest modulus) are set this far apart before a difference
+    # is divided by theirs: what a loss of whole clusters needs is then right to the larger number, and rounding is
+    # amplified by its inverse.
     equal, apart = 1e-12, 1e-7
 
     def __init__(self, problem):
@@ -478,7 +484,7 @@ class Oracle:
         self.moved = torch.stack([V[:, : self.k].abs() - X.abs() for _, V, _, _ in self.samples]).abs().amax(0)
 
     def _perturbed(self, numbers):
-        """Eigenvalues (m,), vectors (m, m) and a rounding of X (m, k), after a perturbation of the size of ``mixing``."""
+        """Eigenvalues (m,), vectors (m, m), factors that round X (m, k): a perturbation of the size of ``mixing``."""
         k, e, V = self.k, self.e, self.V
         C = self.mixing * numbers.normal(*self.mixing.shape, dtype=V.dtype)
         small, U = torch.linalg.eigh(torch.diag(e[:k]).to(V.dtype) + _symmetric(C[:k]))
@@ -542,11 +548,14 @@ class Oracle:
         """X, W and W_B with gA = Herm(W X^H), gB = Herm(W_B X^H). seen: the X that the loss is evaluated at."""
         k = self.k
         e, X = self._separated(e), V[:, :k]
-        E = e[:k]
-        gE, gX = self._cotangents(loss, E, X if seen is None else seen)
-        G = V.mH @ gX  # (m, k)
+        gE, gX = self._cotangents(loss, e[:k], X if seen is None else seen)
+        return X, *self._pulled(e, V, gE, gX)
+
+    def _pulled(self, e, V, gE, gX):
+        """W and W_B of _factors, for cotangents of the wanted pairs."""
+        E, X, G = e[: self.k], V[:, : self.k], V.mH @ gX  # G: (m, k)
         W = V @ (G / self._distance(e)) + X * gE
-        return X, W, -W * E - 0.5 * X * G[:k].diagonal().real
+        return W, -W * E - 0.5 * X * G[: self.k].diagonal().real
 
     def _distance(self, e):
         """E_j - e_i, infinite for j = i, (m, k)."""
@@ -554,21 +563,19 @@ class Oracle:
         distance[torch.arange(self.k), torch.arange(self.k)] = math.inf
         return distance
 
-    def _sizes(self, loss):
-        """Norm of a gradient whose cotangent has the same norm in a random direction; and what rounding here leaves of zero."""
-        e, k, X = self._separated(self.e), self.k, self.V[:, : self.k]
-        lengths = torch.linalg.norm(self.V, dim=0)
-        elsewhere = self.data.Q * lengths[:k]
-        cotangents = [self._cotangents(loss, e[:k], Y) for Y in (X, elsewhere)]
-        gE = torch.maximum(cotangents[0][0].abs(), cotangents[1][0].abs())
-        gX = torch.maximum(*(torch.linalg.norm(gX, dim=0) for _, gX in cotangents))
-        terms = (lengths[:, None] ** 2 / self._distance(e)).abs()
-        typical = (gX**2 / len(e) * (terms**2).sum(0) + (gE * lengths[:k]) ** 2) * lengths[:k] ** 2
-        noise = 30 * math.sqrt(len(e)) * torch.finfo(torch.float64).eps * gX * terms.amax(0) * lengths[:k]
-        return float(typical.sum().sqrt()), float(torch.linalg.norm(noise))
+    def _typical(self, loss):
+        """As _factors, for cotangents of this loss's size in a random direction, and a random X of the same lengths."""
+        e, X, numbers = self._separated(self.e), self.V[:, : self.k], _Draw("typical", self.problem.seed)
+        E, elsewhere = e[: self.k], self.data.Q * torch.linalg.norm(X, dim=0)
+        (gE, gX), (other_gE, other_gX) = (self._cotangents(loss, E, Y) for Y in (X, elsewhere))
+        gE = torch.maximum(gE.abs(), other_gE.abs())
+        length = torch.maximum(torch.linalg.norm(gX, dim=0), torch.linalg.norm(other_gX, dim=0))
+        direction = numbers.normal(*X.shape, dtype=X.dtype)
+        gX = direction * (length / torch.linalg.norm(direction, dim=0))
+        return elsewhere, *self._pulled(e, self.V, gE, gX)
 
     def gradients(self, name, X):
-        """For each leaf: exact gradient; what rounding and what kinks account for, absolute; size of its terms; whether it is zero."""
+        """For each leaf: exact gradient; what rounding and kinks account for; size of its terms; whether it is zero."""
         loss, problem = LOSSES[name], self.problem
         matrices = [problem.A] + ([problem.B] if problem.learn_B else [])
 
@@ -578,7 +585,11 @@ class Oracle:
 
         V = self.aligned(X)
         Y = V[:, : self.k]
-        exact, (size, noise) = leaves(self.e, V), self._sizes(loss)
+        exact = leaves(self.e, V)
+        T, *both = self._typical(loss)
+        sizes = [float(torch.linalg.norm(M.pull_back(W, T))) for M, W in zip(matrices, both)]
+        # zero by structure: the oracle's own rounding of V^H gX; zero to rounding: of the dtype, with all that it makes
+        structure = max(1e-10, 30 * math.sqrt(len(self.e)) * torch.finfo(torch.float64).eps)
         others = [
             leaves(e, U, U[:, : self.k] * rounded, noise=4 * self.eps, generator=numbers.generator)
             for e, U, rounded, numbers in self.samples
@@ -590,8 +601,9 @@ class Oracle:
         for i, g in enumerate(exact):
             allowed = 2 * max(float(torch.linalg.norm(other[i] - g)) for other in others)
             kink = 2 * float(torch.linalg.norm(kinked[i] - g))
-            zero = float(torch.linalg.norm(g)) <= max(30 * self.eps * size, noise)
-            found.append((g, allowed, kink, size, zero))
+            norm = float(torch.linalg.norm(g))
+            zero = norm <= structure * sizes[i] or norm + allowed <= 30 * self.eps * sizes[i]
+            found.append((g, allowed, kink, sizes[i], zero))
         return found
 
 
@@ -618,7 +630,11 @@ def bars(dtype):
 
 @dataclass
 class Report:
-    """What became of one problem. forwards: (verdict, error, text); gradients: (loss, verdict, error, allowed, text)."""
+    """What became of one problem.
+
+    ``forwards``: (verdict, error over what is allowed, text), without and with a gradient asked for. ``gradients``:
+    (loss, verdict, relative error, what rounding allows, text).
+    """
 
     problem: Ordinary
     forwards: list = field(default_factory=list)
@@ -664,7 +680,8 @@ def _judge_vectors(oracle, X, needs_grad):
     worst = _finite((gram - torch.eye(oracle.k)).abs().max()) / (1e3 * eps)
     for first, stop in oracle.groups(60.0):
         own = oracle._overlap(oracle.V[:, first:stop], X[:, first : min(stop, oracle.k)])
-        angle = (1 - (own.abs().square().sum(0) / gram.diagonal().real[first : min(stop, oracle.k)])).clamp_min(0).sqrt()
+        lengths = gram.diagonal().real[first : min(stop, oracle.k)]
+        angle = (1 - own.abs().square().sum(0) / lengths).clamp_min(0).sqrt()
         gaps = [float((oracle.e[a] - oracle.e[a - 1]).abs()) for a in (first, stop) if 0 < a < len(oracle.e)]
         gap = min(gaps, default=math.inf)
         allowed = max(bar.vector, 20 * float(oracle.mixing[first:stop].max()) / gap)
@@ -696,7 +713,7 @@ def _judge_forward(oracle, pairs, text, needs_grad):
 
 
 def _judge_gradient(oracle, exact, found, said, before):
-    """Verdict, error and what rounding allows, both relative, of the leaf that is worst. said, before: in backward, in forward."""
+    """Verdict, relative error, what rounding allows, of the worst leaf. said, before: in backward, in forward."""
     bar, rank = bars(oracle.problem.dtype), []
     for i, (g, allowed, kink, size, zero) in enumerate(exact):
         scale = (size if zero else float(torch.linalg.norm(g))) or torch.finfo(torch.float64).tiny
@@ -705,7 +722,8 @@ def _judge_gradient(oracle, exact, found, said, before):
     error, rounding, kink, zero = max(rank)
     head = "zero: " if zero else ""
     if rounding > 0.5:
-        return "undetermined", error, rounding
+        unsaid = found is not None and not said and not before and error > bar.wrong
+        return ("unsaid" if unsaid else "undetermined"), error, rounding
     if found is None:
         return head + "refused", error, rounding
     if error <= bar.alarm:
@@ -716,7 +734,7 @@ def _judge_gradient(oracle, exact, found, said, before):
     if error <= bar.wrong:
         return head + "loose", error, rounding
     if error <= rounding:
-        return head + "rounding", error, rounding
+        return head + ("rounding" if before else "unsaid"), error, rounding
     if before:
         return head + "warned", error, rounding
     return head + ("kink" if error <= kink else "silent"), error, rounding
@@ -745,7 +763,8 @@ def examine(problem, losses=None, lobpcg=None):
     wanted = [M for M, needed in parts if needed]
     for name in losses or LOSSES:
         exact = oracle.gradients(name, X.detach().to(oracle.V.dtype))
-        found, said = _call(lambda: torch.autograd.grad(LOSSES[name](E, X, data), leaves, retain_graph=True))
+        loss = LOSSES[name]
+        found, said = _call(lambda loss=loss: torch.autograd.grad(loss(E, X, data), leaves, retain_graph=True))
         if found is not None:
             found = [M.read(g) for M, g in zip(wanted, found)]
         verdict, error, allowed = _judge_gradient(oracle, exact, found, said, before)
