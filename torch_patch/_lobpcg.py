@@ -1,7 +1,6 @@
 """torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B."""
 
 import dataclasses
-import warnings
 from typing import Any, Optional
 
 import torch
@@ -18,6 +17,7 @@ from torch._lobpcg_impl.graph import (
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.report import members, warn
 from torch._lobpcg_impl.solver import solve
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
@@ -329,11 +329,12 @@ def _warn_unconverged(residual: Tensor, scale: Tensor, options: Options) -> None
     missed = residual > options.tol * scale
     if bool(missed.any()):
         rerr = (residual / torch.where(scale > 0, scale, torch.ones_like(scale))).max()
-        warnings.warn(
-            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged: relative residual "
+        where = members(missed.any(-1), missed.dim() - 1)
+        warn(
+            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged{where}: relative residual "
             f"{float(rerr)}, tolerance {options.tol}, niter={options.niter}; raise niter or tol, pass a larger n or a "
             "preconditioner iK",
-            stacklevel=2,
+            UserWarning,
         )
 
 
