@@ -143,6 +143,13 @@ PROJECT = {
     "docs_patch/source/notes/lobpcg.rst": b"LOBPCG\n======\n",
     "docs_patch/source/notes/lobpcg.md": b"# LOBPCG\n",
 }
+# What a wheel says of its compiled modules; one name is in the library alone.
+COMPILED = {
+    "torch/_C/__init__.pyi": b"class _Guard:\n    FIRST: int = ...\n\ndef _depth() -> int: ...\n_flag: bool\n",
+    "torch/_C/_functorch.pyi": b"from torch import Tensor\n\ndef get_level(x: Tensor) -> int: ...\n",
+    "torch/_C/_VariableFunctions.pyi": b"def _add_dim(x) -> None: ...\n",
+    "torch/lib/libtorch_python.so": b"\x7fELF\0_unlisted\0",
+}
 PATCHED = ["torch/_lobpcg.py", "torch/autograd/gradcheck.py"]
 NEW = ["torch/_lobpcg_worker.py", "torch/deeper/folder/problems.py", "torch/autograd/_symmetric.py"]
 
@@ -168,6 +175,7 @@ def make_wheel(folder: Path, version: str = "2.13.0+cpu", newline: bytes = b"\n"
         "torch/autograd/__init__.py": b"from .gradcheck import gradcheck\n",
         "torch/autograd/gradcheck.py": GRADCHECK.replace(b"\n", newline),
         "other/a,b.py": b"",
+        **COMPILED,
     }
     info = f"torch-{version}.dist-info"
     files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n\nBody\n".encode()
@@ -226,11 +234,11 @@ def snapshot(folder: Path) -> dict:
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, permissions and links")
 
 
-def run(command, project, target):
-    """Carry out one command; returns what it says."""
+def run(command, project, target, *arguments, expected=0):
+    """Carry out one command, which is to return the status `expected`; what it says."""
     said = []
     with patcher(project, str(target), said.append) as running:
-        assert getattr(running, command)() == 0
+        assert (getattr(running, command)(*arguments) or 0) == expected, said
     return "\n".join(said)
 
 
@@ -241,9 +249,18 @@ def refusal(command, project, target):
     return str(caught.value)
 
 
+REFUSED = ("edited", "interrupted", "unpatchable")  # states in which apply or revert would stop
+
+
 def word(project, target):
-    """The state that status finds, having rolled back what was interrupted."""
-    return run("status", project, target).replace("an interrupted run was rolled back\n", "").split(":")[0]
+    """The state that status finds, which writes nothing and whose exit status says whether it is a good one."""
+    before, said = snapshot(target), []
+    with patcher(project, str(target), said.append) as running:
+        status = running.status()
+    assert snapshot(target) == before
+    found = said[0].split(":")[0]
+    assert status == (found in REFUSED)
+    return found
 
 
 def unchanged_refusal(command, project, target):

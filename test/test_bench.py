@@ -14,9 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench  # noqa: E402
+import fake_pytorch  # noqa: E402
 from benchmark import cases, report, upstream  # noqa: E402
 from benchmark.cases import Bar, Case, CASES, PEERS, select, Study  # noqa: E402
 from benchmark.process import Options, Row  # noqa: E402
+from patchset.target import find_target  # noqa: E402
 
 
 try:
@@ -281,33 +283,18 @@ class TestCommand(unittest.TestCase):
 
 
 class TestUpstream(TestCommand):
-    def distribution(self, site, content):
-        """A site-packages folder whose RECORD speaks of the file with this content."""
-        found = mock.Mock(spec=["as_posix", "locate", "hash"])
-        found.as_posix.return_value = upstream.MEMBER
-        found.locate.return_value = site / upstream.MEMBER
-        found.hash.value = upstream._digest(content)
-        return mock.patch("importlib.metadata.distribution", return_value=mock.Mock(files=[found]))
-
     def test_installed_file_backup_or_refusal(self):
-        with self.temporary() as site:
-            (site / "torch").mkdir()
-            file = site / upstream.MEMBER
-            file.write_bytes(b"pristine = 1\n")
-            with self.distribution(site, b"pristine = 1\n"):
-                self.assertEqual(upstream.load().pristine, 1)
-                file.write_bytes(b"patched = 1\n")
+        with self.temporary() as folder:
+            wheel = fake_pytorch.make_wheel(folder / "site-packages")
+            project = fake_pytorch.write_files(folder / "project", fake_pytorch.PROJECT)
+            with mock.patch.object(upstream, "find_target", lambda given: find_target(str(wheel))):
+                self.assertEqual(upstream.load().lobpcg(None), "upstream")
+                fake_pytorch.run("apply", project, wheel)
+                self.assertEqual(upstream.load().lobpcg(None), "upstream")
+                fake_pytorch.run("revert", project, wheel)
+                (wheel / upstream.MEMBER).write_bytes(b"patched = 1\n")
                 with self.assertRaisesRegex(FileNotFoundError, "--upstream"):
                     upstream.load()
-                store = site / ".torch_lobpcg_patch"
-                (store / "objects").mkdir(parents=True)
-                (store / "objects" / "abc").write_bytes(b"pristine = 2\n")
-                steps = [
-                    ["torch/other.py", None, ["x", 420, None]],
-                    [upstream.MEMBER, ["abc", 420, None], ["d", 420, None]],
-                ]
-                (store / "state.json").write_text(json.dumps({"steps": steps}))
-                self.assertEqual(upstream.load().pristine, 2)
 
     def test_wheel_and_file(self):
         import zipfile

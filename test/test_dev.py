@@ -25,8 +25,9 @@ def dev(tmp_path, monkeypatch):
     def run(*words, env=None):
         dev.ran.append([str(word) for word in words])
         if "venv" in words:
-            dev.venv_python().parent.mkdir(parents=True)
+            dev.venv_python().parent.mkdir(parents=True, exist_ok=True)
             dev.venv_python().touch()
+            (dev.VENV / "pyvenv.cfg").write_text(f"prompt = '{words[words.index('--prompt') + 1]}'\n")
 
     monkeypatch.setattr(dev, "run", run)
     for name in ("LOBPCG_TORCH", "LOBPCG_PYTHON"):
@@ -58,14 +59,12 @@ def test_linters_are_added_once(dev, monkeypatch):
 
 def test_another_torch_is_installed_into_an_empty_environment(dev, monkeypatch):
     dev.install()
-    leftover = dev.VENV / "lib" / "leftover.py"
-    leftover.parent.mkdir()
-    leftover.touch()
+    dev.ran.clear()
     monkeypatch.setenv("LOBPCG_TORCH", "torch==2.6.0")
     dev.install()
     assert "torch==2.6.0" in dev.ran[-1]
     assert "torch==2.13.0" not in dev.ran[-1]
-    assert not leftover.exists()
+    assert "--clear" in dev.ran[0]
 
 
 @pytest.mark.parametrize("stop", ["venv", "pip"])
@@ -94,6 +93,24 @@ def test_stamp_cut_short_counts_as_interrupted(dev):
     assert len(dev.ran) == 2
 
 
+def test_an_environment_without_its_stamp_is_known_by_its_prompt(dev):
+    """As a kill during the first installation leaves it; what venv itself writes is looked at."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--prompt", dev.PROMPT, str(dev.VENV)], check=True)
+    assert dev.made_here()
+    dev.install()
+    assert len(dev.ran) == 2
+    assert "--clear" in dev.ran[0]
+
+
+@pytest.mark.parametrize("chosen", [None, "7"])
+def test_one_thread_unless_another_number_is_asked_for(dev, monkeypatch, chosen):
+    monkeypatch.setattr(dev, "prepare", lambda linters: ("python", {} if chosen is None else {"OMP_NUM_THREADS": chosen}))
+    became = []
+    monkeypatch.setattr(dev, "become", lambda command, env: became.append(env["OMP_NUM_THREADS"]))
+    dev.main(["demo"])
+    assert became == [chosen or "1"]
+
+
 def test_foreign_environment_is_left_alone(dev):
     mine = dev.VENV / "pyvenv.cfg"
     mine.parent.mkdir()
@@ -112,7 +129,7 @@ def test_without_ensurepip_the_outer_pip_fills_the_environment(dev, monkeypatch)
     assert dev.ran[1][:5] == [sys.executable, "-m", "pip", "--python", str(dev.venv_python())]
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    dev.write_stamp("started")
+    dev.STAMP.write_text("started")
     with pytest.raises(dev.SetupError, match="neither ensurepip nor pip"):
         dev.install()
 

@@ -192,7 +192,7 @@ def test_table_of_transforms():
 
 
 def imported_siblings(file):
-    """The _lobpcg modules that a module imports, anywhere in it."""
+    """The modules of _lobpcg_impl that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
@@ -200,19 +200,17 @@ def imported_siblings(file):
             names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("torch._lobpcg")}
+        found |= {name.split(".")[2] for name in names if name.startswith("torch._lobpcg_impl.")}
     return found
 
 
 def test_imports_follow_the_map():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    _, *parts = text.split("|-- ")
-    differentiation, solution = (re.findall(r"^    [ |]   (_lobpcg_\w+)", part, re.MULTILINE) for part in parts)
-    files = {file.stem: file for file in (ROOT / "torch_patch").glob("_lobpcg*.py")}
-    assert sorted(files) == sorted(["_lobpcg", *differentiation, *solution])
-    for part in (differentiation, solution):
-        for position, name in enumerate(part):
-            assert imported_siblings(files[name]) <= set(part[position + 1 :]), name
+    listed = re.findall(r"^        (\w+)  ", text.split("    _lobpcg_impl/\n")[1].split("    _dynamo/")[0], re.MULTILINE)
+    files = {file.stem: file for file in (ROOT / "torch_patch" / "_lobpcg_impl").glob("*.py") if file.stem != "__init__"}
+    assert sorted(files) == sorted(listed)
+    for position, name in enumerate(listed):
+        assert imported_siblings(files[name]) & set(files) <= set(listed[position + 1 :]), name
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "ortho", "tol": 1e-11}], ids=["default", "ortho"])

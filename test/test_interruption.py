@@ -51,9 +51,9 @@ def bench(project):
     with tempfile.TemporaryDirectory(dir=memory) as name:
         folder = Path(name)
         wheel = fake.make_wheel(folder / "before")
-        (folder / "cached.py").write_bytes(fake.LOBPCG)
+        (wheel / "cached.py").write_bytes(fake.LOBPCG)
         (wheel / "torch/_lobpcg.py").unlink()
-        (wheel / "torch/_lobpcg.py").symlink_to(folder / "cached.py")
+        (wheel / "torch/_lobpcg.py").symlink_to("../cached.py")
         shutil.copytree(wheel, folder / "after", symlinks=True)
         run("apply", project, folder / "after")
 
@@ -69,7 +69,10 @@ def without_store(files):
 
 
 def settled(project, wheel, before, after):
-    """The next command finds one of the two states, whole, and can go on to the other and back."""
+    """status sees what happened; what was begun is rolled back or was done; from there to the other state and back."""
+    journal = (wheel / FOLDER / "journal.json").exists()
+    assert (word(project, wheel) == "interrupted") == journal
+    run("recover", project, wheel)
     found = word(project, wheel)
     now = fake.snapshot(wheel)
     assert (found, without_store(now)) in (("unpatched", before), ("patched", without_store(after)))
@@ -111,7 +114,7 @@ def test_killed_while_rolling_back(project, bench, command, start, part):
     for again in range(1000):
         wheel = fresh(start)
         assert killed_run(command, project, wheel, survive) == 137
-        if killed_run("status", project, wheel, again) == 0:
+        if killed_run("recover", project, wheel, again) == 0:
             break
         settled(project, wheel, before, after)
     assert again < 999
@@ -170,8 +173,10 @@ def test_contents_reach_the_disk_before_their_names(monkeypatch, project, wheel)
 def test_rolling_back_leaves_no_bytecode_of_the_patch(project, wheel):
     """A program that ran between the two may have compiled what is rolled back, or have it compiled again."""
     assert killed_run("apply", project, wheel, 80) == 137
+    assert word(project, wheel) == "interrupted"
     cached = ["torch/__pycache__/_lobpcg.cpython-311.pyc", "torch/autograd/__pycache__/gradcheck.cpython-311.pyc"]
     fake.write_files(wheel, dict.fromkeys(cached, b""))
+    run("recover", project, wheel)
     assert word(project, wheel) == "unpatched"
     assert not any((wheel / path).exists() for path in cached)
 
@@ -181,4 +186,7 @@ def test_files_changed_after_an_interruption_are_kept(project, wheel):
     assert killed_run("apply", project, wheel, 75) == 137
     assert (wheel / FOLDER / "journal.json").exists()
     (wheel / "torch/_lobpcg.py").write_bytes(b"mine\n")
-    assert "files changed since: torch/_lobpcg.py" in unchanged_refusal("status", project, wheel)
+    assert word(project, wheel) == "interrupted"
+    for command in ("apply", "revert"):
+        assert "files changed since: torch/_lobpcg.py" in unchanged_refusal(command, project, wheel)
+    assert "interrupted apply" in unchanged_refusal("verify", project, wheel)

@@ -1,72 +1,14 @@
-"""What the patch tool reads and what it makes of upstream's text: manifests, woven functions, inserted test classes."""
-
-import sys
+"""What the patch tool reads and what it makes of upstream's text: woven functions, inserted test classes."""
 
 import fake_pytorch as fake
 import pytest
-from patchset import toml
 from patchset.classes import insert_classes
 from patchset.errors import PatchError
+from patchset.series import tomllib
 from patchset.weave import weave
 
 
-EDITS = toml.loads(fake.EDITS)["edit"]
-
-
-# --- the manifest's reader
-
-
-TOML_ACCEPTED = [
-    "",
-    "a = 1\nb-c = -20 # comment\n_d = true\ne=false",
-    'a = "x # y\\\\ \\n \\t \\""\nb = \'c:\\d\'',
-    "a = '''\nfirst\n  'second'\n'''\nb = \"\"\"\none \\\\ \"two\"\n\"\"\"",
-    "a = []\nb = [1, [2, 3], # why\n\n 'x',\n]\n",
-    "[t]\na = 1\n[[r]]\na = 1\n[[r]]\na = 2\n[[r.s]]\nb = 1\n[t.u]\nc = ['[[r]]']\n",
-    "a = 'x'\r\nb = '''\r\ny\r\n'''\r\n",
-    fake.SERIES,
-    fake.EDITS,
-]
-TOML_REFUSED = [
-    "a = 1.5",
-    "a = 1979-05-27",
-    "a = {b = 1}",
-    "a.b = 1",
-    '"a" = 1',
-    "a = 0x1F",
-    "a = 1_000",
-    "a = 012",
-    "a = truer",
-    "a = 1 b = 2",
-    "a = 1\na = 2",
-    "[t]\n[t]",
-    "a = [1]\n[[a]]",
-    "a = 1\n[a.b]",
-    "[[t]\na = 1",
-    "a = [1 2]",
-    "a = [1, 2",
-    "a = 'x\ny'",
-    "a = '''x",
-    'a = "\\u0041"',
-    'a = """x\\\n  y"""',
-    'a = """x""""',
-    "a = '\x01'",
-    "a",
-]
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib, the oracle, is new in 3.11")
-@pytest.mark.parametrize("text", TOML_ACCEPTED)
-def test_toml_reads_what_tomllib_reads(text):
-    import tomllib
-
-    assert toml.loads(text) == tomllib.loads(text)
-
-
-@pytest.mark.parametrize("text", TOML_REFUSED)
-def test_toml_refuses_the_rest_with_its_line(text):
-    with pytest.raises(toml.TOMLError, match=r"line \d+: found "):
-        toml.loads("# first\n" + text)
+EDITS = tomllib.loads(fake.EDITS)["edit"]
 
 
 # --- weaving

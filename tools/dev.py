@@ -7,7 +7,8 @@ usage: python3 tools/dev.py demo [ARGUMENT ...]     the main job on real input; 
 
 The first call makes .venv in the repository, installs PyTorch and the test dependencies there and patches that
 PyTorch; a later call finds this done and starts at once. A set-up that was interrupted is begun anew, and a change of
-torch_patch/ is patched in again. The exit status is that of the command that ran; 2 if the set-up failed.
+torch_patch/ is patched in again. What runs has OMP_NUM_THREADS=1 unless it is set: the matrices are small, and threads that
+wait for each other on a busy machine take several times as long. The exit status is that of the command; 2 if the set-up failed.
 
 environment: LOBPCG_TORCH=REQUIREMENT   what pip installs instead of the pinned PyTorch: torch==2.6.0, or a wheel's path
              LOBPCG_PYTHON=INTERPRETER  an interpreter to use as it is: nothing is installed or patched, only checked
@@ -16,7 +17,6 @@ environment: LOBPCG_TORCH=REQUIREMENT   what pip installs instead of the pinned 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -36,6 +36,7 @@ if sys.platform != "win32":
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "lobpcg-setup.json"
+PROMPT = "lobpcg"
 PATCH = ROOT / "tools" / "patch.py"
 DEMO = ROOT / "docs_patch" / "source" / "scripts" / "lobpcg" / "demo.py"
 LINT = ROOT / "tools" / "lint.py"
@@ -98,37 +99,21 @@ def requirements() -> list[str]:
     return [torch_requirement(), *PACKAGES.values()]
 
 
-def fingerprint() -> str:
-    """Changes whenever an environment made earlier no longer is what a set-up would make now."""
-    base = [list(sys.version_info[:2]), str(VENV)]
-    return hashlib.sha256(json.dumps([base, requirements()]).encode()).hexdigest()
+def wanted() -> str:
+    """What the stamp of a finished set-up says; it is the last thing that is written."""
+    return " ".join([f"{sys.version_info[0]}.{sys.version_info[1]}", *requirements()])
 
 
-def read_stamp() -> dict[str, str] | None:
-    """What an earlier set-up left: None without a stamp, {} for one cut short while it was written."""
-    try:
-        stamp = json.loads(STAMP.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-    return stamp if isinstance(stamp, dict) else {}
+def stamp() -> list[str]:
+    return STAMP.read_text(encoding="utf-8").split("\n") if STAMP.exists() else []
 
 
-def write_stamp(state: str, linters: str = "") -> None:
-    fields = {"state": state, "fingerprint": fingerprint(), "linters": linters}
-    STAMP.write_text(json.dumps(fields) + "\n", encoding="utf-8")
-
-
-def empty_venv() -> None:
-    """Remove all of .venv but the stamp, which marks the folder as made here and so stays to the end."""
-    for entry in list(os.scandir(VENV)):
-        if entry.path == str(STAMP):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
+def made_here() -> bool:
+    """Whether .venv is this command's: not there, empty, or with the prompt that it gives, finished or not."""
+    if not VENV.exists() or not any(VENV.iterdir()):
+        return True
+    settings = VENV / "pyvenv.cfg"
+    return STAMP.exists() or (settings.exists() and f"prompt = '{PROMPT}'" in settings.read_text(encoding="utf-8"))
 
 
 def pip_command() -> list[str]:
@@ -140,7 +125,7 @@ def pip_command() -> list[str]:
 
 def make_venv() -> None:
     if importlib.util.find_spec("ensurepip") is not None:
-        run(sys.executable, "-m", "venv", VENV)
+        run(sys.executable, "-m", "venv", "--clear", "--prompt", PROMPT, VENV)
         return
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("pip") is None:
         raise SetupError(
@@ -149,44 +134,34 @@ def make_venv() -> None:
             "to an interpreter that has a patched PyTorch"
         )
     say("this Python has no ensurepip: filling .venv with the pip it has")
-    run(sys.executable, "-m", "venv", "--without-pip", VENV)
+    run(sys.executable, "-m", "venv", "--clear", "--prompt", PROMPT, "--without-pip", VENV)
 
 
 def install() -> None:
     """Leave .venv with everything installed and a stamp that says so; nothing to do where that is the case."""
-    stamp = read_stamp()
-    if stamp is None and VENV.exists() and any(VENV.iterdir()):
+    if stamp()[:1] == [wanted()]:
+        return
+    if not made_here():
         raise SetupError(
             f"{VENV} was not made by this command; move it away, or use it as it is with "
             f"LOBPCG_PYTHON={shlex.quote(str(venv_python()))}"
         )
-    stamp_holds = stamp is not None and (stamp.get("state"), stamp.get("fingerprint")) == ("complete", fingerprint())
-    if stamp_holds and venv_python().exists():
-        return
-    if stamp is None:
-        say(f"making {VENV}")
-    elif stamp.get("state") == "complete":
-        say("the requirements or the Python have changed: making .venv anew")
-    else:
-        say("an earlier set-up did not finish: making .venv anew")
+    say(f"making {VENV}")
     begin = time.monotonic()
-    VENV.mkdir(exist_ok=True)
-    write_stamp("started")
-    empty_venv()
     make_venv()
     say("installing " + " ".join(requirements()))
     run(*pip_command(), "install", "--no-input", *requirements(), env=venv_environment())
-    write_stamp("complete")
+    STAMP.write_text(wanted(), encoding="utf-8")
     say(f"installed in {time.monotonic() - begin:.0f} s")
 
 
 def install_linters() -> None:
     """Add the linters to .venv, unless its stamp says that they are there in these versions."""
-    wanted = " ".join(LINTERS.values())
-    if (read_stamp() or {}).get("linters") != wanted:
-        say("installing " + wanted)
+    linters = " ".join(LINTERS.values())
+    if stamp()[1:] != [linters]:
+        say("installing " + linters)
         run(*pip_command(), "install", "--no-input", *LINTERS.values(), env=venv_environment())
-        write_stamp("complete", linters=wanted)
+        STAMP.write_text(f"{wanted()}\n{linters}", encoding="utf-8")
 
 
 def patch_venv() -> None:
@@ -292,6 +267,7 @@ def main(arguments: list[str]) -> int:
     except SetupError as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 2
+    env.setdefault("OMP_NUM_THREADS", "1")
     command = [python, *jobs[name], *rest]
     say(f"ready after {time.monotonic() - begin:.1f} s; running {command_line(*command)}")
     become(command, env)

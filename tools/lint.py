@@ -3,6 +3,7 @@
 `tools/dev.py lint` runs this with what it needs installed. All four run; the exit status is 1 if one finds something.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -54,6 +55,7 @@ def typed(files: list[str]) -> int:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     commands = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
     statuses = [subprocess.call([sys.executable, "-m", *command], cwd=ROOT) for command in commands]
     statuses.append(typed(patched_torch()))

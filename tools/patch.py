@@ -1,8 +1,9 @@
 """Applies this patch set to a PyTorch: patch.py status|apply|verify|revert|export [TARGET]
 
 TARGET is a PyTorch checkout, a virtual environment or a site-packages folder; without it, the torch that the running
-interpreter would import. Nothing is written before everything has been planned and checked, and a run that is killed is
-rolled back by the next command.
+interpreter would import. Nothing is written before everything has been planned and checked; a run that is killed is
+rolled back by the next apply or revert. status and verify only look; status exits with 1 where files were edited, a run was
+interrupted or the PyTorch cannot be patched.
 """
 
 import argparse
@@ -16,7 +17,7 @@ if sys.version_info < (3, 10):
     )
 
 from patchset.commands import patcher
-from patchset.errors import PatchError
+from patchset.errors import explained, PatchError
 from patchset.steps import check_steps
 
 
@@ -41,11 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
         parsers[name].add_argument("TARGET", nargs="?")
     parsers["apply"].add_argument("--commits", action="store_true", help="commit the series too, patch by patch")
     parsers["export"].add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder to be made")
+    keep = "restore edited files too, each edited one kept beside its original as FILE.edited"
+    parsers["revert"].add_argument("--force", action="store_true", help=keep)
     parsers["steps"].add_argument("PYTEST", nargs="*", help="further arguments of pytest, after --")
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except (PatchError, OSError) as error:
+    except OSError as error:
+        print(f"patch: {explained(error)}", file=sys.stderr)
+        return 1
+    except PatchError as error:
         for line in str(error).split("\n"):
             print("patch: " + line, file=sys.stderr)
         return 1
@@ -59,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
             return running.apply(options.commits)
         if options.command == "export":
             return running.export(options.output)
+        if options.command == "revert":
+            return running.revert(options.force)
         status: int = getattr(running, options.command)()
         return status
 

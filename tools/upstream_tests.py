@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 from patchset.errors import PatchError
 from patchset.plan import unpatched_stages
@@ -127,30 +127,49 @@ class Runner(NamedTuple):
     tests: Path
     timeout: float
 
+    @property
+    def words(self) -> str:
+        return "with the patch" if self.name == "patched" else "without the patch"
+
     def run(self, job: Job) -> Outcomes:
-        record = self.tests.parent / f"{self.name}-{JOBS.index(job)}.jsonl"
-        plugins = str(ROOT / "tools/upstream")
-        paths = [str(path) for path in (self.torch, plugins) if path is not None]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "UPSTREAM_RECORD": str(record)}
+        report = self.tests.parent / f"{self.name}-{JOBS.index(job)}.xml"
+        log = report.with_suffix(".log")
+        env = {**os.environ, "PYTHONPATH": str(self.torch or ""), "PYTHONUNBUFFERED": "1"}
         env |= {"PYTORCH_TEST_WITH_SLOW_GRADCHECK": "1"} if job.slow_gradcheck else {}
-        options = ["-q", "--tb=short", "--noconftest", "-p", "recorder", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        options += ["-k", job.select] if job.select else []
+        options = ["-v", "--tb=short", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options += [f"--junitxml={report}", *(["-k", job.select] if job.select else [])]
         command = [self.python, "-W", "ignore", "-m", "pytest", *options, Path(job.file).name]
         place = (self.tests / job.file).parent
-        with open(record.with_suffix(".log"), "wb") as log, contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, cwd=place, env=env, stdout=log, stderr=log, timeout=self.timeout, check=False)
-        return read_record(record)
+        say(f"{job}: running {self.words}")
+        begin = time.monotonic()
+        with open(log, "wb") as output, contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=place, env=env, stdout=output, stderr=output, timeout=self.timeout, check=False)
+        found = read_report(report) if report.exists() else read_log(log)
+        say(f"{job}: {self.words} {counts(found)}, {time.monotonic() - begin:.0f} s")
+        return found
 
 
-def read_record(path: Path) -> Outcomes:
-    found: Outcomes = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        row = json.loads(line)
-        if row["outcome"] == "started":
-            found[row["test"]] = "crashed"  # unless more is heard of it
-        elif found.get(row["test"]) != "failed":
-            found[row["test"]] = row["outcome"]
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def read_report(path: Path) -> Outcomes:
+    """What pytest wrote when the file had come to its end."""
+    found: Outcomes = {"": "finished"}
+    words = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+    for case in ElementTree.parse(path).iter("testcase"):
+        test = f"{case.get('classname', '').split('.')[-1]}::{case.get('name')}"
+        outcome = next((words[part.tag] for part in case if part.tag in words), "passed")
+        if found.get(test) != "failed":
+            found[test] = outcome
     return found
+
+
+def read_log(path: Path) -> Outcomes:
+    """What pytest said before a crash or the time limit: the test that it was at has no outcome."""
+    lines = re.findall(r"^\S+?::(\S+) ?([A-Z]*)", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    words = {"PASSED": "passed", "XFAIL": "skipped", "SKIPPED": "skipped", "FAILED": "failed", "ERROR": "failed"}
+    return {test: words.get(word, "crashed") for test, word in lines}
 
 
 # --- comparing
@@ -213,7 +232,7 @@ def main(arguments: list[str]) -> int:
             Runner("patched", python, patched, folder / "tests-patched", options.timeout),
         )
         with ThreadPoolExecutor(options.jobs) as pool:
-            running = [(job, [pool.submit(timed, side, job) for side in sides]) for job in jobs]
+            running = [(job, [pool.submit(side.run, job) for side in sides]) for job in jobs]
             differences = [report(job, *(side.result() for side in both)) for job, both in running]
     broken = [test for difference in differences for test in difference.broken]
     unfinished = sum(difference.unfinished for difference in differences)
@@ -222,19 +241,11 @@ def main(arguments: list[str]) -> int:
     return 1 if broken or unfinished else 0
 
 
-def timed(side: Runner, job: Job) -> tuple[Outcomes, float]:
-    begin = time.monotonic()
-    return side.run(job), time.monotonic() - begin
-
-
-def report(job: Job, before: tuple[Outcomes, float], after: tuple[Outcomes, float]) -> Difference:
-    difference = compare(before[0], after[0])
-    print(f"{job}\n  without the patch: {counts(before[0])}, {before[1]:.0f} s")
-    print(f"  with the patch:    {counts(after[0])}, {after[1]:.0f} s")
+def report(job: Job, before: Outcomes, after: Outcomes) -> Difference:
+    difference = compare(before, after)
     for word, tests in (("fixed", difference.fixed), ("broken", difference.broken)):
         for test in tests:
-            print(f"  {word}: {test}")
-    sys.stdout.flush()
+            say(f"{job}: {word} {test}")
     return difference
 
 

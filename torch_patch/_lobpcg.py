@@ -292,7 +292,8 @@ def _saved_pairs(ctx: Any) -> Pairs:
 def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     """The forward of one problem, with a warning where pairs have not converged.
 
-    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
+    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive; here
+    pairs that were found in double are rounded to the dtype of the matrices, once.
     """
     k = options.k
     found = solve(pencil, X, options)
@@ -311,7 +312,12 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         )
     )
     copies = (
-        T.detach().clone(memory_format=torch.contiguous_format) for T in pairs.tensors
+        T.detach().to(
+            pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for T in pairs.tensors
     )
     return Pairs(pencil, options, *copies)
 

@@ -129,8 +129,7 @@ class Eigh:
             L = torch.linalg.cholesky(B)
             A = torch.linalg.solve_triangular(L, A, upper=False)
             A = torch.linalg.solve_triangular(L, A.mH, upper=False)
-        E, X = torch.linalg.eigh(A)
-        E, X = _wanted(E, X, self.case)
+        E, X = dense_pairs(A, self.case.k, self.case.largest)
         return E, X if B is None else torch.linalg.solve_triangular(L.mH, X, upper=True)
 
 
@@ -214,19 +213,13 @@ class Xitorch:
     """xitorch.linalg.symeig."""
 
     def __init__(self, instance, options):
-        import xitorch
-        import xitorch.linalg
+        import xitorch.linalg  # noqa: F401
 
         self.case = instance.case
-        self.operator, self.symeig = xitorch.LinearOperator.m, xitorch.linalg.symeig
 
     def solve(self, A, B, seed, tol):
         torch.manual_seed(seed)
-        M = None if B is None else self.operator(B, is_hermitian=True)
-        mode = "uppest" if self.case.largest else "lowest"
-        operator = self.operator(A, is_hermitian=True)
-        E, X = self.symeig(operator, neig=self.case.k, mode=mode, M=M, **self._options(tol))
-        return (E.flip(-1), X.flip(-1)) if self.case.largest else (E, X)
+        return xitorch_pairs(A, self.case.k, B, self.case.largest, **self._options(tol))
 
     def _options(self, tol):
         return {"method": "exacteig"}
@@ -239,10 +232,33 @@ class XitorchDavidson(Xitorch):
         return {"method": "davidson", "min_eps": tol, "bck_options": {"method": "cg", "rtol": tol}}
 
 
-def _wanted(E, X, case):
-    if case.largest:
-        return E[..., -case.k :].flip(-1), X[..., -case.k :].flip(-1)
-    return E[..., : case.k], X[..., : case.k]
+def dense_pairs(A, k, largest):
+    """The k extreme pairs of torch.linalg.eigh."""
+    E, X = torch.linalg.eigh(A)
+    return (E[..., -k:].flip(-1), X[..., -k:].flip(-1)) if largest else (E[..., :k], X[..., :k])
+
+
+def xitorch_pairs(A, k, B, largest, size=None, **options):
+    """xitorch.linalg.symeig of matrices, or of products with blocks of `size` rows."""
+    import xitorch.linalg
+
+    class Product(xitorch.LinearOperator):
+        def __init__(self, product):
+            super().__init__((size, size), is_hermitian=True, dtype=torch.float64, device=torch.device("cpu"))
+            self.product = product
+
+        def _mv(self, x):
+            return self.product(x.unsqueeze(-1)).squeeze(-1)
+
+        def _getparamnames(self, prefix=""):
+            return []
+
+    def operator(A):
+        return Product(A) if callable(A) else xitorch.LinearOperator.m(A, is_hermitian=True)
+
+    M, mode = None if B is None else operator(B), "uppest" if largest else "lowest"
+    E, X = xitorch.linalg.symeig(operator(A), neig=k, mode=mode, M=M, **options)
+    return (E.flip(-1), X.flip(-1)) if largest else (E, X)
 
 
 def _tensors(E, X):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.metadata
-import json
 import types
 import zipfile
 from pathlib import Path
+
+from patchset.plan import originals
+from patchset.record import Record
+from patchset.store import Store
+from patchset.target import find_target
 
 
 MEMBER = "torch/_lobpcg.py"
@@ -26,16 +27,13 @@ def pristine_source(option: str = "") -> tuple[str, str]:
             with zipfile.ZipFile(path) as wheel:
                 return wheel.read(MEMBER).decode(), f"{path.name}/{MEMBER}"
         return path.read_text(encoding="utf-8"), str(path)
-    files = importlib.metadata.distribution("torch").files or ()
-    installed = next((f for f in files if f.as_posix() == MEMBER), None)
-    if installed is not None:
-        path = Path(installed.locate())
-        backup = _backup(path.parent.parent)
-        if backup is not None:
-            return backup.read_text(encoding="utf-8"), str(backup)
-        if installed.hash is not None and _digest(path.read_bytes()) == installed.hash.value:
-            return path.read_text(encoding="utf-8"), str(path)
-    raise FileNotFoundError(f"no unpatched {MEMBER} beside this PyTorch; name a wheel or the file with --upstream")
+    target = find_target(None)
+    store = Store(target, list)
+    before = originals(store, store.applied())
+    source, record = (before(path)[1] if path else None for path in (MEMBER, target.record))
+    if source is None or record is None or not Record(record).matches(MEMBER, source):
+        raise FileNotFoundError(f"no unpatched {MEMBER} beside this PyTorch; name a wheel or the file with --upstream")
+    return source.decode(), f"{MEMBER} of torch {target.version}, unpatched"
 
 
 def load(option: str = "") -> types.ModuleType:
@@ -45,18 +43,3 @@ def load(option: str = "") -> types.ModuleType:
     module.__file__ = origin
     exec(compile(source, origin, "exec"), module.__dict__)
     return module
-
-
-def _digest(data: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-
-
-def _backup(site: Path) -> Path | None:
-    """The original of the patched file: tools/patch.py lists it in its state, under its hash."""
-    folder = site / ".torch_lobpcg_patch"
-    try:
-        steps = json.loads((folder / "state.json").read_text(encoding="utf-8"))["steps"]
-    except FileNotFoundError:
-        return None
-    before = next((before for path, before, _ in steps if path == MEMBER), None)
-    return folder / "objects" / before[0] if before else None

@@ -1,4 +1,4 @@
-"""status, apply, verify, revert and export: each rolls an interrupted run back first, then looks, then acts."""
+"""status, apply, verify, revert and export. apply and revert roll an interrupted run back first; the others only look."""
 
 import contextlib
 import functools
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import commits, disk
+from .disk import FileState
 from .errors import PatchError, raise_all
 from .git import ancestor, changed_in_git, head, is_working_tree
 from .lock import locked
@@ -18,17 +19,12 @@ from .target import find_target, Target
 from .text import comma_list
 
 
-REINSTALL = "reinstall torch (pip install --force-reinstall --no-deps) or restore the checkout, then apply"
-
-
 class Patcher:
     """One command on one PyTorch, with its lock held. `say` receives the lines for the user."""
 
     def __init__(self, project: Path, target: Target, say: Callable[[str], object]) -> None:
         self.project, self.target, self.say = project, target, say
-        self.store = Store(target.root)
-        if self.store.recover():
-            say("an interrupted run was rolled back")
+        self.store = Store(target, lambda: self.series.paths)
         self.applied = self.store.applied()
 
     @functools.cached_property
@@ -42,9 +38,10 @@ class Patcher:
         self.say(f"{word}: {self.target}")
         for detail in details:
             self.say("  " + detail)
-        return 0
+        return 1 if word in ("edited", "interrupted", "unpatchable") else 0
 
     def apply(self, commit: bool = False) -> int:
+        self.recover()
         base = self.base(commit)
         if self.applied and self.superseded():
             self.clear()
@@ -80,6 +77,7 @@ class Patcher:
         return 0
 
     def verify(self) -> int:
+        self.refuse_interrupted()
         if not self.applied and (committed := self.committed()) is not None:
             self.say(f"verified {committed} files of the last {len(self.series.patches)} commits: {self.target}")
             return 0
@@ -89,12 +87,13 @@ class Patcher:
             raise PatchError(
                 f"{self.target} was reinstalled or restored since it was patched", "the patched files", "run apply"
             )
-        problems = [self.difference(step) for step in self.edited()] + self.outdated()
-        raise_all(problems)
+        self.store.refuse_paths(self.applied)
+        raise_all([self.difference(step) for step in self.edited()] + self.outdated())
         self.say(f"verified {len(self.steps)} files, byte for byte: {self.target}")
         return 0
 
-    def revert(self) -> int:
+    def revert(self, force: bool = False) -> int:
+        self.recover()
         if not self.applied:
             if self.target.is_checkout and self.committed() is not None:
                 remedy = f"leave it to git: git reset --keep HEAD~{len(self.series.patches)}"
@@ -105,16 +104,41 @@ class Patcher:
             self.clear()
             self.say(f"torch was reinstalled or restored since it was patched; deleted the backups: {self.target}")
             return 0
-        self.refuse_edits()
+        if not force:
+            self.refuse_edits()
         self.refuse_unwritable(self.steps)
+        back, contents = self.keep_edits() if force else (inverse(self.applied), {})
         if self.applied.commits:
             self.move_head(forward=False)
-        self.store.run(inverse(self.applied), {})
+        self.store.run(back, contents)
         self.say(f"restored {len(self.steps)} files: {self.target}")
         return 0
 
+    def keep_edits(self) -> tuple[Transaction, dict[str, bytes]]:
+        """The way back from the files as they are, with the bytes that it needs; each edited file is first copied to a
+        free name beside it, which ends in .edited, so that Python does not import it."""
+        assert self.applied is not None
+        self.store.refuse_paths(self.applied)
+        contents: dict[str, bytes] = {}
+        now: dict[str, FileState | None] = {step.path: step.after for step in self.steps}
+        for step in self.edited():
+            place = self.store.root / step.path
+            state, data = disk.state_of(place), disk.read(place)
+            now[step.path] = state
+            if state is None or data is None:
+                continue
+            contents[state.sha256] = data
+            if state.sha256 not in {known.sha256 for known in (step.before, step.after) if known}:
+                kept = _free_name(place)
+                disk.write(kept, data, 0o644, os.stat(place))
+                disk.sync_folder(kept.parent)
+                self.say(f"kept your {step.path} as {kept.name}")
+        steps = [step._replace(before=now[step.path]) for step in inverse(self.applied).steps]
+        return inverse(self.applied)._replace(steps=steps), contents
+
     def export(self, output: Path) -> int:
         """Write the series as mails for `git am`, made for the commit that is checked out."""
+        self.refuse_interrupted()
         output = output.resolve()
         if output.is_relative_to(self.project.resolve()) or output.is_relative_to(self.store.root.resolve()):
             remedy = "name a folder elsewhere: these diffs carry lines of PyTorch, and neither repository stores them"
@@ -177,6 +201,10 @@ class Patcher:
 
     def look(self) -> tuple[str, list[str]]:
         """One word for the state, and what belongs to it."""
+        if (transaction := self.store.interrupted()) is not None:
+            foreign = self.store.foreign(transaction.steps)
+            since = [f"changed since: {comma_list(foreign)}"] if foreign else []
+            return "interrupted", [f"killed in the middle of {transaction.action}; apply and revert roll it back", *since]
         if self.applied is None and self.committed() is not None:
             return "committed", [f"the last {len(self.series.patches)} commits are the series; git can take them back"]
         if self.applied is None:
@@ -187,6 +215,7 @@ class Patcher:
             return "unpatched", [plan.caution] if plan.caution else []
         if self.superseded():
             return "superseded", ["torch was reinstalled or restored since it was patched; apply patches it again"]
+        self.store.refuse_paths(self.applied)
         edited = self.edited()
         if edited:
             return "edited", [str(self.difference(step)) for step in edited]
@@ -198,7 +227,7 @@ class Patcher:
         return make_plan(self.series, self.target, originals(self.store, self.applied), created)
 
     def edited(self) -> list[Step]:
-        return [step for step in self.steps if disk.state_of(self.store.root / step.path) != step.after]
+        return [step for step in self.steps if not self.store.holds(step.path, step.after)]
 
     def outdated(self) -> list[PatchError]:
         """Why `apply` would change the patched PyTorch; empty if it would not."""
@@ -230,47 +259,67 @@ class Patcher:
         assert self.applied is not None
         left = [s for s in self.steps if s.before is None and disk.state_of(self.store.root / s.path)]
         self.refuse_unwritable(left)
-        self.store.run(inverse(self.applied._replace(steps=left)), {})
+        folders = [folder for folder in self.applied.folders if (self.store.root / folder).is_dir()]
+        self.store.run(inverse(self.applied._replace(steps=left, folders=folders)), {})
         self.applied = None
 
     def difference(self, step: Step) -> PatchError:
         place = self.store.root / step.path
         state, data = disk.state_of(place), disk.read(place)
+        remedy = "revert --force keeps your file beside the original that it restores"
         if state is None or data is None or step.after is None:
-            return PatchError(f"{step.path} is missing", "the patched file", REINSTALL)
+            return PatchError(f"{step.path} is missing", "the patched file", "revert --force restores the original")
         lines, wanted = data.split(b"\n"), self.store.content(step.after).split(b"\n")
         pairs = enumerate(zip(lines, wanted, strict=False), 1)
         line = next((i for i, (a, b) in pairs if a != b), min(len(lines), len(wanted)) + 1)
         if state.sha256 == step.after.sha256:
+            if state.link is not None:
+                return PatchError(f"{step.path} is a link", "the patched file", remedy)
             return PatchError(f"{step.path} has mode {state.mode:o}", f"{step.after.mode:o}", "restore it with chmod")
-        return PatchError(f"{step.path} was changed in line {line}", "the patched bytes", REINSTALL)
+        return PatchError(f"{step.path} was changed in line {line}", "the patched bytes", remedy)
 
     # --- refusing
 
     def refuse_edits(self) -> None:
+        if self.applied:
+            self.store.refuse_paths(self.applied)
         raise_all([self.difference(step) for step in self.edited()])
+
+    def refuse_interrupted(self) -> None:
+        if (transaction := self.store.interrupted()) is not None:
+            found = f"{self.target} has an interrupted {transaction.action}"
+            raise PatchError(found, "a finished one", "run apply or revert, which roll it back first")
+
+    def recover(self) -> None:
+        """Roll back what was interrupted, before a command that writes."""
+        interrupted = self.store.interrupted()
+        if interrupted is not None:
+            self.refuse_unwritable(interrupted.steps)
+        if self.store.recover():
+            self.say(f"an interrupted {interrupted.action if interrupted else 'run'} was rolled back")
+        self.applied = self.store.applied()
 
     def refuse_unready(self, transaction: Transaction) -> None:
         if self.target.is_checkout and not self.applied:
             changed = changed_in_git(self.store.root, [step.path for step in transaction.steps])
             if changed:
                 raise PatchError(f"uncommitted changes in {comma_list(changed)}", "clean files", "commit or stash them")
-        for step in transaction.steps:
-            place = self.store.root / step.path
-            if place.parent.exists() and place.parent.resolve() != self.store.root.resolve() / Path(step.path).parent:
-                remedy = f"give as TARGET the folder that really holds it ({place.parent.resolve()})"
-                raise PatchError(
-                    f"{place.parent} is reached through a symbolic link", "folders of this PyTorch", remedy
-                )
+        self.store.refuse_paths(transaction)
         self.refuse_unwritable(transaction.steps)
 
     def refuse_unwritable(self, steps: list[Step]) -> None:
         folders = {self.store.root} | {_existing((self.store.root / step.path).parent) for step in steps}
+        folders |= {place for place in (self.store.folder, self.store.objects) if place.exists()}
         effective = os.access in os.supports_effective_ids
         closed = [str(f) for f in sorted(folders) if not os.access(f, os.W_OK | os.X_OK, effective_ids=effective)]
         if closed:
-            remedy = "run this as the owner, or patch a virtual environment of your own"
+            remedy = "run this as the owner, or patch a PyTorch of your own"
             raise PatchError(f"no permission to write in {comma_list(closed)}", "write permission", remedy)
+
+
+def _free_name(path: Path) -> Path:
+    numbers = ("", *(f"-{n}" for n in range(1, 1000)))
+    return next(p for n in numbers if not os.path.lexists(p := path.with_name(f"{path.name}.edited{n}")))
 
 
 def _existing(folder: Path) -> Path:

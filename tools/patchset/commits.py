@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .disk import FileState
 from .errors import PatchError
-from .git import git, word
+from .git import git, without_filters, word
 from .plan import Original, Stage
 from .series import Cover, Patch
 from .text import sha256
@@ -144,4 +144,4 @@ def move_head(root: Path, to: str, expected: str, paths: Sequence[str]) -> None:
     """Let HEAD, which is `expected` or `to`, be `to`, and the index agree with it on `paths`; no file is touched."""
     if word(root, "rev-parse", "HEAD") != to:
         git(root, "update-ref", "-m", "patch.py", "HEAD", to, expected)
-    git(root, "reset", "-q", "--", *paths)
+    git(root, *without_filters(root), "reset", "-q", "--", *paths)

@@ -5,11 +5,13 @@ link would corrupt every other environment. A new file is completed and synchron
 old name.
 """
 
+import glob
 import os
 import stat
 from pathlib import Path
 from typing import NamedTuple
 
+from .errors import PatchError
 from .text import sha256
 
 
@@ -22,11 +24,18 @@ class FileState(NamedTuple):
 
 
 def read(path: Path) -> bytes | None:
-    """The bytes that `path` leads to; None where there is nothing."""
+    """The bytes of the regular file that `path` leads to; None where there is nothing."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe or a device would never come to its end
+            raise PatchError(f"{path} is no regular file", "one", "move it away and run this again")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def state_of(path: Path) -> FileState | None:
@@ -37,7 +46,7 @@ def state_of(path: Path) -> FileState | None:
         return None
     if stat.S_ISLNK(status.st_mode):
         return FileState(sha256(read(path) or b""), 0, os.readlink(path))
-    return FileState(sha256(path.read_bytes()), stat.S_IMODE(status.st_mode))
+    return FileState(sha256(read(path) or b""), stat.S_IMODE(status.st_mode))
 
 
 def write(path: Path, data: bytes, mode: int, owner: os.stat_result | None = None) -> None:
@@ -78,8 +87,21 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """A folder that belongs to the owner of the one that it is in."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return
+    owner = os.stat(path.parent)
+    if hasattr(os, "chown") and os.geteuid() == 0:
+        os.chown(path, owner.st_uid, owner.st_gid)
+    sync_folder(path.parent)
+
+
 def remove_bytecode(path: Path) -> None:
     """Delete the compiled forms of `path`: one made in the same second from as many bytes would pass for current."""
-    if path.suffix == ".py":
-        for compiled in path.parent.joinpath("__pycache__").glob(path.stem + ".*.pyc"):
+    folder = path.parent / "__pycache__"
+    if path.suffix == ".py" and not folder.is_symlink():
+        for compiled in folder.glob(glob.escape(path.stem) + ".*.pyc"):
             compiled.unlink(missing_ok=True)

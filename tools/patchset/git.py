@@ -1,4 +1,4 @@
-"""What the patch tool asks of git, and what it has git do; it never runs a hook, an editor or a pager."""
+"""What the patch tool asks of git, and what it has git do; it never runs a hook, a monitor, an editor or a pager."""
 
 import os
 import subprocess
@@ -8,11 +8,19 @@ from pathlib import Path
 from .errors import PatchError
 
 
+# A checkout brings settings of its own, which may name programs; a question must not write an index either.
+_SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "log.showSignature=false")
+_QUIET = ("--no-optional-locks", "--no-pager", *(word for setting in _SETTINGS for word in ("-c", setting)))
+# variables of a hook that calls this tool, which would mean another repository
+_FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
+
+
 def git(root: Path, *arguments: str, data: bytes | None = None, env: dict[str, str] | None = None) -> bytes:
     """What `git ARGUMENTS` prints in the working tree `root`. Raises PatchError with git's own words if it fails."""
-    command = ["git", "-C", str(root), *arguments]
+    command = ["git", *_QUIET, "-C", str(root), *arguments]
+    ours = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
     try:
-        done = subprocess.run(command, input=data, env={**os.environ, **(env or {})}, capture_output=True, check=True)
+        done = subprocess.run(command, input=data, env={**ours, **(env or {})}, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", b"") or str(error).encode()
         found = f"git {arguments[0]} in {root} failed: {detail.decode('utf-8', 'replace').strip()}"
@@ -32,9 +40,17 @@ def changed_in_git(root: Path, paths: Sequence[str]) -> list[str] | None:
     """Those of `paths` that differ from the commit checked out; None where `root` is no git working tree."""
     if not is_working_tree(root):
         return None
-    options = ("--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
-    answer = git(root, "status", *options, "--", *paths)
+    options = ("--porcelain=v1", "-z", "--untracked-files=all", "--no-renames", "--ignore-submodules=all")
+    answer = git(root, *without_filters(root), "status", *options, "--", *paths)
     return [entry[3:] for entry in answer.decode("utf-8").split("\0") if entry]
+
+
+def without_filters(root: Path) -> list[str]:
+    """Options that turn off the programs through which a checkout's settings pass its files."""
+    settings = git(root, "config", "--null", "--name-only", "--list").decode("utf-8", "replace").split("\0")
+    drivers = {name.rsplit(".", 1)[0] for name in settings if name.startswith("filter.")}
+    off = (("clean", ""), ("process", ""), ("required", "false"))
+    return [word for driver in sorted(drivers) for key, value in off for word in ("-c", f"{driver}.{key}={value}")]
 
 
 def head(root: Path) -> str:

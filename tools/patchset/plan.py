@@ -1,5 +1,6 @@
 """What the series does to one PyTorch: every new content computed and checked, nothing written."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from .errors import PatchError, raise_all
 from .record import Record
 from .series import check_classes, Patch, Series
 from .store import Step, Store, Transaction
-from .symbols import lost, missing, Names
+from .symbols import lost, missing, missing_private, Names
 from .target import Target, version_numbers
 from .text import comma_list, sha256
 from .weave import weave
@@ -42,7 +43,11 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     new file that exists, an anchor that is missing.
     """
     planner, _ = _staged(series, target, original, created)
-    return Plan(planner.transaction(), planner.contents, _caution(series, target.version))
+    transaction = planner.transaction()
+    for step in transaction.steps:
+        if step.before is not None and step.before.mode > 0o777:
+            raise PatchError(f"{step.path} has mode {step.before.mode:o}", "a plain file", "take the extra bits with chmod")
+    return Plan(transaction, planner.contents, _caution(series, target.version))
 
 
 def _caution(series: Series, version: str) -> str | None:
@@ -79,6 +84,8 @@ def _staged(
     for stage in reversed(stages):
         planner.errors += missing(stage.files, later, planner.exists, planner.read, names)
         later |= {path for path in stage.files if original(path)[0] is None}
+    ours = planner.groups["new"] | planner.groups["replace"]
+    planner.errors += missing_private(ours, planner.exists, functools.cache(planner.read), names)
     raise_all(planner.errors)
     return planner, stages
 
@@ -86,7 +93,7 @@ def _staged(
 class _Planner:
     def __init__(self, series: Series, target: Target, original: Original, created: Sequence[str]) -> None:
         self.series, self.target, self.original, self.created = series, target, original, created
-        self.groups: dict[str, dict[str, bytes]] = {"new": {}, "record": {}, "replace": {}, "weave": {}}
+        self.groups: dict[str, dict[str, bytes]] = {"record": {}, "new": {}, "replace": {}, "weave": {}}
         self.contents: dict[str, bytes] = {}
         self.classes: dict[str, list[str]] = {}  # named so far, by test file
         self.errors: list[PatchError] = []
@@ -116,9 +123,7 @@ class _Planner:
 
     def new(self, path: str) -> None:
         if self.original(path)[0] is not None or (self.record and path in self.record):
-            raise PatchError(
-                f"{path} is already there", "a PyTorch without it", "reinstall torch or restore the checkout"
-            )
+            raise PatchError(f"{path} is already there", "a PyTorch without it", f"move it away, or {self.target.restore}")
         self.groups["new"][path] = self.series.source(path).read_bytes()
 
     def replace(self, path: str) -> None:
@@ -146,7 +151,7 @@ class _Planner:
         ours = [suffix for suffix in (".md", ".rst") if self.series.source(page + suffix).is_file()]
         present = [page + suffix for suffix in (".md", ".rst") if self.original(page + suffix)[0] is not None]
         if present:
-            raise PatchError(f"{present[0]} is already there", "a PyTorch without it", "restore the checkout")
+            raise PatchError(f"{present[0]} is already there", "a PyTorch without it", self.target.restore)
         theirs = [suffix for suffix in ours if self.original("docs/source/index" + suffix)[0] is not None]
         return self.new(page + (theirs or ours)[0])
 
@@ -164,10 +169,10 @@ class _Planner:
         """The unpatched bytes of `path`."""
         state, data = self.original(path)
         if state is None or data is None:
-            raise PatchError(f"{path} is missing", "a complete PyTorch", "reinstall torch or restore the checkout")
+            raise PatchError(f"{path} is missing", "a complete PyTorch", self.target.restore)
         if self.record and not self.record.matches(path, data):
             found = f"{path} is not the file that was installed (RECORD has another hash, or none)"
-            raise PatchError(found, "an unmodified file", "reinstall torch: pip install --force-reinstall --no-deps")
+            raise PatchError(found, "an unmodified file", self.target.restore)
         return data
 
     def files(self) -> dict[str, bytes]:
@@ -175,7 +180,8 @@ class _Planner:
         return {path: data for group in self.groups.values() for path, data in group.items()}
 
     def transaction(self) -> Transaction:
-        """New files first (nothing imports them yet), then RECORD, then what imports them; woven modules last."""
+        """RECORD first, which so names every file that is there at any time, then new files (nothing imports them yet),
+        then what imports them; woven modules last."""
         if self.record and self.target.record:
             self.groups["record"][self.target.record] = self.record.updated(self.files())
         steps = [self.step(path, data) for group in self.groups.values() for path, data in group.items()]
@@ -217,6 +223,6 @@ def originals(store: Store, applied: Transaction | None) -> Original:
 
 def unpatched_stages(series: Series, target: Target) -> tuple[list[Stage], Original]:
     """What each patch writes on the PyTorch as it was before any of them, and what the files held then."""
-    store = Store(target.root)
+    store = Store(target, lambda: series.paths)
     original = originals(store, store.applied())
     return make_stages(series, target, original), original

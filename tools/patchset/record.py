@@ -13,9 +13,12 @@ class Record:
     """Lines kept as they are; a line is rewritten only where its file changes, new files go to the end."""
 
     def __init__(self, data: bytes) -> None:
-        self.lines = split_lines(data.decode("utf-8"))
+        try:
+            self.lines = split_lines(data.decode("utf-8"))
+            self.rows = [next(csv.reader([line.rstrip("\r\n")]), []) for line in self.lines]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise PatchError(f"RECORD: {error}", "lines of path, hash and size", "reinstall torch with pip") from None
         self.newline = "\r\n" if data.endswith(b"\r\n") else "\n"
-        self.rows = [next(csv.reader([line.rstrip("\r\n")]), []) for line in self.lines]
         self.index = {row[0]: i for i, row in enumerate(self.rows) if row}
 
     def __contains__(self, path: str) -> bool:

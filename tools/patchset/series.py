@@ -1,13 +1,19 @@
 """The series: what torch_patch/series.toml says, checked against the files it names."""
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import disk, toml
+from . import disk
 from .classes import class_names
 from .errors import PatchError, raise_all
 from .text import comma_list
 from .weave import check_edit, Edit
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # where pip carries the same reader
+    from pip._vendor import tomli as tomllib
 
 
 _LISTS = ("resolves", "new", "replace", "weave", "classes", "docs")
@@ -41,6 +47,14 @@ class Series(NamedTuple):
     tested: list[str]  # versions that the tests ran on
     fits: list[str]  # versions that were patched, verified and reverted
     patches: list[Patch]
+
+    @property
+    def paths(self) -> set[str]:
+        """Every file that the series writes; a page in either markup."""
+        found = {path for patch in self.patches for path in (*patch.new, *patch.replace, *patch.weave)}
+        found |= {entry.split("::")[0] for patch in self.patches for entry in patch.classes}
+        pages = [page for patch in self.patches for page in patch.docs]
+        return found | {page + suffix for page in pages for suffix in ("", ".md", ".rst")}
 
     def source(self, path: str) -> Path:
         """The file of this project that belongs to upstream's `path`."""
@@ -78,9 +92,9 @@ def _parsed(path: Path) -> dict[str, Any]:
     if data is None:
         raise PatchError(f"{path} is missing", "a manifest", "restore this project's files")
     try:
-        return toml.loads(data.decode("utf-8"))
-    except toml.TOMLError as error:
-        raise PatchError(f"{path}: {error}", "the TOML subset", "correct the manifest") from None
+        return tomllib.loads(data.decode("utf-8"))
+    except ValueError as error:
+        raise PatchError(f"{path}: {error}", "TOML", "correct the manifest") from None
 
 
 def _patch(row: dict[str, Any]) -> Patch:

@@ -1,9 +1,13 @@
-"""What the patch needs of a PyTorch beyond the lines that it changes: the names it imports, the functions it replaces.
+"""What the patch needs of a PyTorch beyond the lines that it changes: the names it imports, the private names it uses by
+attribute, the functions it replaces.
 
-Read from this project's own files, so there is no list to keep; a version that nobody tried is judged by it.
+Read from this project's own files, so there is no list to keep; a version that nobody tried is judged by it. What is compiled has
+no source to look at: there the stubs tell, and where a stub lacks a name, the library, which holds each name that it binds.
+Nothing of the PyTorch is imported, as it may be one that this interpreter cannot run, and is input like any other.
 """
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,6 +17,8 @@ from .text import comma_list
 
 
 UNSUPPORTED = "this version of PyTorch is not supported"
+LIBRARIES = ("torch/lib/libtorch_python.so", "torch/lib/libtorch_python.dylib", "torch/lib/torch_python.dll")
+OPERATORS = "aten/src/ATen/native/native_functions.yaml"  # of which a build of a checkout makes functions of torch
 
 Read = Callable[[str], bytes | None]  # bytes of a path, None where it cannot be read
 Exists = Callable[[str], bool]
@@ -27,31 +33,82 @@ class Need(NamedTuple):
 
 
 def needs(data: bytes, path: str) -> list[Need]:
-    """What a file imports of torch, anywhere in it; compiled modules aside, which have no source to look at."""
+    """What a file imports of torch, anywhere in it."""
     found = []
     for node in ast.walk(parsed(data, path)):
         if isinstance(node, ast.Import):
             found += [Need(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found += [Need(node.module or "", alias.name) for alias in node.names]
-    ours = [need for need in found if need.module.split(".")[0] == "torch" and not need.module.startswith("torch._C")]
-    return list(dict.fromkeys(ours))
+    return list(dict.fromkeys(need for need in found if need.module.split(".")[0] == "torch"))
+
+
+def private_uses(data: bytes, path: str) -> list[str]:
+    """The dotted names below torch with a private part that a file reads as attributes, torch._C._functorch.x, by whatever
+    name it has imported or assigned the first parts. What it asks of hasattr or getattr first may be absent."""
+    tree = parsed(data, path)
+    known: dict[str, str] = {}  # name in the file -> dotted name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {a.asname or "torch": a.name if a.asname else "torch" for a in node.names if _of_torch(a.name)}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and _of_torch(node.module or ""):
+            known |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and (name := _dotted(node.value, known)):
+            known[node.targets[0].id] = name
+    optional = {
+        str(node.args[1].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr")
+        if len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
+    }
+    chains = {_dotted(node, known): None for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return [name for name in chains if any(map(_private, name.split("."))) and not set(name.split(".")) & optional]
+
+
+def _of_torch(module: str) -> bool:
+    return module.split(".")[0] == "torch"
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _dotted(node: ast.expr, known: dict[str, str]) -> str:
+    """The dotted name that attributes of a known name make; "" for anything else."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id, "")
+    base = _dotted(node.value, known) if isinstance(node, ast.Attribute) else ""
+    return f"{base}.{node.attr}" if base and isinstance(node, ast.Attribute) else ""
 
 
 def missing(files: dict[str, bytes], later: set[str], exists: Exists, read: Read, names: Names) -> list[PatchError]:
-    """What the Python files of a step import and nothing binds. `later`: files that only a later step brings."""
+    """What the Python files of a step need and nothing binds. `later`: files that only a later step brings."""
     errors = []
     for path, data in files.items():
-        for need in needs(data, path) if path.startswith("torch/") and path.endswith(".py") else []:
+        if not (path.startswith("torch/") and path.endswith(".py")):
+            continue
+        for need in needs(data, path):
             places = _places(need.module)
             if set(places) & later:
                 found = f"{path} imports {need.module}, which a later patch brings"
                 errors.append(PatchError(found, "what is there", "change the order in torch_patch/series.toml"))
-            elif not any(map(exists, places)):
+            elif not _module(need.module, exists):
                 errors.append(PatchError(f"{path} imports {need.module}, which is missing", "it", UNSUPPORTED))
-            elif need.name is not None and not _has(need, places, exists, read, names):
+            elif need.name is not None and not _has(need.module, need.name, exists, read, names):
                 found = f"{path} imports {need.name} from {need.module}, which does not define it"
                 errors.append(PatchError(found, "the definition", UNSUPPORTED))
+    return errors
+
+
+def missing_private(files: dict[str, bytes], exists: Exists, read: Read, names: Names) -> list[PatchError]:
+    """The private names that whole files of this project use and the PyTorch does not have."""
+    errors = []
+    for path, data in files.items():
+        if path.startswith("torch/") and path.endswith(".py"):
+            lacking = dict.fromkeys(_lacking(use, exists, read, names) for use in private_uses(data, path))
+            found = [f"{path} uses {name}, which is missing" for name in lacking if name]
+            errors += [PatchError(text, "it", UNSUPPORTED) for text in found]
     return errors
 
 
@@ -60,13 +117,51 @@ def _places(module: str) -> list[str]:
     return [base + ".py", base + "/__init__.py"]
 
 
-def _has(need: Need, places: list[str], exists: Exists, read: Read, names: Names) -> bool:
-    if need.module not in names:
-        data = next((data for data in map(read, places) if data is not None), None)
-        names[need.module] = {"*"} if data is None else set(_bound(parsed(data, need.module).body))
-    if need.name in names[need.module] or "*" in names[need.module]:
+def _stubs(module: str) -> list[str]:
+    base = module.replace(".", "/")
+    return [base + end for end in (".pyi", "/__init__.pyi", "/__init__.pyi.in", ".pyi.in")]
+
+
+def _module(name: str, exists: Exists) -> bool:
+    return any(map(exists, _places(name) + (_stubs(name) if name.startswith("torch._C") else [])))
+
+
+def _lacking(use: str, exists: Exists, read: Read, names: Names) -> str:
+    """The module and the private name in it that is missing; "" if none is. Public names are PyTorch's promise, and
+    what stands behind the name, an attribute of a class or of an object, cannot be told from here."""
+    parts = use.split(".")
+    module, rest = parts[0], parts[1:]
+    while rest and _module(f"{module}.{rest[0]}", exists):
+        module, rest = f"{module}.{rest[0]}", rest[1:]
+    if rest and (_private(rest[0]) or module.startswith("torch._C")) and not _has(module, rest[0], exists, read, names):
+        return f"{module}.{rest[0]}"
+    return ""
+
+
+def _has(module: str, name: str, exists: Exists, read: Read, names: Names) -> bool:
+    if not module.startswith("torch._C"):
+        if module not in names:
+            data = next((data for data in map(read, _places(module)) if data is not None), None)
+            names[module] = {"*"} if data is None else set(_bound(parsed(data, module).body))
+        # torch/__init__.py takes over what is compiled, by a star among other ways
+        if name in names[module] or "*" in names[module] and not (module == "torch" and _private(name)):
+            return True
+        if _module(f"{module}.{name}", exists):
+            return True
+        if module != "torch":
+            return False
+        return any(_has(place, name, exists, read, names) for place in ("torch._C", "torch._C._VariableFunctions"))
+    if _module(f"{module}.{name}", exists):
         return True
-    return any(map(exists, _places(f"{need.module}.{need.name}")))
+    word = re.escape(name.encode())
+    # of a class, a function, a value, an import; the templates of a checkout have the same lines
+    binding = rb"(?m)^[ \t]*(?:(?:def|class)[ \t]+%b\b|%b[ \t]*[:=]|.*\bimport\b.*\b%b\b)|\bas %b\b" % ((word,) * 4)
+    asked = [(stub, binding) for stub in _stubs(module)]
+    if module == "torch._C._VariableFunctions":  # whose template has no names; a build makes them of the operators
+        asked = [("torch/_C/_VariableFunctions.pyi", binding), (OPERATORS, rb"(?m)^- func: %b[.(]" % word)]
+    asked += [(library, word + rb"\0") for library in LIBRARIES]
+    answers = [re.search(pattern, data) for place, pattern in asked if (data := read(place)) is not None]
+    return any(answers) or not answers  # a part of a source tree, without a build, tells nothing
 
 
 def _bound(body: list[ast.stmt]) -> Iterator[str]:

@@ -28,6 +28,15 @@ class Target(NamedTuple):
     def is_checkout(self) -> bool:
         return self.record is None
 
+    @property
+    def restore(self) -> str:
+        """What gives upstream's files back."""
+        if self.record:
+            return "reinstall torch (pip install --force-reinstall --no-deps torch)"
+        if (self.root / ".git").exists():
+            return "let git restore the files (git checkout -- FILE; git clean FILE for new ones)"
+        return "unpack the sources anew"
+
     def __str__(self) -> str:
         return f"{'checkout' if self.is_checkout else 'torch'} {self.version} in {self.root}"
 
@@ -109,7 +118,7 @@ def _installed(folder: Path) -> Target:
     info = infos[0]
     if not (info / "RECORD").is_file():
         raise PatchError(f"{info} has no RECORD", "the list of installed files", "install torch with pip or uv")
-    imported = _VERSION.search((disk.read(folder / "torch" / "version.py") or b"").decode("utf-8"))
+    imported = _VERSION.search((disk.read(folder / "torch" / "version.py") or b"").decode("utf-8", "replace"))
     installed = _field(info, "Version")
     if imported is None or version_numbers(imported.group(1)) != version_numbers(installed):
         found = f"torch/version.py says {imported.group(1) if imported else 'nothing'}, {info.name} says {installed}"
@@ -122,7 +131,7 @@ def _distributions(folder: Path) -> list[Path]:
 
 
 def _field(info: Path, name: str) -> str:
-    header = (disk.read(info / "METADATA") or b"").decode("utf-8").split("\n\n")[0]
+    header = (disk.read(info / "METADATA") or b"").decode("utf-8", "replace").split("\n\n")[0]
     match = re.search(rf"^{name}: *(\S+)", header, re.MULTILINE)
     return match.group(1) if match else ""
 
@@ -130,8 +139,12 @@ def _field(info: Path, name: str) -> str:
 def _editable(folder: Path) -> Path | None:
     """The checkout that an editable install in `folder` points at."""
     for info in _distributions(folder):
-        source = json.loads(disk.read(info / "direct_url.json") or b"{}")
-        if source.get("dir_info", {}).get("editable"):
-            return Path(urllib.request.url2pathname(urllib.parse.urlparse(source["url"]).path)).resolve()
+        try:
+            source = json.loads(disk.read(info / "direct_url.json") or b"{}")
+            if source.get("dir_info", {}).get("editable"):
+                return Path(urllib.request.url2pathname(urllib.parse.urlparse(source["url"]).path)).resolve()
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            found = f"{info / 'direct_url.json'} cannot be read ({error})"
+            raise PatchError(found, "where torch was installed from", "reinstall torch") from None
     link = disk.read(folder / "torch.egg-link")
     return Path(link.decode("utf-8").split("\n")[0].strip()).resolve() if link else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 SUITE = "trixie"  # whose package `pytorch` is release 2.6.0
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-WANTED = ("docs/source/", "setup.py", "test/", "torch/", "version.txt")
+WANTED = ("aten/src/ATen/native/native_functions.yaml", "docs/source/", "setup.py", "test/", "torch/", "version.txt")
 
 
 class FetchError(Exception):
@@ -23,6 +23,7 @@ def fetched(folder: Path) -> Path:
         return folder / ready.read_text(encoding="utf-8")
     if shutil.which("apt-get") is None or not KEYRING.exists():
         raise FetchError("no apt-get with Debian's keys here; name the source tree of a release with --tree")
+    print("downloading Debian's source package of PyTorch, 27 MB, once", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("lists/partial", "cache/archives/partial", "tree"):
         (folder / name).mkdir(parents=True)

@@ -30,6 +30,8 @@ class Options:
     iterate: bool  # method, niter or tracker given: never replaced by a dense solve
     # A derivative may be asked for: the pairs must serve it, and the distance to the next eigenvalue be known.
     differentiated: bool = False
+    # tol was left out: eigenvalues, and vectors where differentiated, are found to a stated accuracy.
+    accurate: bool = False
     ortho_iparams: Dict[str, int] = field(default_factory=dict)
     ortho_fparams: Dict[str, float] = field(default_factory=dict)
     ortho_bparams: Dict[str, bool] = field(default_factory=dict)
@@ -174,6 +176,7 @@ def settle(
         largest=True if largest is None else largest,
         method=name,
         iterate=iterate,
+        accurate=tol is None,
         tracker=tracker,
         **{key: value or {} for key, value in ortho.items()},
     )

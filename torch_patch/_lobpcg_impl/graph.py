@@ -505,7 +505,7 @@ _PAIRS = "Tensor A, Tensor? B, Tensor? iK, Tensor E, Tensor X, Tensor T, Tensor 
 _TANGENTS = "Tensor? tA, Tensor? tB, Tensor? tE, Tensor? tX"
 _NUMBERS = (
     "SymInt k, SymInt n, SymInt chosen, SymInt niter, float tol, bool largest, str method, bool iterate, "
-    "bool differentiated, str[] ortho_names, int[] ortho_values"
+    "bool differentiated, bool accurate, str[] ortho_names, int[] ortho_values"
 )
 _SCHEMAS = {
     "lobpcg": "(Tensor A, SymInt? k, Tensor? B, Tensor? X, SymInt? n, Tensor? iK, SymInt? niter, float? tol, "

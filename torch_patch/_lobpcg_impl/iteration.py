@@ -33,7 +33,14 @@ from torch._lobpcg_impl.blocks import (
     norms,
 )
 from torch._lobpcg_impl.chebyshev import Chebyshev, polynomial
-from torch._lobpcg_impl.convergence import judge_batch, judge_one, settled, Verdict
+from torch._lobpcg_impl.convergence import (
+    judge_batch,
+    judge_one,
+    Measures,
+    Rules,
+    settled,
+    Verdict,
+)
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.ritz import (
     hermitian,
@@ -123,6 +130,7 @@ class LOBPCG:
             .unsqueeze(-1)
             for op in (self.pencil.A, self.pencil.B)
         )
+        self._set_graded_scale()
         self.fvars["A_norm"] = (
             float(self.norm_A.max()) if self.norm_A.numel() > 0 else 0.0
         )
@@ -145,10 +153,33 @@ class LOBPCG:
         self.suspicious = (
             False  # X0 was almost invariant: a wrong invariant subspace looks the same
         )
-        self.best = self.best_rerr = float("inf")
+        self.best = self.best_rerr = self.level = float("inf")
         self.best_step = 0
         self.active = 0
         self._clear(X)
+
+    def _set_graded_scale(self) -> None:
+        """The root of D^-1, D = diag(B), in which rho is measured, and the sizes of A and B in that scale."""
+        pencil = self.pencil
+        self.root: Optional[Tensor] = None  # (*, m, 1), where D is not a multiple of I
+        self.graded_A, self.graded_B = self.norm_A, self.norm_B
+        if not pencil.generalized:
+            return
+        d = pencil.B.diagonal()
+        if d is None:
+            # For a callable its root mean square.
+            unit = self.norm_B.clamp_min(self.tiny)
+            self.graded_A, self.graded_B = self.norm_A / unit, self.norm_B / unit
+            return
+        s = d.clamp_min(self.tiny).rsqrt()
+        self.root = s.unsqueeze(-1)
+        self.graded_A, self.graded_B = (
+            op.mean_square(pencil.probe, s)
+            .to(device=self.place, dtype=torch.float64)
+            .sqrt()
+            .unsqueeze(-1)
+            for op in (pencil.A, pencil.B)
+        )
 
     def _clear(self, X: Tensor) -> None:
         """The state before the first iteration."""
@@ -175,6 +206,7 @@ class LOBPCG:
         self.least = 1.0
         self.residual = torch.zeros_like(self.e)
         self.scale = torch.zeros_like(self.e)
+        self.measures = Measures(self.e, self.e, self.e, self.e, self.eps)
         self.R = self.S = X
 
     def down(self, *tensors: Tensor) -> List[Tensor]:
@@ -256,10 +288,10 @@ class LOBPCG:
         return self.active == 0 or self.stagnated()
 
     def stagnated(self) -> bool:
-        """Near rounding level: no new best residual in 20 iterations; elsewhere: in 1000 (convergence may pause, not
-        that long)."""
+        """Near rounding level: no residual smaller by a tenth in 50 iterations; elsewhere: in 1000 (convergence may
+        pause, not that long)."""
         istep = self.ivars["istep"]
-        patience = 20 if self.best < 1000.0 * self.eps else 1000
+        patience = 50 if self.best < 100.0 * self.eps else 1000
         return istep - self.best_step >= patience
 
     def call_tracker(self) -> None:
@@ -509,28 +541,36 @@ class LOBPCG:
         size, numbers = self.e.abs(), [self.length.unsqueeze(-1)]
         if self.pencil.generalized:
             numbers.append(norms(X).unsqueeze(-1))
-        self.residual, *lengths = (
+        if self.root is not None:
+            numbers.append(norms(self.W * self.root).unsqueeze(-1))
+        self.residual, *others = (
             torch.real(T).squeeze(-1) for T in self.down(*numbers)
         )
         if self.pencil.generalized:
-            self.scale = (self.norm_A + size * self.norm_B) * lengths[0]
+            self.scale = (self.norm_A + size * self.norm_B) * others[0]
         else:
             # ||A|| >= |E_j|
             self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size
+        rho, graded = self.residual, self.scale
+        if self.root is not None:
+            rho = others[1]
+        elif self.pencil.generalized:
+            rho = rho / self.norm_B.clamp_min(self.tiny).sqrt()
+        if self.pencil.generalized:
+            graded = torch.maximum(self.graded_A, size) + size * self.graded_B
         self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
+        self.measures = Measures(
+            self.e, self.tvars["rerr"], rho, graded.clamp_min(self.tiny), self.eps
+        )
 
     def update_converged_count(self) -> int:
-        """Active set and converged_count from rerr."""
-        rerr, k, tol, lock = (
-            self.tvars["rerr"],
-            self.iparams["k"],
-            self.fparams["tol"],
-            self.lock_tolerance(),
-        )
-        drop, loss = self.eps**0.5, self.loss()
-        definite: Optional[Tensor] = None
-        if self.pencil.generalized or self.pencil.iK is not None or not self.host:
-            definite = torch.stack([self.least_B, self.least_K])
+        """Active set and converged_count from how good the pairs are."""
+        k, measures = self.iparams["k"], self.measures
+        done = self.done()
+        # Below the floor no direction gains a digit; what it does is noise.
+        locked = measures.rho <= measures.floor
+        if not self.searching():
+            locked = locked | done
         settled: Optional[Tensor] = None
         candidates = self.n if self.small else k
         more = candidates
@@ -539,50 +579,45 @@ class LOBPCG:
             candidates, more = self.n, self.n
         elif self.bparams.get("separate", False) and self.n > k:
             settled, more = self.separated(), max(candidates, k + 1)
+        rules = Rules(k, candidates, more, self.eps**0.5, self.loss())
+        definite: Optional[Tensor] = None
+        if self.pencil.generalized or self.pencil.iK is not None or not self.host:
+            definite = torch.stack([self.least_B, self.least_K])
         if self.host:
             verdict = judge_one(
-                rerr,
+                measures,
+                done,
+                locked,
+                settled,
+                rules,
                 self.d,
                 self.least,
                 definite,
-                settled,
-                k,
-                tol,
-                lock,
-                candidates,
-                more,
-                drop,
-                loss,
                 self.w_index,
             )
         else:
             masked = self.d.shape[-1] - self.w_valid.sum(-1)
             assert definite is not None
             verdict = judge_batch(
-                rerr,
-                self.d,
-                masked,
-                definite,
-                settled,
-                k,
-                tol,
-                lock,
-                candidates,
-                more,
-                drop,
-                loss,
+                measures, done, locked, settled, rules, self.d, masked, definite
             )
         self.check_verdict(verdict)
-        self.active, self.ivars["converged_count"], self.best_rerr = (
-            verdict.active,
-            verdict.lead,
-            verdict.worst,
-        )
+        self.active, self.ivars["converged_count"] = verdict.active, verdict.lead
+        self.best_rerr, self.level = verdict.worst, verdict.level
         self.w_index, self.w_valid = verdict.index, verdict.valid
         # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.
-        if self.best_rerr < 0.9 * self.best or self.best_rerr > 100.0 * self.best:
-            self.best, self.best_step = self.best_rerr, self.ivars["istep"]
+        if self.level < 0.9 * self.best or self.level > 100.0 * self.best:
+            self.best, self.best_step = self.level, self.ivars["istep"]
         return self.ivars["converged_count"]
+
+    def done(self) -> Tensor:
+        """Which pairs have converged: (*, n).  Without tol the wanted ones have to be accurate besides."""
+        k, tol = self.iparams["k"], self.fparams["tol"]
+        done = self.measures.rerr <= tol
+        if self.bparams.get("accurate", False):
+            accurate = self.measures.accurate(k, tol, self.bparams["separate"])
+            done = torch.cat([done[..., :k] & accurate, done[..., k:]], -1)
+        return done
 
     def settled(self) -> Tensor:
         """Whether a column that no caller chose shows that no pair was missed: (*).
@@ -595,25 +630,19 @@ class LOBPCG:
         small = max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
         late = self.ivars["istep"] >= 5
         return settled(
-            self.tvars["rerr"], self.residual, self.e, self.norm_B, k, last, small, late
+            self.measures, self.residual, self.norm_B, k, last, small, late
         )
 
     def separated(self) -> Tensor:
         """Whether the first guard column tells how far the next eigenvalue is, which a derivative depends on: (*)."""
         k = self.iparams["k"]
         small = max(100.0 * self.fparams["tol"], 8.0 * self.eps)
-        return settled(
-            self.tvars["rerr"], self.residual, self.e, self.norm_B, k, k, small, True
-        )
+        return settled(self.measures, self.residual, self.norm_B, k, k, small, True)
 
-    def lock_tolerance(self) -> float:
+    def searching(self) -> bool:
         """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep
         them at first."""
-        return (
-            8.0 * self.eps
-            if self.suspicious and self.ivars["istep"] < 5
-            else self.fparams["tol"]
-        )
+        return self.suspicious and self.ivars["istep"] < 5
 
     def check_verdict(self, verdict: Verdict) -> None:
         """Errors that the numbers show; digits lost by the last Ritz step; from a loss on, ten iterations of the

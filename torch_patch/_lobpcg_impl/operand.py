@@ -102,8 +102,9 @@ class Operand:
         """
         raise NotImplementedError
 
-    def mean_square(self, V: Tensor) -> Tensor:
-        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
+    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
+        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or (); with s (*, m) of S M S, S =
+        diag(s)."""
         raise NotImplementedError
 
     def diagonal(self) -> Optional[Tensor]:
@@ -151,8 +152,9 @@ class Identity(Operand):
     def product(self, V: Tensor) -> Tensor:
         return V
 
-    def mean_square(self, V: Tensor) -> Tensor:
-        return torch.ones([], dtype=torch.float64)
+    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
+        one = torch.ones([], dtype=torch.float64)
+        return one if s is None else s.square().square().mean(-1)
 
     def largest(self, V: Tensor) -> Tensor:
         return torch.ones([], dtype=torch.float64)
@@ -246,11 +248,11 @@ class Dense(_Matrix):
             torch.float64
         )
 
-    def mean_square(self, V: Tensor) -> Tensor:
-        return (
-            torch.linalg.vector_norm(self.tensor, dim=(-2, -1)).square()
-            / self.tensor.shape[-1]
-        )
+    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
+        M = self.tensor
+        if s is not None:
+            M = M * (s.unsqueeze(-1) * s.unsqueeze(-2))
+        return torch.linalg.vector_norm(M, dim=(-2, -1)).square() / M.shape[-1]
 
     def diagonal(self) -> Tensor:
         d = self.tensor.diagonal(dim1=-2, dim2=-1)
@@ -401,8 +403,14 @@ class Sparse(_Matrix):
             .reshape(batch)
         )
 
-    def mean_square(self, V: Tensor) -> Tensor:
+    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
         values, m = self.rows.values(), max(1, self.tensor.shape[-1])
+        if s is not None:
+            batch = self.tensor.shape[:-2]
+            if s.dim() > 1 and s.shape[:-1] != batch:
+                return _mean_square_of_products(s.unsqueeze(-1) * self.apply(s.unsqueeze(-1) * V), V)
+            s = s.expand(batch + s.shape[-1:]).reshape(-1)
+            values = values * (s[row_indices(self.rows)] * s[self.rows.col_indices()])
         if self.tensor.dim() == 2:
             return torch.linalg.vector_norm(values).square() / m
         return self._per_matrix(values.abs().square()) / m
@@ -528,14 +536,23 @@ class MatrixFree(Operand):
     def largest(self, V: Tensor) -> Tensor:
         return largest_entries(self._probed(V)).amax(-1).to(torch.float64)
 
-    def mean_square(self, V: Tensor) -> Tensor:
-        ratio = torch.linalg.vector_norm(
-            self._probed(V), dim=(-2, -1)
-        ) / torch.linalg.vector_norm(V, dim=(-2, -1))
-        return ratio.square()
+    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
+        U = self._probed(V)
+        if s is not None:
+            s = s.unsqueeze(-1)
+            U = s * self.apply(s * V)
+        return _mean_square_of_products(U, V)
 
     def in_double(self) -> Operand:
         return self
+
+
+def _mean_square_of_products(U: Tensor, V: Tensor) -> Tensor:
+    """||M||_F^2 / m of each matrix, estimated from U = M V for a random block V."""
+    ratio = torch.linalg.vector_norm(U, dim=(-2, -1)) / torch.linalg.vector_norm(
+        V, dim=(-2, -1)
+    )
+    return ratio.square()
 
 
 def _adjoint(M: Tensor) -> Tensor:
