@@ -20,6 +20,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.arguments import FEW_ITERATIONS
 from torch._lobpcg_impl.basis import Basis
 from torch._lobpcg_impl.blocks import (
     columns,
@@ -31,6 +32,7 @@ from torch._lobpcg_impl.blocks import (
     largest_entries,
     norms,
 )
+from torch._lobpcg_impl.chebyshev import Chebyshev, polynomial
 from torch._lobpcg_impl.convergence import (
     judge_batch,
     judge_one,
@@ -193,6 +195,7 @@ class LOBPCG:
         )
         self.G = torch.zeros(self.batch + (self.n, self.n), **small)
         self.unit = torch.ones((1, 1), **small)  # of the order of the last Ritz problem
+        self.polynomial: Optional[Chebyshev] = None
         self.lost: Optional[Tensor] = None  # whether a vector of [X P] is zero
         self.w_index = torch.zeros(
             self.batch + (0,), dtype=torch.int64, device=X.device
@@ -327,6 +330,10 @@ class LOBPCG:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
         self.complete_start(columns(self.W), 0)
+        most, niter = self.iparams.get("ortho_degree", 60), self.iparams["niter"]
+        # A solve of few iterations is cut short on purpose: it takes the products that these cost without q.
+        if niter < 0 or niter >= FEW_ITERATIONS:
+            self.polynomial = polynomial(self.pencil, self.sign, most)
 
     def complete_start(self, X: Tensor, first: int) -> None:
         """Set X, AX, BX, E from a start block X (*, m, n); directions that X lacks come from the fixed table, from
@@ -416,6 +423,8 @@ class LOBPCG:
             W, length = _take(W, self.w_index), length.gather(-1, self.w_index)
         if self.pencil.iK is not None:
             W, length = self.precondition(W, length)
+        elif self.polynomial is not None:
+            W, length = self.filter(W, length)
         if self.orthogonal_left > 0:
             W = self.project(W, length)
             length = norms(W)
@@ -435,6 +444,20 @@ class LOBPCG:
         product, length = length, norms(W)
         self.forms_K = inner(R, W) + self.eps * self.m * product * length
         return W, length
+
+    def filter(self, R: Tensor, length: Tensor) -> Tuple[Tensor, Tensor]:
+        """q(A) R and its lengths, q aimed at the spectrum behind the block."""
+        assert self.polynomial is not None
+        self.polynomial.aim(self.e, self.basis.part(0, 0, self.n))
+        W = self.polynomial(R)
+        if W is R:
+            return R, length
+        lengths = norms(W)
+        # Far beyond the interval q may overflow: what is lost is an iteration without it.
+        if not bool(torch.isfinite(lengths).all()):
+            self.polynomial.widen()
+            return R, length
+        return W, lengths
 
     def project(self, W: Tensor, length: Tensor) -> Tensor:
         """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik
@@ -456,6 +479,12 @@ class LOBPCG:
         gram_A, gram_B, *forms = self.down(*blocks)
         if forms:
             self.least_K = torch.real(forms[0]).min()
+        if self.polynomial is not None:
+            self.polynomial.learn(
+                self.basis.part(0, first, self.active),
+                real_diagonal(gram_A.narrow(-1, first, self.active)),
+                real_diagonal(gram_B.narrow(-1, first, self.active)),
+            )
         active = self.w_index.to(self.place) if self.active < self.n else None
         if self.unit.shape[-1] != gram_B.shape[-1]:
             self.unit = torch.eye(
