@@ -1,7 +1,6 @@
 """torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B."""
 
 import dataclasses
-import warnings
 from typing import Any, Optional
 
 import torch
@@ -21,6 +20,7 @@ from torch._lobpcg_impl.graph import (
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.report import members, warn
 from torch._lobpcg_impl.solver import dense_is_cheaper, solve
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
@@ -336,7 +336,8 @@ def _saved_pairs(ctx: Any) -> Pairs:
 def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     """The forward of one problem, with a warning where pairs have not converged.
 
-    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
+    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive; here
+    pairs that were found in double are rounded to the dtype of the matrices, once.
     """
     k = options.k
     found = solve(pencil, X, options)
@@ -355,7 +356,12 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         )
     )
     copies = (
-        T.detach().clone(memory_format=torch.contiguous_format) for T in pairs.tensors
+        T.detach().to(
+            pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for T in pairs.tensors
     )
     return Pairs(pencil, options, *copies)
 
@@ -367,11 +373,12 @@ def _warn_unconverged(residual: Tensor, scale: Tensor, options: Options) -> None
     missed = residual > options.tol * scale
     if bool(missed.any()):
         rerr = (residual / torch.where(scale > 0, scale, torch.ones_like(scale))).max()
-        warnings.warn(
-            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged: relative residual "
+        where = members(missed.any(-1), missed.dim() - 1)
+        warn(
+            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged{where}: relative residual "
             f"{float(rerr)}, tolerance {options.tol}, niter={options.niter}; raise niter or tol, pass a larger n or a "
             "preconditioner iK",
-            stacklevel=2,
+            UserWarning,
         )
 
 

@@ -110,6 +110,11 @@ class Operand:
         """The diagonal, real, (*, m); None where it is not known."""
         return None
 
+    def row_squares(self, d: Tensor) -> Optional[Tensor]:
+        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None where
+        entries are not known."""
+        return None
+
     def scaled(self, scale: Tensor) -> "Operand":
         """scale * M for powers of two (*) or ()."""
         raise NotImplementedError
@@ -256,6 +261,11 @@ class Dense(_Matrix):
     def diagonal(self) -> Tensor:
         d = self.tensor.diagonal(dim1=-2, dim2=-1)
         return d.real if d.is_complex() else d
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        s = d.rsqrt()
+        M = self.tensor * (s.unsqueeze(-1) * s.unsqueeze(-2))
+        return torch.linalg.vector_norm(M, dim=-1).square()
 
     def _times(self, scale: Tensor) -> Tensor:
         return self.tensor * scale[..., None, None]
@@ -419,6 +429,15 @@ class Sparse(_Matrix):
             .index_add(0, row, values)
             .reshape(self.tensor.shape[:-2] + (m,))
         )
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        squares = copy.copy(self)
+        M = self.rows
+        values = M.values().abs().to(torch.float64).square()
+        rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
+        squares.made = {"rows": rows}
+        d = d.unsqueeze(-1)
+        return (squares._multiply(1.0 / d) / d)[..., 0]
 
     def _times(self, scale: Tensor) -> Tensor:
         M, m = self.rows, self.tensor.shape[-1]
