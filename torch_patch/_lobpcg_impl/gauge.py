@@ -415,7 +415,7 @@ def _check_weights(seen: Seen, gaps: Gaps, differ: Tensor) -> None:
         return found(_part(text))
     found(
         f"{text}, as a function of X f(E) X^H does. Such a function has a derivative there, but gradients with respect "
-        "to E and X do not hold all of it; the part that they hold is returned. Write it with a function of a small "
-        "matrix and the projector's vectors, X f(X^H A X) X^H, f for one torch.linalg.matrix_exp, or as a sum over the "
-        "cluster of functions of X X^H alone and of E alone."
+        "to E and X do not hold all of it; the part that they hold is returned. Write it in the projector form "
+        "X f(X^H A X) X^H, with f a function of the small matrix, such as torch.linalg.matrix_exp, or as functions of "
+        "X X^H and of a sum over the cluster of its eigenvalues."
     )
