@@ -52,6 +52,7 @@ from torch._lobpcg_impl.resolvent import (
     nearest_outside,
     reduced_resolvent,
 )
+from torch._lobpcg_impl.solver import found_in_double
 from torch._lobpcg_impl.transforms import in_transform
 
 
@@ -65,23 +66,24 @@ def corrected(pairs: Pairs) -> Pairs:
     double, which leaves the rounding of the result: at m = 100, gap 1e-3, the gradient's error fell from 2e-4 to 1e-6.
     Pairs that have not converged stay as they are, to be reported as such.
     """
-    k, dtype = pairs.E.shape[-1], pairs.X.dtype
+    k, n = pairs.E.shape[-1], pairs.residual.shape[-1]
     late = missed(pairs)
     E, X, residual = _newton_step(pairs, late)
     residual = torch.cat([residual, pairs.residual[..., k:]], -1)
-    pairs = dataclasses.replace(pairs, residual=residual)
+    pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
     if not pairs.options.differentiated or not X.numel():
-        return dataclasses.replace(pairs, E=E.to(pairs.E.dtype), X=X.to(dtype))
+        return pairs
     size = pencil_size(pairs)
-    # Decided before E is rounded.
     X = generic_basis(E, X, size[..., :k].to(E.dtype), torch.finfo(E.dtype).eps)
-    pairs = dataclasses.replace(pairs, E=E.to(pairs.E.dtype), X=X.to(dtype))
+    pairs = dataclasses.replace(pairs, X=X)
     if pairs.pencil.generalized:
-        V, n = torch.cat([pairs.X, pairs.Y], -1), residual.shape[-1]
-        values = torch.cat([pairs.E, pairs.T], -1)[..., :n]
-        R = _residuals(pairs.pencil, values, V[..., :n])
-        residual = in_masses(pairs, R)
-    scale = torch.cat([torch.where(late, -size[..., :k], size[..., :k]), size[..., k:]], -1)
+        V = torch.cat([X, pairs.Y], -1)[..., :n]
+        values = torch.cat([E, pairs.T], -1)[..., :n]
+        pencil = pairs.pencil
+        pencil = pencil if pencil.dtype == V.dtype else pencil.in_double()
+        residual = in_masses(pairs, _residuals(pencil, values, V))
+    scale = torch.where(late, -size[..., :k], size[..., :k])
+    scale = torch.cat([scale, size[..., k:]], -1)
     return dataclasses.replace(pairs, residual=residual, scale=scale)
 
 
@@ -141,8 +143,9 @@ def _factors(
     seen = Seen(
         pairs.E, known.X, T, known.residual[..., : known.E.shape[-1]], known.late, known.size, G, gE, b, Z, left
     )
-    # Unit rounding of the arithmetic that the pairs have gone through.
-    wide = torch.float64 if is_small_and_dense(pairs.pencil) else known.E.dtype
+    # Unit rounding of the arithmetic that the pairs have gone through, in `corrected` or in a dense solve.
+    double = is_small_and_dense(pairs.pencil) or pairs.all_known and found_in_double(pairs.pencil)
+    wide = torch.float64 if double else known.E.dtype
     return pair_factors(seen, pairs.options, torch.finfo(wide).eps, forward_mode)
 
 

@@ -89,6 +89,11 @@ def dense_is_cheaper(pencil: Pencil, options: Options) -> bool:
     )
 
 
+def found_in_double(pencil: Pencil) -> bool:
+    """Whether a dense solve is in double precision, whatever the precision of the pencil."""
+    return pencil.generalized or pencil.m <= _DOUBLE_UP_TO
+
+
 def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     """All m pairs by Cholesky of B and eigh, E (*, m), X (*, m, m), residuals of the first k.  Cost: about 9 m^3.
 
@@ -98,7 +103,7 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     """
     m, n, batch = pencil.m, options.k, pencil.batch
     wide = pencil.dtype
-    if pencil.generalized or m <= _DOUBLE_UP_TO:
+    if found_in_double(pencil):
         wide = torch.promote_types(wide, torch.float64)
     A = pencil.A.dense().to(wide)
     if not pencil.generalized:
