@@ -32,6 +32,8 @@ _DAMPING = 30.0
 _MOST = 60
 # A dense product costs as much as all the rest of an iteration, so that a higher degree only adds to the time.
 _MOST_DENSE = 2
+# diag(A) is tried as a measure where it varies by more than this: the degree falls by at most the square root.
+_GRADED = 4.0
 # Numbers of a block that is updated at a time: two blocks and the result stay in the cache.
 _BLOCK = 1 << 17
 
@@ -49,24 +51,61 @@ class Interval(NamedTuple):
 
 
 class Chebyshev:
-    """q for one matrix or a batch; `bounds`: (lowest, up) of each matrix, as far as known.
+    """q for one matrix or a batch, in the measure that serves best at the time."""
+
+    def __init__(self, choices: List["Polynomial"]) -> None:
+        self.choices, self.chosen = choices, choices[0]
+
+    def aim(self, E: Tensor, X: Tensor) -> None:
+        """Set measure, interval and degree from the Ritz pairs E (*, n), X (*, m, n), wanted ones first."""
+        first, *others = self.choices
+        first.aim(E, X)
+        self.chosen = first
+        for other in others:
+            other.aim(E, X)
+            # An inverse at zero tells a from l by their ratio alone.
+            if other.serves and 1.5 * other.degree < first.degree:
+                self.chosen = other
+        self.chosen.settle()
+
+    def __call__(self, R: Tensor) -> Tensor:
+        """q(C) D^-1 R, R (*, m, p); R itself where q is one."""
+        return self.chosen(R)
+
+    def learn(self, W: Tensor, of_A: Tensor, of_B: Tensor) -> None:
+        """Raise a bound of the spectrum that a direction's Rayleigh quotient exceeds.
+
+        W (*, m, p), of_A and of_B (*, p): w^H A w and w^H B w.
+        """
+        self.chosen.learn(W, of_A, of_B)
+
+    def widen(self) -> None:
+        """Raise the bounds of the spectrum by a fifth of the width."""
+        self.chosen.widen()
+
+
+class Polynomial:
+    """q in one measure D, (*, m) or None for the identity; definite: whether D is diag(A).
 
     The interval follows the Ritz values of the iteration (`aim`), its end `up` what is learned of the other end of the
-    spectrum (`learn`).
+    spectrum (`learn`).  bounds: for each matrix (lowest, up), as far as known.
     """
 
-    def __init__(self, pencil: Pencil, sign: float, most: int) -> None:
+    def __init__(
+        self, pencil: Pencil, sign: float, most: int, D: Optional[Tensor], definite: bool
+    ) -> None:
         self.A, self.sign, self.most = pencil.A, sign, most
+        self.D, self.definite = D, definite
         self.batch, self.m = pencil.batch, pencil.m
-        self.D, self.definite = _measure(pencil)
         # Where A has no batch of its own, one interval serves all.
         self.count = math.prod(self.batch) if _has_batch(self.A) else 1
-        self.wide = _Wide(self.A, self.D, sign) if isinstance(self.A, Sparse) else None
+        self.wide: Optional[_Wide] = None
         like = pencil.empty()
         self.eps = torch.finfo(like.dtype).eps
         self.bounds = self._bounds(like)
         self.intervals: List[Interval] = []
         self.degree = 1
+        self.serves = True
 
     # -- the spectrum ---------------------------------------------------------------------------------------------
 
@@ -111,10 +150,7 @@ class Chebyshev:
         )
 
     def learn(self, W: Tensor, of_A: Tensor, of_B: Tensor) -> None:
-        """Raise a bound that a direction's Rayleigh quotient in (sign A, D) exceeds, by a fifth of the width.
-
-        W (*, m, p), of_A and of_B (*, p): w^H A w and w^H B w.
-        """
+        """Chebyshev.learn: of (sign A, D), by a fifth of the width."""
         if self.definite and self.D is not None:
             of_B = inner(W, W * self.D.unsqueeze(-1)).to(of_A.device, of_A.dtype)
         # A masked direction is zero.
@@ -126,7 +162,7 @@ class Chebyshev:
                 self.bounds[i] = (low, value + 0.2 * (value - min(low, value)))
 
     def widen(self) -> None:
-        """Raise all bounds by a fifth of the width."""
+        """Chebyshev.widen."""
         self.bounds = [(low, up + 0.2 * (up - low)) for low, up in self.bounds]
 
     def _each(self, values: Tensor) -> List[float]:
@@ -137,8 +173,10 @@ class Chebyshev:
     # -- the polynomial -------------------------------------------------------------------------------------------
 
     def aim(self, E: Tensor, X: Tensor) -> None:
-        """Set interval and degree from the Ritz pairs E (*, n), X (*, m, n), wanted ones first."""
+        """Set interval and degree; whether q serves: it tells wanted from unwanted, and A is positive definite where
+        it must be."""
         E = E * self.sign
+        far = E.amax(-1) - E.amin(-1) > 0.5 * E.amin(-1).abs()
         if self.definite and self.D is not None:
             E = E / inner(X, X * self.D.unsqueeze(-1)).to(E.device, E.dtype)
         low = [-t for t in self._each(-E.amin(-1))]
@@ -148,9 +186,16 @@ class Chebyshev:
         ]
         degrees = [self._degree(l, i) for l, i in zip(low, self.intervals)]
         self.degree = max(1, min(max(degrees), self.most))
-        if self.definite and min(low) <= 0.0:
+        positive = not self.definite or min(low) > 0.0
+        self.serves = positive and bool(far.all())
+        if not positive:
             self.degree = 1
-        if self.degree > 1 and self.wide is not None:
+
+    def settle(self) -> None:
+        """Prepare for products."""
+        if self.degree > 1 and isinstance(self.A, Sparse):
+            if self.wide is None:
+                self.wide = _Wide(self.A, self.D, self.sign)
             self.wide.center(self.intervals)
 
     def _interval(self, l: float, a: float, bound: Tuple[float, float]) -> Interval:
@@ -182,7 +227,7 @@ class Chebyshev:
         return result
 
     def __call__(self, R: Tensor) -> Tensor:
-        """q(C) D^-1 R, R (*, m, p); R itself where the degree is one and there is no D."""
+        """Chebyshev.__call__."""
         if self.definite and self.degree == 1:
             return R
         if self.D is not None:
@@ -217,15 +262,6 @@ class Chebyshev:
         return b
 
 
-def _measure(pencil: Pencil) -> Tuple[Optional[Tensor], bool]:
-    """D, (*, m) or None for the identity, and whether it is diag(A)."""
-    if not pencil.generalized:
-        return None, False
-    if is_diagonal(pencil.B):
-        return pencil.B.diagonal(), False
-    return pencil.A.diagonal(), True
-
-
 def is_diagonal(M: Operand) -> bool:
     """Whether a sparse matrix holds its diagonal alone."""
     if not isinstance(M, Sparse):
@@ -241,24 +277,31 @@ def _has_batch(A: Operand) -> bool:
 
 
 def polynomial(pencil: Pencil, sign: float, most: int) -> Optional[Chebyshev]:
-    """The polynomial of a checked pencil, of degree `most` at most; None where none serves."""
+    """The polynomial of a checked pencil, of degree `most` at most; None where none serves.
+
+    Measures are the identity, or B where it is diagonal, and diag(A), where that differs from them and A is positive
+    definite and its smallest pairs are wanted.
+    """
     A, B = pencil.A, pencil.B
-    if pencil.iK is not None:
+    if pencil.iK is not None or not isinstance(A, (Sparse, Dense)):
         return None
     most = min(most, _MOST if isinstance(A, Sparse) else _MOST_DENSE)
-    if most < 2 or not isinstance(A, (Sparse, Dense)):
+    if most < 2:
         return None
-    if not isinstance(B, Identity):
-        D = A.diagonal()
-        if isinstance(B, (Sparse, Dense)) and B.tensor.dim() != A.tensor.dim():
-            return None
-        # diag(A) measures a positive definite A, whose smallest pairs are wanted.
-        if not is_diagonal(B) and (sign < 0 or bool((D <= 0).any())):
-            return None
-    q = Chebyshev(pencil, sign, most)
-    if q.definite and min(low for low, _ in q.bounds) <= 0.0:
-        return None
-    return q
+    choices = []
+    exact = not pencil.generalized or is_diagonal(B)
+    D = None if not pencil.generalized else B.diagonal()
+    if exact and (D is None or D.dim() == A.tensor.dim() - 1):
+        choices.append(Polynomial(pencil, sign, most, D, False))
+    if sign > 0:
+        d = A.diagonal()
+        ratio = d if D is None else d / D
+        low, high = ratio.amin(-1), ratio.amax(-1)
+        if bool((low > 0).all()) and (not exact or bool((high > _GRADED * low).any())):
+            q = Polynomial(pencil, sign, most, d, True)
+            if min(low for low, _ in q.bounds) > 0.0:
+                choices.append(q)
+    return Chebyshev(choices) if choices else None
 
 
 class _Wide:

@@ -35,6 +35,11 @@ class Measures(NamedTuple):
         """rho below which rounding allows no better: (*, n)."""
         return 2.0 * self.eps * self.size
 
+    @property
+    def level(self) -> Tensor:
+        """rho / N: eps is rounding level; (*, n)."""
+        return self.rho / self.size
+
     def gap(self, k: int) -> Tensor:
         """Distances of the first k eigenvalues to those of the guards, the columns behind them: (*, k); 0 without
         guards.  A guard that has not converged may be closer by its own residual."""
@@ -94,7 +99,8 @@ class Verdict(NamedTuple):
 
     worst: largest rerr of a wanted pair that has not converged; level: largest rho / N of one; total: sum of all rerr
     (NaN where one is); least: the smallest kept squared sine of Ritz.d; losses: whether one lies under the bound asked
-    about; least_B, least_K: smallest w^H B w and r^H K r met.
+    about; least_B, least_K: smallest w^H B w and r^H K r met; nearest: least rho / N over a batch of the worst wanted
+    pair.
     """
 
     lead: int
@@ -106,6 +112,7 @@ class Verdict(NamedTuple):
     losses: bool
     least_B: float
     least_K: float
+    nearest: float
     index: Tensor  # type: ignore[assignment]  # tuple's method of this name is not called
     valid: Tensor
 
@@ -145,7 +152,7 @@ def judge_one(
         lead, candidates = k - 1, rules.more
     running: List[int] = []
     total, worst, level = 0.0, 0.0, 0.0
-    levels: List[float] = (measures.rho / measures.size).tolist()
+    levels: List[float] = measures.level.tolist()
     for i in range(n):
         total += values[i]
         if i < candidates and lead < k and not is_locked[i]:
@@ -172,6 +179,7 @@ def judge_one(
         losses,
         least_B,
         least_K,
+        max(levels[:k]),
         index,
         rerr,
     )
@@ -210,10 +218,11 @@ def judge_batch(
     count = awaited.shape[-1]
     sizes = [
         (rerr[..., :count] * awaited).max(),
-        (measures.rho[..., :count] / measures.size[..., :count] * awaited).max(),
+        (measures.level[..., :count] * awaited).max(),
         rerr.sum(),
         least,
         losses,
+        measures.level[..., :k].amax(-1).min(),
     ]
     values: List[float] = torch.cat([torch.stack(counts + sizes), definite]).tolist()
     active = int(values[0])
@@ -228,8 +237,9 @@ def judge_batch(
         values[4],
         values[5],
         values[6] > 0.0,
-        values[7],
         values[8],
+        values[9],
+        values[7],
         index,
         valid,
     )

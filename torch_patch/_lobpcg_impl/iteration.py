@@ -58,12 +58,18 @@ class EigenPairs(NamedTuple):
     E: (*, n) real; X: (*, m, n), X^H B X = I; residual: (*, n), 2-norms of A x_j - E_j B x_j (a dense solve: of fewer,
     k or more); scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has
     converged iff residual_j <= tol scale_j.
+
+    missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error: (*, k),
+    bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
     """
 
     E: Tensor
     X: Tensor
     residual: Tensor
     scale: Tensor
+    missed: Optional[Tensor] = None
+    error: Optional[Tensor] = None
+    at_rounding: bool = False
 
 
 def _take(V: Tensor, index: Tensor) -> Tensor:
@@ -71,6 +77,17 @@ def _take(V: Tensor, index: Tensor) -> Tensor:
     if V.dim() == 2:
         return V.mT.index_select(0, index).mT
     return V.mT.gather(-2, index.unsqueeze(-1).expand(index.shape + V.shape[-2:-1])).mT
+
+
+class Kept(NamedTuple):
+    """The best pairs of each matrix near rounding level; level: (*), the largest rho / N of a wanted pair."""
+
+    level: Tensor
+    X: Tensor
+    e: Tensor
+    residual: Tensor
+    scale: Tensor
+    measures: Measures
 
 
 class LOBPCG:
@@ -208,6 +225,7 @@ class LOBPCG:
         self.residual = torch.zeros_like(self.e)
         self.scale = torch.zeros_like(self.e)
         self.measures = Measures(self.e, self.e, self.e, self.e, self.e, self.eps)
+        self.kept: Optional[Kept] = None
         self.R = self.S = X
 
     def down(self, *tensors: Tensor) -> List[Tensor]:
@@ -245,6 +263,7 @@ class LOBPCG:
         while not self.stop_iteration():
             self.update()
             self.call_tracker()
+        self.restore_best()
 
     def update(self) -> None:
         """One iteration: Ritz step on [X P W], residuals, the next active set."""
@@ -322,7 +341,21 @@ class LOBPCG:
             X = X * root.unsqueeze(-1)
             residual = residual / sA * root
             scale = scale / sA * root
-        return EigenPairs(E, X, residual, scale)
+        k = self.iparams["k"]
+        missed = self.missed().to(E.device)
+        # Relative to |E|: the same in every scale.
+        error = self.measures.value_error(k) / self.e[..., :k].abs().clamp_min(self.tiny)
+        at_rounding = self.ivars["iterations_left"] != 0 and not self.bvars["force_stop"]
+        return EigenPairs(E, X, residual, scale, missed, error, at_rounding)
+
+    def missed(self) -> Tensor:
+        """Which wanted pairs fall short of what was asked for: (*, k)."""
+        k, measures = self.iparams["k"], self.measures
+        missed = measures.rerr[..., :k] > self.fparams["tol"]
+        if not self.bparams.get("accurate", False):
+            return missed
+        above = measures.rho[..., :k] > measures.floor[..., :k]
+        return missed & above | measures.inaccurate(k)
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -630,10 +663,68 @@ class LOBPCG:
         self.active, self.ivars["converged_count"] = verdict.active, verdict.lead
         self.best_rerr, self.level = verdict.worst, verdict.level
         self.w_index, self.w_valid = verdict.index, verdict.valid
-        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.
-        if self.level < 0.9 * self.best or self.level > 100.0 * self.best:
+        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.  Or it is a
+        # basis that falls apart.
+        better = self.level < 0.9 * self.best
+        if better or self.level > 100.0 * self.best and self.orthonormality_loss() < 1e-3:
             self.best, self.best_step = self.level, self.ivars["istep"]
+        if verdict.nearest < 200.0 * self.eps and not self.converged():
+            self.keep_best()
         return self.ivars["converged_count"]
+
+    def keep_best(self) -> None:
+        """Near rounding level the best pairs of each matrix are kept: what follows can be worse, even diverge."""
+        level = self.measures.level[..., : self.iparams["k"]].amax(-1)
+        X = self.basis.part(0, 0, self.n)
+        now = Kept(level, X, self.e, self.residual, self.scale, self.measures)
+        old = self.kept
+        if old is None or old.X.shape != X.shape:
+            self.kept = now._replace(X=columns(X.clone()))
+        else:
+            self.kept = self.chosen(level < old.level, now, old)
+
+    def chosen(self, first: Tensor, one: Kept, other: Kept) -> Kept:
+        """Of each matrix the pairs of `one` where first (*) says so, else those of `other`."""
+        if self.host:
+            return one._replace(X=columns(one.X.clone())) if bool(first) else other
+
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            where = first.reshape(first.shape + (1,) * (a.dim() - first.dim()))
+            return torch.where(where, a, b)
+
+        measures = Measures(
+            *map(pick, one.measures[:-1], other.measures[:-1]), eps=self.eps
+        )
+        return Kept(*map(pick, one[:-1], other[:-1]), measures=measures)
+
+    def restore_best(self) -> None:
+        """The best pairs again where the last are five times worse, unless these are orthonormal and have the better
+        trace: then a pair that was missed before has come in."""
+        kept, k = self.kept, self.iparams["k"]
+        if kept is None or kept.X.shape[-1] != self.n or self.converged():
+            return
+        X = self.basis.part(0, 0, k)
+        (G,) = self.down(gram(X, self.pencil.B.apply(X)))
+        G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        whole = G.abs().amax((-2, -1)) <= 1e-3
+        size = kept.measures.size[..., :k].amax(-1)
+        gain = (kept.e[..., :k] - self.e[..., :k]).sum(-1) * self.sign
+        level = self.measures.level[..., :k].amax(-1)
+        worse = ~(level <= 5.0 * kept.level)
+        restored = worse & ~(whole & (gain > 20.0 * k * self.eps * size))
+        now = Kept(
+            level,
+            self.basis.part(0, 0, self.n),
+            self.e,
+            self.residual,
+            self.scale,
+            self.measures,
+        )
+        best = self.chosen(restored, kept, now)
+        self.basis.part(0, 0, self.n).copy_(best.X)
+        self.e, self.residual, self.scale = best.e, best.residual, best.scale
+        self.measures, self.tvars["rerr"] = best.measures, best.measures.rerr
+        self.E = self.e.to(self.E.device, self.E.dtype)
 
     def done(self) -> Tensor:
         """Which pairs have converged: (*, n).  Without tol the wanted ones have to be accurate besides."""
@@ -641,7 +732,10 @@ class LOBPCG:
         done = self.measures.rerr <= tol
         if self.bparams.get("accurate", False):
             accurate = self.measures.accurate(k, tol, self.bparams["separate"])
-            done = torch.cat([done[..., :k] & accurate, done[..., k:]], -1)
+            # A guard is needed as long as it is worse than the pairs that it serves.
+            rho = self.measures.rho
+            served = rho[..., k:] <= rho[..., :k].amax(-1, keepdim=True)
+            done = torch.cat([done[..., :k] & accurate, done[..., k:] & served], -1)
         return done
 
     def settled(self) -> Tensor:
