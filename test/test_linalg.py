@@ -4,7 +4,6 @@
 import io
 import itertools
 import math
-import warnings
 
 import torch
 from torch.testing._internal.common_device_type import (
@@ -17,129 +16,8 @@ from torch.testing._internal.common_utils import (
     instantiate_parametrized_tests,
     parametrize,
     run_tests,
-    TestCase,
 )
-
-
-class LobpcgTestCase(TestCase):
-    """What the classes below share: one way to call the solver, one way to judge what it returned."""
-
-    def setUp(self):
-        super().setUp()
-        if not torch._C.has_lapack:
-            self.skipTest("torch was built without LAPACK")
-
-    @property
-    def problems(self):
-        from torch.testing._internal import lobpcg_problems
-
-        return lobpcg_problems
-
-    @property
-    def full(self):
-        """Long sweeps are asked for by LOBPCG_TEST_FULL=1."""
-        import os
-
-        return os.environ.get("LOBPCG_TEST_FULL", "0") == "1"
-
-    def solve(self, *args, solver=None, **kwargs):
-        """E, X and the warnings that lobpcg gave."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            E, X = (solver or torch.lobpcg)(*args, **kwargs)
-        return E, X, [str(w.message) for w in caught if "lobpcg" in str(w.message)]
-
-    def default_tol(self, dtype):
-        """A relative residual that every problem of the catalogue can reach: 100 eps, rounded up."""
-        return {torch.float64: 1e-9, torch.float32: 2e-5}[
-            torch.zeros((), dtype=dtype).abs().dtype
-        ]
-
-    def assert_pairs(self, A, B, E, X, exact, tol, condition=1.0, rounding=0.0):
-        """E, X are the wanted pairs: B-orthonormal, small residuals, E within the residual of the exact values.
-
-        A Hermitian pencil has an eigenvalue within ||r|| / sqrt(smallest eigenvalue of B) of a Ritz value, for X
-        B-normalised. Everything is judged in double precision and, against overflow, after division by the norm of A.
-        """
-        eps, m = torch.finfo(E.dtype).eps, X.size(-2)
-        wide = torch.complex128 if X.is_complex() else torch.float64
-        A, X = (M.detach().to_dense().to(wide) for M in (A, X))
-        I = torch.eye(X.size(-1), dtype=wide, device=X.device)
-        B = (
-            torch.eye(m, dtype=wide, device=X.device)
-            if B is None
-            else B.detach().to_dense().to(wide)
-        )
-        self.assertFalse(E.is_complex())
-        self.assertEqual(E.shape, exact.shape)
-        self.assertEqual(X.shape, exact.shape[:-1] + (m, exact.shape[-1]))
-        if E.numel() == 0:
-            return
-        scale = A.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(wide).tiny)
-        A, E = A / scale, E.detach().double() / scale[..., 0].real
-        exact = exact.to(E.device) / scale[..., 0].real
-        orthogonal = (X.mH @ B @ X - I).abs().amax()
-        self.assertLessEqual(
-            orthogonal, 10 * m * eps * condition, "X is not B-orthonormal"
-        )
-        norm_A, norm_B = (torch.linalg.matrix_norm(M)[..., None] for M in (A, B))
-        bound = (
-            (tol * 1.1 + 10 * m * eps)
-            * (norm_A + E.abs() * norm_B)
-            * torch.linalg.vector_norm(X, dim=-2)
-        )
-        residual = torch.linalg.vector_norm(A @ X - B @ X * E.unsqueeze(-2), dim=-2)
-        self.assertLessEqual(
-            (residual / bound.clamp_min(1e-300)).max(),
-            1.0,
-            "residual above the tolerance",
-        )
-        smallest = torch.linalg.eigvalsh(B)[..., :1]
-        off = (
-            (E - exact).abs()
-            - residual / smallest.sqrt()
-            - rounding / scale[..., 0].real
-        )
-        slack = (
-            10
-            * m
-            * eps
-            * condition
-            * norm_A
-            / torch.linalg.matrix_norm(B, 2)[..., None]
-        )
-        self.assertLessEqual(
-            (off - slack).max(), 0.0, f"not the wanted eigenvalues: {E} against {exact}"
-        )
-
-    def run_problem(
-        self, p, dtype, k=3, largest=False, layout=torch.strided, device="cpu", **kwargs
-    ):
-        """Solve p and judge; a warning excuses the residual, never wrong orthogonality or shapes."""
-        A, B = p.build(dtype, layout, device)
-        tol = kwargs.setdefault("tol", self.default_tol(dtype))
-        E, X, messages = self.solve(A, k=k, B=B, largest=largest, **kwargs)
-        self.assertLessEqual(len(messages), 1)
-        self.assertEqual(messages, [])
-        self.assert_pairs(
-            A, B, E, X, p.extreme(k, largest), tol, p.condition, p.error(dtype)
-        )
-        return E, X
-
-    def start(self, m, n, dtype=torch.float64, seed=0, batch=()):
-        return torch.randn(
-            *batch, m, n, dtype=dtype, generator=torch.Generator().manual_seed(seed)
-        )
-
-    def counting(self, M):
-        """M as a callable on blocks, and the list of the numbers of columns it was applied to."""
-        columns = []
-
-        def apply(V):
-            columns.append(V.size(-1))
-            return M @ V
-
-        return apply, columns
+from torch.testing._internal.lobpcg_oracles import LobpcgTestCase
 
 
 class TestLobpcgSolver(LobpcgTestCase):
