@@ -12,7 +12,6 @@ from torch._lobpcg_impl.graph import (
     define_operators,
     eigenpairs_in_graph,
     is_traced,
-    mapped_matrices,
     may_be_differentiated,
 )
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
@@ -277,8 +276,10 @@ class LOBPCGAutogradFunction(Function):
         options: Options,
         *parameters: Any,
     ) -> Any:
-        tensors, dims = (*parameters, X), (*in_dims[3:], in_dims[1])
-        *parameters, X = mapped_matrices(info.batch_size, dims, tensors)
+        size = info.batch_size
+        pencil, parameters, (X,), _ = pencil.mapped(
+            size, in_dims[3:], parameters, (X,), in_dims[1:2], (2,)
+        )
         return LOBPCGAutogradFunction.apply(pencil, X, options, *parameters), (0,) * 6
 
 
