@@ -24,7 +24,6 @@ from torch._lobpcg_impl.solver import dense_is_cheaper, solve, warn_unconverged
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     is_traced,
-    mapped_matrices,
     may_be_differentiated,
     refuse_nested_forward_mode,
     without_autocast,
@@ -320,8 +319,10 @@ class LOBPCGAutogradFunction(Function):
         X: Any,
         *parameters: Any,
     ) -> Any:
-        tensors, dims = (*parameters, X), (*in_dims[3:], in_dims[2])
-        *parameters, X = mapped_matrices(info.batch_size, dims, tensors)
+        size = info.batch_size
+        pencil, parameters, (X,), _ = pencil.mapped(
+            size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
+        )
         return LOBPCGAutogradFunction.apply(pencil, options, X, *parameters), (0,) * 6
 
 

@@ -166,7 +166,7 @@ class ReducedResolvent(Function):
         options: Options,
         *tensors: Any,
     ) -> Any:
-        mapped = _mapped(info.batch_size, in_dims[2:], tensors)
+        pencil, mapped = _mapped(info.batch_size, in_dims[2:], pencil, tensors)
         return ReducedResolvent.apply(pencil, options, *mapped), 0
 
 
@@ -193,17 +193,20 @@ def _saved(ctx: Any) -> Tuple[Tensor, Tensor, Pairs]:
     )
 
 
-def _mapped(size: int, in_dims: Tuple[Any, ...], tensors: Tuple[Any, ...]) -> List[Any]:
-    """E, X, b, T, Y, residual, parameters with the mapped dimension first, in such a way that they broadcast."""
-    trailing = (1, 2, 2, 1, 2, 1) + (2,) * (len(tensors) - 6)
-    (E, X, b, *others), _ = batched_first(size, in_dims, tensors, trailing)
+def _mapped(
+    size: int, in_dims: Tuple[Any, ...], pencil: Pencil, tensors: Tuple[Any, ...]
+) -> Tuple[Pencil, List[Any]]:
+    """The pencil; E, X, b, T, Y, residual, parameters with the mapped dimension first, so that they broadcast."""
+    pencil, parameters, (E, X, b, *others), _ = pencil.mapped(
+        size, in_dims[6:], tensors[6:], tensors[:6], in_dims[:6], (1, 2, 2, 1, 2, 1)
+    )
     # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
     if in_dims[2] is None:
         b = b.expand((size,) + tuple(b.shape))
     if any(dim is not None for i, dim in enumerate(in_dims) if i != 2):
         E = E.expand((size,) + tuple(E.shape)) if in_dims[0] is None else E
         X = X.expand((size,) + tuple(X.shape)) if in_dims[1] is None else X
-    return [E, X, b, *others]
+    return pencil, [E, X, b, *others, *parameters]
 
 
 def distance_of_quotient(
@@ -317,8 +320,8 @@ class _NearestOutside(Function):
     ) -> Any:
         (late,), _ = batched_first(info.batch_size, in_dims[4:5], tensors[2:3], (1,))
         dims = in_dims[2:4] + (None,) + in_dims[5:]
-        E, X, _, *others = _mapped(
-            info.batch_size, dims, tensors[:2] + (tensors[1],) + tensors[3:]
+        pencil, (E, X, _, *others) = _mapped(
+            info.batch_size, dims, pencil, tensors[:2] + (tensors[1],) + tensors[3:]
         )
         return _NearestOutside.apply(pencil, options, E, X, late, *others), 0
 
