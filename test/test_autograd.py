@@ -2476,8 +2476,30 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                 msg=f"{mode}, {name}",
             )
 
+    @parametrize("dtype", [torch.float64, torch.complex128])
+    @parametrize("generalized", [False, True])
+    def test_values_while_a_graph_is_traced(self, dtype, generalized):
+        """make_fx on tensors with values solves as an eager call does; A^H is a view that its kernels do not resolve."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        A = self.hermitian(8, dtype)
+        B = self.hermitian(8, dtype, definite=True) if generalized else None
+        seen = []
+
+        def f(A, B):
+            E, X = torch.lobpcg(A, B=B, **self.options)
+            seen.append(E)
+            return E, X
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make_fx(f, tracing_mode="real")(A, B)
+        self.assertEqual(
+            seen[-1], torch.lobpcg(A, B=B, **self.options)[0], rtol=0, atol=0
+        )
+
     def test_third_derivative_in_a_graph(self):
-        """Refused while it is traced; a graph of the function can be differentiated to any order."""
+        """Traced, and of a graph that is differentiated where it is run."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
         A = self.hermitian(5)
@@ -2495,8 +2517,12 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             )
             return torch.func.grad(of_second)
 
-        with self.assertRaisesRegex(NotImplementedError, "lobpcg: third derivatives"):
-            make_fx(third(f), tracing_mode="fake")(A)
+        other = A.flip(-1, -2) + torch.diag(torch.arange(5.0))
+        for mode in ("real", "fake", "symbolic"):
+            graph = make_fx(third(f), tracing_mode=mode)(A)
+            self.assertEqual(
+                graph(other), third(f)(other), rtol=1e-11, atol=1e-11, msg=mode
+            )
         graph = make_fx(f, tracing_mode="fake")(A)
 
         def by_backward(f):
@@ -2515,6 +2541,34 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         for transform in (torch.func.grad, torch.func.jacrev):
             of_graph, of_f = (torch.func.vmap(transform(g)) for g in (graph, f))
             self.assertEqual(of_graph(two), of_f(two), rtol=1e-9, atol=1e-9)
+
+    def test_repeated_eigenvalues_in_a_graph(self):
+        """A graph knows of no cluster while it is traced; where it runs, second derivatives are those of an eager call,
+        and a third is warned of."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        double = torch.diag(torch.tensor([1.0, 1, 3, 4, 6, 9], dtype=torch.float64))
+
+        def f(A):
+            return self.loss_of_subspace(*torch.lobpcg(A, k=2, largest=False))
+
+        def second(A):
+            T = self.weights(6, seed=7)
+            return torch.func.grad(lambda A: (torch.func.grad(f)(A) * T).sum())(A)
+
+        def third(A):
+            return torch.func.grad(lambda A: second(A).square().sum())(A)
+
+        expected = second(double)
+        for mode in ("real", "fake", "symbolic"):
+            of_second, of_third = (
+                make_fx(g, tracing_mode=mode)(double + torch.diag(torch.arange(6.0)))
+                for g in (second, third)
+            )
+            self.assertEqual(of_second(double), expected, rtol=1e-11, atol=1e-11)
+            for version in (third, of_third):
+                with self.assertWarnsRegex(RuntimeWarning, "beyond the second are"):
+                    version(double)
 
     def test_export_round_trip(self):
         """Exported, lowered, stored and loaded: the same pairs and gradients, at other sizes too."""
@@ -2576,10 +2630,6 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             )
             numbers.update(differentiated=True, ortho_names=[], ortho_values=[])
             pairs = operators.solve(A, B, None, None, **numbers)
-            gE, gX = (
-                torch.ones_like(pairs[0]),
-                pairs[1] * torch.arange(12).unsqueeze(-1),
-            )
             # The loss of opcheck is the sum of everything, which a phase changes.
             a, b = (self.leaf(M, not dtype.is_complex) for M in (A, B))
             check(
@@ -2598,13 +2648,32 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                         (T.shape, T.dtype, T.stride()),
                         (made.shape, made.dtype, made.stride()),
                     )
-            for needed in ([True, True], [False, True]):
-                check(
-                    operators.reverse.default,
-                    (A, B, None, *pairs, gE, gX),
-                    dict(numbers, needed=needed),
-                )
-            check(operators.tangent.default, (A, B, None, *pairs, A, B), numbers)
+            E, X, T, Y, residual, scale = pairs
+            b = (X * torch.arange(12).unsqueeze(-1)).requires_grad_()
+            check(
+                operators.resolvent.default,
+                (A, B, None, E, X, b, T, Y, residual),
+                numbers,
+            )
+            check(
+                operators.nearest_outside.default,
+                (A, B, None, *pairs),
+                numbers,
+            )
+            G, (x, g) = X.mH @ b.detach(), (V.norm(dim=0).detach() for V in (X, b))
+            check(
+                operators.pair_mask.default,
+                (E, (G + G.mH) / 2, E, x, g, T, residual, scale),
+                dict(
+                    m=12,
+                    k=2,
+                    tol=1e-8,
+                    pair_eps=2e-16,
+                    largest=False,
+                    forward_mode=False,
+                ),
+            )
+            check(operators.second_order_at_most.default, (b, E.diag()), dict(order=2))
 
     def test_subclass_with_torch_function(self):
         """A torch function mode or subclass sees torch.lobpcg, compiled or not."""
@@ -2623,6 +2692,9 @@ class TestLobpcgGraphs(LobpcgGradientCase):
         self.assertEqual(len(Counting.calls), 1)
         E = torch.compile(lambda A: torch.lobpcg(A, k=2)[0], backend="eager")(A)
         self.assertEqual(E.as_subclass(torch.Tensor), torch.lobpcg(self.A, k=2)[0])
+
+
+instantiate_parametrized_tests(TestLobpcgGraphs)
 
 
 class TestLobpcgTransformTable(LobpcgGradientCase):

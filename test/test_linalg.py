@@ -1,6 +1,7 @@
 # Owner(s): ["module: linear algebra"]
 """torch.lobpcg without gradients: right pairs, honest convergence, start blocks, preconditioners, batches, errors."""
 
+import io
 import itertools
 import math
 import warnings
@@ -12,7 +13,12 @@ from torch.testing._internal.common_device_type import (
     onlyCPU,
     onlyNativeDeviceTypes,
 )
-from torch.testing._internal.common_utils import run_tests, TestCase
+from torch.testing._internal.common_utils import (
+    instantiate_parametrized_tests,
+    parametrize,
+    run_tests,
+    TestCase,
+)
 
 
 class LobpcgTestCase(TestCase):
@@ -1382,17 +1388,40 @@ class TestLobpcgWorker(LobpcgTestCase):
                         msg=str((name, layout, method)),
                     )
 
-    def test_torchscript_inside_a_scripted_function(self):
-        def spectral_gap(A: torch.Tensor):
-            E, _X = torch.lobpcg(A, k=2, largest=False, method="ortho")
-            return E[1] - E[0]
+    @staticmethod
+    def spectral_gap(A: torch.Tensor):
+        E, _X = torch.lobpcg(A, k=2, largest=False, method="ortho")
+        return E[1] - E[0]
 
+    def test_torchscript_inside_a_scripted_function(self):
+        """Scripted, and stored and loaded: value and gradient x_1 x_1^T - x_0 x_0^T."""
         p = self.problems.laplacian(40)
         A, _ = p.build()
         exact = p.extreme(2)
-        self.assertEqual(
-            torch.jit.script(spectral_gap)(A), exact[1] - exact[0], atol=1e-7, rtol=0
-        )
+        _, X = torch.linalg.eigh(A)
+        x, y = X[:, 0], X[:, 1]
+        scripted, stored = torch.jit.script(self.spectral_gap), io.BytesIO()
+        torch.jit.save(scripted, stored)
+        stored.seek(0)
+        for function in (scripted, torch.jit.load(stored)):
+            leaf = A.clone().requires_grad_()
+            gap = function(leaf)
+            self.assertEqual(gap, exact[1] - exact[0], atol=1e-7, rtol=0)
+            (gA,) = torch.autograd.grad(gap, leaf)
+            self.assertEqual(
+                gA, torch.outer(y, y) - torch.outer(x, x), atol=1e-5, rtol=0
+            )
+
+    @parametrize("name", ["A", "B", "iK", "tracker"])
+    def test_torchscript_takes_no_callables(self, name):
+        """TorchScript itself compares types, before anything of lobpcg runs: the error says what it got for what."""
+        A, _ = self.problems.laplacian(40).build()
+        X = self.start(40, 2, A.dtype)
+        arguments = {"A": A, "X": X, name: lambda V: V}
+        with self.assertRaisesRegex(
+            RuntimeError, f"for argument '{name}' but instead found type 'function'"
+        ):
+            torch.jit.script(torch.lobpcg)(**arguments)
 
     def test_torchscript_has_gradients(self):
         p = self.problems.laplacian(40)
@@ -1407,6 +1436,9 @@ class TestLobpcgWorker(LobpcgTestCase):
         self.assertEqual(
             gA, torch.outer(x, x) + 3 * torch.outer(y, y), atol=1e-12, rtol=0
         )
+
+
+instantiate_parametrized_tests(TestLobpcgWorker)
 
 
 class TestLobpcgBadInput(LobpcgTestCase):

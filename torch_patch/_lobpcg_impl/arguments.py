@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 
+# Fewer iterations than these ask for a truncated solve.
+FEW_ITERATIONS = 200
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -28,6 +30,8 @@ class Options:
     iterate: bool  # method, niter or tracker given: never replaced by a dense solve
     # A derivative may be asked for: the pairs must serve it, and the distance to the next eigenvalue be known.
     differentiated: bool = False
+    # tol was left out: eigenvalues, and vectors where differentiated, are found to a stated accuracy.
+    accurate: bool = False
     ortho_iparams: Dict[str, int] = field(default_factory=dict)
     ortho_fparams: Dict[str, float] = field(default_factory=dict)
     ortho_bparams: Dict[str, bool] = field(default_factory=dict)
@@ -115,7 +119,12 @@ def options_of(
             check_alike(T, other, model, name)
     batch_shape(A=A, B=B, X=X, iK=iK)
     columns = None if X is None else X.shape[-1]
-    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, **others)
+    # Where a polynomial takes the place of iK, a guard column costs many products; in a truncated solve it is an
+    # expense and no gain.
+    truncated = niter is not None and 0 <= niter < FEW_ITERATIONS
+    sparse = isinstance(A, Tensor) and A.layout != torch.strided
+    few_guards = iK is None and (truncated or sparse and B is None)
+    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, few_guards, **others)
 
 
 def settle(
@@ -128,6 +137,7 @@ def settle(
     tol: Optional[float],
     largest: Optional[bool],
     method: Optional[str],
+    few_guards: bool,
     tracker: Optional[Callable[[Any], Any]] = None,
     **ortho: Any,
 ) -> Options:
@@ -139,7 +149,7 @@ def settle(
         if columns is not None
         else n
         if n is not None
-        else _default_block(m, wanted)
+        else _default_block(m, wanted, few_guards)
     )
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
@@ -166,15 +176,17 @@ def settle(
         largest=True if largest is None else largest,
         method=name,
         iterate=iterate,
+        accurate=tol is None,
         tracker=tracker,
         **{key: value or {} for key, value in ortho.items()},
     )
 
 
-def _default_block(m: int, wanted: int) -> int:
+def _default_block(m: int, wanted: int, few: bool) -> int:
     """Guard columns separate the wanted pairs from the rest: as many again, four at least, halve the iterations, and
-    the time.  Branches, not min and max: a traced m then leaves a bound on m behind and n a number."""
-    block = wanted + max(4, wanted)
+    the time; four are enough for a large block where `few` says that they are dear.  Branches, not min and max: a
+    traced m then leaves a bound on m behind and n a number."""
+    block = wanted + (4 if few and wanted >= 20 else max(4, wanted))
     if m // 3 < block:
         block = max(wanted, m // 3)
     return block

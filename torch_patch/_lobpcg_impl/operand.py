@@ -33,7 +33,7 @@ from torch._lobpcg_impl.sparse import (
     SparseFromValues,
     SparseProduct,
 )
-from torch._lobpcg_impl.transforms import sum_to
+from torch._lobpcg_impl.transforms import in_transform, is_traced, sum_to
 
 
 # Rows of a dense matrix multiplied at a time: with a thin block they and their result stay in the cache.
@@ -108,6 +108,11 @@ class Operand:
 
     def diagonal(self) -> Optional[Tensor]:
         """The diagonal, real, (*, m); None where it is not known."""
+        return None
+
+    def row_squares(self, d: Tensor) -> Optional[Tensor]:
+        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None where
+        entries are not known."""
         return None
 
     def scaled(self, scale: Tensor) -> "Operand":
@@ -215,7 +220,8 @@ class Dense(_Matrix):
         if (
             not blocked
             or torch.is_grad_enabled()
-            or torch._C._are_functorch_transforms_active()
+            or in_transform()
+            or is_traced(A, V)
         ):
             return torch.matmul(A, V)
         rows, U = V.mT, V.new_empty((p, V.shape[-2]))
@@ -255,6 +261,11 @@ class Dense(_Matrix):
     def diagonal(self) -> Tensor:
         d = self.tensor.diagonal(dim1=-2, dim2=-1)
         return d.real if d.is_complex() else d
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        s = d.rsqrt()
+        M = self.tensor * (s.unsqueeze(-1) * s.unsqueeze(-2))
+        return torch.linalg.vector_norm(M, dim=-1).square()
 
     def _times(self, scale: Tensor) -> Tensor:
         return self.tensor * scale[..., None, None]
@@ -418,6 +429,15 @@ class Sparse(_Matrix):
             .index_add(0, row, values)
             .reshape(self.tensor.shape[:-2] + (m,))
         )
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        squares = copy.copy(self)
+        M = self.rows
+        values = M.values().abs().to(torch.float64).square()
+        rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
+        squares.made = {"rows": rows}
+        d = d.unsqueeze(-1)
+        return (squares._multiply(1.0 / d) / d)[..., 0]
 
     def _times(self, scale: Tensor) -> Tensor:
         M, m = self.rows, self.tensor.shape[-1]
@@ -591,8 +611,8 @@ def hermitian_part(M: Any) -> Any:
 
 def _is_hermitian(M: Tensor) -> bool:
     """Whether dense M (*, m, m) equals M^H to the bit; by tiles, since the transpose as a whole would miss the cache
-    throughout.  False under a transform, where values cannot be looked at."""
-    if torch._C._are_functorch_transforms_active():
+    throughout.  False under a transform or a tracer, where values cannot be looked at."""
+    if in_transform() or is_traced(M):
         return False
     M = M.detach()
     m, tile = M.shape[-1], 512
