@@ -298,8 +298,9 @@ class Patcher:
         interrupted = self.store.interrupted()
         if interrupted is not None:
             self.refuse_unwritable(interrupted.steps)
-        if self.store.recover():
-            self.say(f"an interrupted {interrupted.action if interrupted else 'run'} was rolled back")
+        outcome = self.store.recover()
+        if interrupted is not None:
+            self.say(f"an interrupted {interrupted.action} was {outcome}")
         self.applied = self.store.applied()
 
     def refuse_unready(self, transaction: Transaction) -> None:
