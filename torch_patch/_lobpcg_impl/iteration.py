@@ -167,9 +167,11 @@ class LOBPCG:
         self.drift = (
             0.0  # bound on the loss of the invariants since they were last enforced
         )
-        self.suspicious = (
-            False  # X0 was almost invariant: a wrong invariant subspace looks the same
-        )
+        # X0 was almost invariant: a wrong invariant subspace looks the same.
+        self.suspicious = False
+        # Columns that no caller chose have to settle before the run ends.
+        self.guarded = False
+        self.joined = 0
         self.best = self.best_rerr = self.level = float("inf")
         self.best_step = 0
         self.active = 0
@@ -258,7 +260,7 @@ class LOBPCG:
         self.start()
         self.update_residual()
         self.update_converged_count()
-        self.guard_against_invariant_start()
+        self.guard_against_missed_pairs()
         self.call_tracker()
         while not self.stop_iteration():
             self.update()
@@ -288,6 +290,8 @@ class LOBPCG:
                 self.refresh()
                 self.update_residual()
                 self.update_converged_count()
+        if self.suspicious and self.joined and self.converged():
+            self.search_again()
 
     def orthonormality_loss(self) -> float:
         """max |X^H B X - I|. Cost: n^2 inner products and a transfer."""
@@ -417,30 +421,52 @@ class LOBPCG:
         ):
             self.raise_not_positive("B")
 
-    def guard_against_invariant_start(self) -> None:
-        """Where X0 spans an almost invariant subspace already, join fresh directions that would reveal a missed pair.
+    def guard_against_missed_pairs(self) -> None:
+        """Join fresh columns to a caller's block: it may lack a wanted vector, and then nothing in it shows that.
 
         An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart
-        by their residuals. The joined columns search the complement; the run ends when they have settled (see
-        settled()).
+        by their residuals, nor can vectors of all of a matrix from those of one of its blocks.  The joined columns search
+        what the others cannot see; the run ends when they have settled (see settled()).
         """
-        k = self.iparams["k"]
+        k, niter = self.iparams["k"], self.iparams["niter"]
         rerr = self.tvars["rerr"][..., :k]
-        if rerr.numel() == 0 or self.iparams["niter"] == 0:
+        if rerr.numel() == 0 or niter == 0:
             return
         self.suspicious = bool((rerr < self.eps**0.25).any())
-        if not self.suspicious or self.active == 0 and not self.incomplete():
+        whole = niter < 0 or niter >= FEW_ITERATIONS
+        self.guarded = self.suspicious or whole and self.iparams.get("chosen", 0) > 0
+        if not self.guarded or self.n > max(self.probe, k):
             return
-        extra = min(max(2, k // 4), self.m - self.n)
-        if extra > 0 and self.n <= max(self.probe, k):
-            fresh = fixed_block(self.m, extra, 3 * self.n + 11, self.W).expand(
-                self.batch + (self.m, extra)
-            )
-            X, _, BX = self.basis.wanted()
-            fresh = deduct(fresh, X, gram(BX, fresh))
-            self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, 5 * self.n + 13)
-            self.update_residual()
-            self.update_converged_count()
+        if self.active > 0 or self.n < self.m:
+            self.join(self.n, max(2, k // 4) if self.suspicious else 2)
+
+    def join(self, kept: int, count: int) -> None:
+        """Go on with the first `kept` columns of X and `count` fresh ones, P empty."""
+        count = min(count, self.m - kept)
+        if count <= 0:
+            return
+        first = 3 * self.n + 11 + 100 * self.ivars["istep"]
+        fresh = fixed_block(self.m, count, first, self.W)
+        fresh = fresh.expand(self.batch + fresh.shape)
+        X, BX = (V[..., :kept] for V in self.basis.wanted()[::2])
+        self.before, self.joined = self.e[..., : self.iparams["k"]], count
+        fresh = deduct(fresh, X, gram(BX, fresh))
+        self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, first + 7)
+        self.update_residual()
+        self.update_converged_count()
+
+    def search_again(self) -> None:
+        """Where the fresh columns of a suspicious start have all found something, join as many more, and more.
+
+        r generic columns find at most r vectors of a repeated eigenvalue; if fewer than r pairs are new, none of their
+        eigenvalues has another copy.
+        """
+        k = self.iparams["k"]
+        gain = (self.before - self.e[..., :k]) * self.sign
+        new = gain > 100.0 * self.eps * self.measures.size[..., :k]
+        if int(new.sum(-1).max()) >= self.joined and self.n < self.m:
+            self.probe = k
+            self.join(k, max(self.n - k, 2 * self.joined))
 
     def incomplete(self) -> bool:
         return self.n < self.m
@@ -632,7 +658,7 @@ class LOBPCG:
         settled: Optional[Tensor] = None
         candidates = self.n if self.small else k
         more = candidates
-        if self.suspicious:
+        if self.guarded:
             settled = self.settled()
             candidates, more = self.n, self.n
         elif self.bparams.get("separate", False) and self.n > k:
@@ -746,7 +772,8 @@ class LOBPCG:
         """
         k = self.iparams["k"]
         last = min(max(self.probe, k), self.n - 1)
-        small = max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
+        # In single precision the root of the default tolerance, 0.02, is no eigenvalue found.
+        small = max(min(self.fparams["tol"] ** 0.5, 1.2e-4), 8.0 * self.eps)
         late = self.ivars["istep"] >= 5
         return settled(
             self.measures, self.residual, self.norm_B, k, last, small, late
