@@ -14,7 +14,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.accuracy import check_accuracy
+from torch._lobpcg_impl.accuracy import check_accuracy, is_clear
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
 from torch._lobpcg_impl.report import first, found, members, warn
@@ -266,6 +266,8 @@ def _gaps(seen: Seen, setting: _Setting) -> Gaps:
 def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
     """See the top of the module; reports on the way."""
     E, G, gE, gX = seen.E, seen.G, seen.gE, seen.gX
+    if not setting.forward_mode and is_clear(seen, setting.eps):
+        return ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
     eps, m = torch.finfo(E.dtype).eps, seen.X.shape[-2]
     gaps = _gaps(seen, setting)
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)

@@ -29,7 +29,7 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
     """
     pencil, m, batch = pencil.checked(), pencil.m, pencil.batch
     if X is not None:
-        operand(X, "X").check_finite(X)
+        operand(X, "X").check_finite(lambda: X)
     if 0 in batch:
         return _no_pairs(pencil, options.n)
     if dense_is_cheaper(pencil, options):
