@@ -1,7 +1,6 @@
 """torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B."""
 
 import dataclasses
-import warnings
 from typing import Any, Optional
 
 import torch
@@ -20,11 +19,10 @@ from torch._lobpcg_impl.graph import (
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
-from torch._lobpcg_impl.solver import pair_shapes, solve
+from torch._lobpcg_impl.solver import pair_shapes, solve, warn_unconverged
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     is_traced,
-    mapped_matrices,
     may_be_differentiated,
     refuse_nested_forward_mode,
     without_autocast,
@@ -299,8 +297,10 @@ class LOBPCGAutogradFunction(Function):
         X: Any,
         *parameters: Any,
     ) -> Any:
-        tensors, dims = (*parameters, X), (*in_dims[3:], in_dims[2])
-        *parameters, X = mapped_matrices(info.batch_size, dims, tensors)
+        size = info.batch_size
+        pencil, parameters, (X,), _ = pencil.mapped(
+            size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
+        )
         return LOBPCGAutogradFunction.apply(pencil, options, X, *parameters), (0,) * 6
 
 
@@ -314,11 +314,12 @@ def _saved_pairs(ctx: Any) -> Pairs:
 def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     """The forward of one problem, with a warning where pairs have not converged.
 
-    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
+    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive; here
+    pairs that were found in double are rounded to the dtype of the matrices, once.
     """
     k = options.k
     found = solve(pencil, X, options)
-    _warn_unconverged(found.residual[..., :k], found.scale[..., :k], options)
+    warn_unconverged(found, pencil, options)
     last = found.E.shape[-1] if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
     pairs = corrected(
@@ -333,24 +334,14 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         )
     )
     copies = (
-        T.detach().clone(memory_format=torch.contiguous_format) for T in pairs.tensors
+        T.detach().to(
+            pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for T in pairs.tensors
     )
     return Pairs(pencil, options, *copies)
-
-
-def _warn_unconverged(residual: Tensor, scale: Tensor, options: Options) -> None:
-    """One warning if a wanted pair has not converged."""
-    if residual.numel() == 0:
-        return
-    missed = residual > options.tol * scale
-    if bool(missed.any()):
-        rerr = (residual / torch.where(scale > 0, scale, torch.ones_like(scale))).max()
-        warnings.warn(
-            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged: relative residual "
-            f"{float(rerr)}, tolerance {options.tol}, niter={options.niter}; raise niter or tol, pass a larger n or a "
-            "preconditioner iK",
-            stacklevel=2,
-        )
 
 
 define_for_torchscript(lobpcg)

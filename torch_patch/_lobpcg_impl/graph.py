@@ -30,7 +30,7 @@ _WITHOUT_VALUES = ("Meta", "SparseMeta", "SparseCsrMeta")
 MATRICES = "Tensor A, Tensor? B, Tensor? iK"
 NUMBERS = (
     "SymInt k, SymInt n, SymInt chosen, SymInt niter, float tol, bool largest, str method, bool iterate, "
-    "bool differentiated, str[] ortho_names, int[] ortho_values"
+    "bool differentiated, bool accurate, str[] ortho_names, int[] ortho_values"
 )
 
 # Tensors of an operator and its numbers.

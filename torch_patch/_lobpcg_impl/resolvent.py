@@ -32,8 +32,8 @@ from torch._lobpcg_impl.graph import (
     Outputs,
     restore_pencil,
 )
-from torch._lobpcg_impl.operand import Operand, Pencil
-from torch._lobpcg_impl.pairs import is_late, Pairs
+from torch._lobpcg_impl.operand import Pencil
+from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     batched_first,
@@ -166,7 +166,7 @@ class ReducedResolvent(Function):
         options: Options,
         *tensors: Any,
     ) -> Any:
-        mapped = _mapped(info.batch_size, in_dims[2:], tensors, (1, 2, 1))
+        pencil, mapped = _mapped(info.batch_size, in_dims[2:], pencil, tensors)
         return ReducedResolvent.apply(pencil, options, *mapped), 0
 
 
@@ -194,55 +194,52 @@ def _saved(ctx: Any) -> Tuple[Tensor, Tensor, Pairs]:
 
 
 def _mapped(
-    size: int,
-    in_dims: Tuple[Any, ...],
-    tensors: Tuple[Any, ...],
-    constants: Tuple[int, ...],
-) -> List[Any]:
-    """E, X, b, constants, parameters with the mapped dimension first, in such a way that they broadcast.
-
-    constants: how many dimensions of each are not batch.
-    """
-    trailing = (1, 2, 2, *constants, *(2 for _ in tensors[3 + len(constants) :]))
-    (E, X, b, *others), _ = batched_first(size, in_dims, tensors, trailing)
+    size: int, in_dims: Tuple[Any, ...], pencil: Pencil, tensors: Tuple[Any, ...]
+) -> Tuple[Pencil, List[Any]]:
+    """The pencil; E, X, b, T, Y, residual, parameters with the mapped dimension first, so that they broadcast."""
+    pencil, parameters, (E, X, b, *others), _ = pencil.mapped(
+        size, in_dims[6:], tensors[6:], tensors[:6], in_dims[:6], (1, 2, 2, 1, 2, 1)
+    )
     # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
     if in_dims[2] is None:
         b = b.expand((size,) + tuple(b.shape))
     if any(dim is not None for i, dim in enumerate(in_dims) if i != 2):
         E = E.expand((size,) + tuple(E.shape)) if in_dims[0] is None else E
         X = X.expand((size,) + tuple(X.shape)) if in_dims[1] is None else X
-    return [E, X, b, *others]
+    return pencil, [E, X, b, *others, *parameters]
 
 
-def rayleigh_quotient(B: Operand, Z: Tensor, b: Tensor, largest: bool) -> Tensor:
-    """(+, *, k): z^H (A - E_j B) z / z^H B z for z = R_j b_j, without a product with A; infinitely far where z = 0."""
+def distance_of_quotient(
+    pencil: Pencil, E: Tensor, Z: Tensor, largest: bool
+) -> Tensor:
+    """(+, *, k): z^H (A - E_j B) z / z^H B z, from E_j to the Rayleigh quotient of z; infinitely far where z = 0.
+
+    From fresh products, k columns: z is known by a right-hand side to its tolerance only, and a quotient that claims a
+    missed pair must not lie below the next eigenvalue by noise.
+    """
     length = Z.abs().amax(-2)  # divided out first: squares of 1e200 leave the range
     there = length > 0
-    length = torch.where(there, length, torch.ones_like(length))
-    Z = Z / length.unsqueeze(-2)
-    top, bottom = (
-        _real((Z.conj() * b).sum(-2)),
-        _real((Z.conj() * B.product(Z)).sum(-2)),
-    )
+    Z = Z / torch.where(there, length, torch.ones_like(length)).unsqueeze(-2)
+    BZ = pencil.B.product(Z)
+    R = pencil.A.product(Z) - BZ * E.unsqueeze(-2)
+    top, bottom = (_real((Z.conj() * V).sum(-2)) for V in (R, BZ))
     far = -math.inf if largest else math.inf
-    return torch.where(
-        there, top / length / torch.where(there, bottom, torch.ones_like(bottom)), far
-    )
+    return torch.where(there, top / torch.where(there, bottom, 1.0), far)
 
 
-def nearest_outside(pairs: Pairs) -> Tensor:
+def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
     """(*, 1): distance from E_k to a Ritz value of the complement close to it.  A constant to autograd.
 
     Infinity where that is known: the guard T nearest to E_k, with its residual, shows that none is there, or a pair is
-    late, and the gradient inaccurate.  Otherwise it costs a rough solution for one column.
+    late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column.
     """
     tensors = (
         pairs.E,
         pairs.X,
+        late,
         pairs.T,
         pairs.Y,
         pairs.residual,
-        pairs.scale,
         *pairs.pencil.parameters,
     )
     tensors = tuple(T if T is None else T.detach() for T in tensors)
@@ -256,7 +253,7 @@ def _number_shape(*tensors: Any, **numbers: Any) -> Outputs:
 
 @in_graphs(
     "nearest_outside",
-    f"({MATRICES}, Tensor E, Tensor X, Tensor T, Tensor Y, Tensor residual, Tensor scale, *, {NUMBERS}) -> Tensor",
+    f"({MATRICES}, Tensor E, Tensor X, Tensor late, Tensor T, Tensor Y, Tensor residual, *, {NUMBERS}) -> Tensor",
     _number_shape,
     hold_pencil,
     restore_pencil,
@@ -268,15 +265,15 @@ class _NearestOutside(Function):
         options: Options,
         E: Tensor,
         X: Tensor,
+        late: Tensor,
         T: Tensor,
         Y: Tensor,
         residual: Tensor,
-        scale: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         k, m, p = E.shape[-1], X.shape[-2], T.shape[-1]
         last, far = E[..., -1:], -math.inf if options.largest else math.inf
-        if bool(is_late(residual, scale, m, k, options.tol).any()):
+        if bool(late.any()):
             return torch.full_like(last, far)
         # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
         if 0 < p and 16 * (k + p) <= m:
@@ -295,9 +292,11 @@ class _NearestOutside(Function):
         tol = 0.1 / math.sqrt(m)
         with without_autocast(X):
             z = solve_on_complement(
-                pencil, E, X, b, options.largest, tol, further=(T, Y), probe=True
+                pencil, E, X, b, options.largest, tol, (T, Y), use="probe"
             )
-            return rayleigh_quotient(pencil.B, z, b, options.largest)[..., -1:]
+            return distance_of_quotient(
+                pencil, E[..., -1:], z[..., -1:], options.largest
+            )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -319,12 +318,12 @@ class _NearestOutside(Function):
         options: Options,
         *tensors: Any,
     ) -> Any:
-        E, X, *others = tensors
-        dims = (in_dims[2], in_dims[3], in_dims[3], *in_dims[4:])
-        E, X, _, *others = _mapped(
-            info.batch_size, dims, (E, X, X, *others), (1, 2, 1, 1)
+        (late,), _ = batched_first(info.batch_size, in_dims[4:5], tensors[2:3], (1,))
+        dims = in_dims[2:4] + (None,) + in_dims[5:]
+        pencil, (E, X, _, *others) = _mapped(
+            info.batch_size, dims, pencil, tensors[:2] + (tensors[1],) + tensors[3:]
         )
-        return _NearestOutside.apply(pencil, options, E, X, *others), 0
+        return _NearestOutside.apply(pencil, options, E, X, late, *others), 0
 
 
 def _real(x: Tensor) -> Tensor:

@@ -89,28 +89,6 @@ def batched_first(
     return out, deepest
 
 
-def mapped_matrices(
-    size: int, in_dims: Sequence[Any], matrices: Sequence[Any]
-) -> List[Any]:
-    """Matrices and blocks with the mapped dimension as first batch dimension; the first, A, gets every batch dimension
-    that another has, since the forward takes its batch shape from there."""
-    tensors, deepest = batched_first(
-        size, in_dims, matrices, trailing=(2,) * len(matrices)
-    )
-    A = tensors[0]
-    mapped = [
-        M
-        for M, dim in zip(tensors, in_dims)
-        if isinstance(M, Tensor) and dim is not None
-    ]
-    if isinstance(A, Tensor) and in_dims[0] is None:
-        A = A.expand((size,) + (1,) * (deepest - A.dim() + 2) + tuple(A.shape))
-    if isinstance(A, Tensor):
-        shapes = [M.shape[:-2] for M in [A] + mapped]
-        A = A.expand(broadcast(*shapes) + list(A.shape[-2:]))
-    return [A] + tensors[1:]
-
-
 def accepts_legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
     """Let a backward or jvp rule run under the vmap of torch.autograd.grad(is_grads_batched=True).
 
