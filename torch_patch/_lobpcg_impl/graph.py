@@ -67,7 +67,7 @@ def in_graphs(
             return function.apply(*restore(*tensors, **numbers))
 
         def values(*tensors: Any, **numbers: Any) -> Any:
-            with torch.no_grad(), _conjugates():
+            with torch.no_grad(), _from_the_start():
                 return _contiguous(compute(*restore(*tensors, **numbers)))
 
         def without_values(*tensors: Any, **numbers: Any) -> Any:
@@ -97,18 +97,19 @@ def _define(schema: str, kernels: Dict[str, Callable[..., Any]]) -> None:
         _library.impl(schema[: schema.index("(")], kernel, key)
 
 
-def _conjugates() -> Any:
-    """Conjugate views as they are everywhere else.
+# What the dispatcher leaves out where nothing has been dispatched yet.
+_EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
+
+
+def _from_the_start() -> Any:
+    """The dispatcher at its beginning, as in an eager call.
 
     PyTorch runs a kernel that a dispatch mode calls, such as that of make_fx on tensors with values, without the keys that
     stand above the mode.  One of them resolves M.mH before a factorisation that knows no conjugate views: without it
-    torch.linalg.solve_triangular(M.mH, ...) solves with M^T.
+    torch.linalg.solve_triangular(M.mH, ...) solves with M^T.  Without others, results differ by rounding.
     """
-    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.Conjugate, keys.Negative):
-        excluded = excluded.remove(key)
     included = torch._C._dispatch_tls_local_include_set()
-    return torch._C._ForceDispatchKeyGuard(included, excluded)
+    return torch._C._ForceDispatchKeyGuard(included, _EXCLUDED)
 
 
 def _contiguous(outputs: Any) -> Any:
