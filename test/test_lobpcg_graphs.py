@@ -535,18 +535,12 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                 (A, B, None, *pairs),
                 numbers,
             )
-            G, (x, g) = X.mH @ b.detach(), (V.norm(dim=0).detach() for V in (X, b))
+            G, gX = X.mH @ b.detach(), b.detach()
+            late, left = torch.zeros_like(E), torch.zeros_like(E)
             check(
                 operators.pair_mask.default,
-                (E, (G + G.mH) / 2, E, x, g, T, residual, scale),
-                dict(
-                    m=12,
-                    k=2,
-                    tol=1e-8,
-                    pair_eps=2e-16,
-                    largest=False,
-                    forward_mode=False,
-                ),
+                (E, X, T, residual[:2], late, scale, (G + G.mH) / 2, E, gX, gX, left),
+                dict(numbers, eps=2e-16, forward_mode=False),
             )
             check(operators.second_order_at_most.default, (b, E.diag()), dict(order=2))
 
