@@ -56,9 +56,9 @@ def pair_factors(
     reports where it exists only in part or is inaccurate.
     """
     E = seen.E
-    constants = (T if T is None else T.detach() for T in seen)
+    G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
     setting = _Setting(options, eps, forward_mode)
-    mask = _PairMask.apply(setting, *constants)
+    mask = _PairMask.apply(setting, *seen._replace(E=E.detach(), G=G, gE=gE))
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
     return F, setting.clustered

@@ -12,7 +12,6 @@ substitution   Inside torch.func the parameters that a formula sees are other ob
 """
 
 import contextlib
-import copy
 import functools
 import warnings
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -24,6 +23,7 @@ from torch._lobpcg_impl.operand import Operand, Probe
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     in_transform,
+    twin,
     without_autocast,
 )
 from torch.autograd import forward_ad, Function
@@ -57,7 +57,7 @@ class MatrixFree(Operand):
         return self.values
 
     def with_parameters(self, *parameters: Tensor) -> "MatrixFree":
-        same = copy.copy(self)
+        same = twin(self)
         same.values = parameters
         return same
 
@@ -73,7 +73,7 @@ class MatrixFree(Operand):
             with seen:
                 U = self.function((), V)
         self._check_block(U, V)
-        same = copy.copy(self)
+        same = twin(self)
         if transform:
             # Values cannot be looked at here: `_probed` checks them below the transforms.
             found = list(seen.found.values())
@@ -88,7 +88,7 @@ class MatrixFree(Operand):
 
     def mapped(self, size: int, in_dims: Sequence[Optional[int]]) -> "MatrixFree":
         """The operand of a batch of `size`, whose parameters have the batch dimensions in_dims, or None."""
-        same = copy.copy(self)
+        same = twin(self)
         same.function, same.batch = (
             _Mapped(self.function, tuple(in_dims)),
             (size, *self.batch),
@@ -227,7 +227,7 @@ class MatrixFree(Operand):
     def scaled(self, scale: Tensor) -> Operand:
         if bool((scale == 1.0).all()):
             return self
-        same = copy.copy(self)
+        same = twin(self)
         same.scale = scale if self.scale is None else self.scale * scale
         if self._probe is not None:
             V, U = self._probe
@@ -263,7 +263,7 @@ class MatrixFree(Operand):
     def member(self, position: Tuple[int, ...]) -> Operand:
         if not self.batch:
             return self
-        same = copy.copy(self)
+        same = twin(self)
         same.function, same.batch = _Member(self.function, self.batch, position), ()
         same.scale = (
             None if self.scale is None else self.scale.expand(self.batch)[position]

@@ -9,7 +9,6 @@ converted once for products stays with it.
 To add a kind of operand, write a subclass and name it in `operand`.
 """
 
-import copy
 import itertools
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -46,6 +45,7 @@ from torch._lobpcg_impl.transforms import (
     in_transform,
     is_traced,
     sum_to,
+    twin,
 )
 
 
@@ -212,7 +212,7 @@ class _Matrix(Operand):
         return () if self.tensor is None else tuple(self.tensor.shape[:-2])
 
     def with_parameters(self, *parameters: Tensor) -> "_Matrix":
-        same = copy.copy(self)
+        same = twin(self)
         (same.tensor,) = parameters
         return same
 
@@ -462,7 +462,7 @@ class Sparse(_Matrix):
         )
 
     def row_squares(self, d: Tensor) -> Tensor:
-        squares = copy.copy(self)
+        squares = twin(self)
         M = self.rows
         values = M.values().abs().to(torch.float64).square()
         rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
@@ -726,7 +726,7 @@ class Pencil:
         return self.with_parameters([None] * len(self.parameters))
 
     def of_operands(self, A: Operand, B: Operand, iK: Optional[Operand]) -> "Pencil":
-        same = copy.copy(self)
+        same = twin(self)
         same.A, same.B, same.iK = A, B, iK
         return same
 
