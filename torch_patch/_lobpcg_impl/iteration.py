@@ -58,12 +58,18 @@ class EigenPairs(NamedTuple):
     E: (*, n) real; X: (*, m, n), X^H B X = I; residual: (*, n), 2-norms of A x_j - E_j B x_j (a dense solve: of fewer,
     k or more); scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has
     converged iff residual_j <= tol scale_j.
+
+    missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error: (*, k),
+    bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
     """
 
     E: Tensor
     X: Tensor
     residual: Tensor
     scale: Tensor
+    missed: Optional[Tensor] = None
+    error: Optional[Tensor] = None
+    at_rounding: bool = False
 
 
 def _take(V: Tensor, index: Tensor) -> Tensor:
@@ -71,6 +77,17 @@ def _take(V: Tensor, index: Tensor) -> Tensor:
     if V.dim() == 2:
         return V.mT.index_select(0, index).mT
     return V.mT.gather(-2, index.unsqueeze(-1).expand(index.shape + V.shape[-2:-1])).mT
+
+
+class Kept(NamedTuple):
+    """The best pairs of each matrix near rounding level; level: (*), the largest rho / N of a wanted pair."""
+
+    level: Tensor
+    X: Tensor
+    e: Tensor
+    residual: Tensor
+    scale: Tensor
+    measures: Measures
 
 
 class LOBPCG:
@@ -150,36 +167,39 @@ class LOBPCG:
         self.drift = (
             0.0  # bound on the loss of the invariants since they were last enforced
         )
-        self.suspicious = (
-            False  # X0 was almost invariant: a wrong invariant subspace looks the same
-        )
+        # X0 was almost invariant: a wrong invariant subspace looks the same.
+        self.suspicious = False
+        # Columns that no caller chose have to settle before the run ends.
+        self.guarded = False
+        self.joined = 0
         self.best = self.best_rerr = self.level = float("inf")
         self.best_step = 0
         self.active = 0
         self._clear(X)
 
     def _set_graded_scale(self) -> None:
-        """The root of D^-1, D = diag(B), in which rho is measured, and the sizes of A and B in that scale."""
+        """D = diag(B), in whose scale rho is measured, and the row norms of A and B in that scale.
+
+        root: D^-1/2 (*, m, 1), None where D is taken as a multiple of the identity: without B, or of a callable its root
+        mean square.  rows: (*, m, 2), D times the squared row norms of D^-1/2 A D^-1/2 and of D^-1/2 B D^-1/2.
+        """
         pencil = self.pencil
-        self.root: Optional[Tensor] = None  # (*, m, 1), where D is not a multiple of I
-        self.graded_A, self.graded_B = self.norm_A, self.norm_B
-        if not pencil.generalized:
-            return
+        self.root: Optional[Tensor] = None
         d = pencil.B.diagonal()
         if d is None:
-            # For a callable its root mean square.
-            unit = self.norm_B.clamp_min(self.tiny)
-            self.graded_A, self.graded_B = self.norm_A / unit, self.norm_B / unit
             return
-        s = d.clamp_min(self.tiny).rsqrt()
-        self.root = s.unsqueeze(-1)
-        self.graded_A, self.graded_B = (
-            op.mean_square(pencil.probe, s)
-            .to(device=self.place, dtype=torch.float64)
-            .sqrt()
-            .unsqueeze(-1)
-            for op in (pencil.A, pencil.B)
-        )
+        d = d.to(torch.float64).clamp_min(self.tiny)
+        rows = []
+        for op, norm in ((pencil.A, self.norm_A), (pencil.B, self.norm_B)):
+            squares = op.row_squares(d)
+            if squares is None:
+                norm = norm.to(d.device) / d.mean(-1, keepdim=True)
+                squares = norm.square().expand(d.shape)
+            rows.append(squares * d)
+        real = self.X.dtype.to_real()
+        self.d_B = d.unsqueeze(-1).to(real)
+        self.root = d.rsqrt().unsqueeze(-1).to(real)
+        self.rows = torch.stack(torch.broadcast_tensors(*rows), -1).to(real)
 
     def _clear(self, X: Tensor) -> None:
         """The state before the first iteration."""
@@ -206,7 +226,8 @@ class LOBPCG:
         self.least = 1.0
         self.residual = torch.zeros_like(self.e)
         self.scale = torch.zeros_like(self.e)
-        self.measures = Measures(self.e, self.e, self.e, self.e, self.eps)
+        self.measures = Measures(self.e, self.e, self.e, self.e, self.e, self.eps)
+        self.kept: Optional[Kept] = None
         self.R = self.S = X
 
     def down(self, *tensors: Tensor) -> List[Tensor]:
@@ -239,11 +260,12 @@ class LOBPCG:
         self.start()
         self.update_residual()
         self.update_converged_count()
-        self.guard_against_invariant_start()
+        self.guard_against_missed_pairs()
         self.call_tracker()
         while not self.stop_iteration():
             self.update()
             self.call_tracker()
+        self.restore_best()
 
     def update(self) -> None:
         """One iteration: Ritz step on [X P W], residuals, the next active set."""
@@ -268,6 +290,8 @@ class LOBPCG:
                 self.refresh()
                 self.update_residual()
                 self.update_converged_count()
+        if self.suspicious and self.joined and self.converged():
+            self.search_again()
 
     def orthonormality_loss(self) -> float:
         """max |X^H B X - I|. Cost: n^2 inner products and a transfer."""
@@ -321,7 +345,21 @@ class LOBPCG:
             X = X * root.unsqueeze(-1)
             residual = residual / sA * root
             scale = scale / sA * root
-        return EigenPairs(E, X, residual, scale)
+        k = self.iparams["k"]
+        missed = self.missed().to(E.device)
+        # Relative to |E|: the same in every scale.
+        error = self.measures.value_error(k) / self.e[..., :k].abs().clamp_min(self.tiny)
+        at_rounding = self.ivars["iterations_left"] != 0 and not self.bvars["force_stop"]
+        return EigenPairs(E, X, residual, scale, missed, error, at_rounding)
+
+    def missed(self) -> Tensor:
+        """Which wanted pairs fall short of what was asked for: (*, k)."""
+        k, measures = self.iparams["k"], self.measures
+        missed = measures.rerr[..., :k] > self.fparams["tol"]
+        if not self.bparams.get("accurate", False):
+            return missed
+        above = measures.rho[..., :k] > measures.floor[..., :k]
+        return missed & above | measures.inaccurate(k)
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -383,30 +421,52 @@ class LOBPCG:
         ):
             self.raise_not_positive("B")
 
-    def guard_against_invariant_start(self) -> None:
-        """Where X0 spans an almost invariant subspace already, join fresh directions that would reveal a missed pair.
+    def guard_against_missed_pairs(self) -> None:
+        """Join fresh columns to a caller's block: it may lack a wanted vector, and then nothing in it shows that.
 
         An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart
-        by their residuals. The joined columns search the complement; the run ends when they have settled (see
-        settled()).
+        by their residuals, nor can vectors of all of a matrix from those of one of its blocks.  The joined columns search
+        what the others cannot see; the run ends when they have settled (see settled()).
         """
-        k = self.iparams["k"]
+        k, niter = self.iparams["k"], self.iparams["niter"]
         rerr = self.tvars["rerr"][..., :k]
-        if rerr.numel() == 0 or self.iparams["niter"] == 0:
+        if rerr.numel() == 0 or niter == 0:
             return
         self.suspicious = bool((rerr < self.eps**0.25).any())
-        if not self.suspicious or self.active == 0 and not self.incomplete():
+        whole = niter < 0 or niter >= FEW_ITERATIONS
+        self.guarded = self.suspicious or whole and self.iparams.get("chosen", 0) > 0
+        if not self.guarded or self.n > max(self.probe, k):
             return
-        extra = min(max(2, k // 4), self.m - self.n)
-        if extra > 0 and self.n <= max(self.probe, k):
-            fresh = fixed_block(self.m, extra, 3 * self.n + 11, self.W).expand(
-                self.batch + (self.m, extra)
-            )
-            X, _, BX = self.basis.wanted()
-            fresh = deduct(fresh, X, gram(BX, fresh))
-            self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, 5 * self.n + 13)
-            self.update_residual()
-            self.update_converged_count()
+        if self.active > 0 or self.n < self.m:
+            self.join(self.n, max(2, k // 4) if self.suspicious else 2)
+
+    def join(self, kept: int, count: int) -> None:
+        """Go on with the first `kept` columns of X and `count` fresh ones, P empty."""
+        count = min(count, self.m - kept)
+        if count <= 0:
+            return
+        first = 3 * self.n + 11 + 100 * self.ivars["istep"]
+        fresh = fixed_block(self.m, count, first, self.W)
+        fresh = fresh.expand(self.batch + fresh.shape)
+        X, BX = (V[..., :kept] for V in self.basis.wanted()[::2])
+        self.before, self.joined = self.e[..., : self.iparams["k"]], count
+        fresh = deduct(fresh, X, gram(BX, fresh))
+        self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, first + 7)
+        self.update_residual()
+        self.update_converged_count()
+
+    def search_again(self) -> None:
+        """Where the fresh columns of a suspicious start have all found something, join as many more, and more.
+
+        r generic columns find at most r vectors of a repeated eigenvalue; if fewer than r pairs are new, none of their
+        eigenvalues has another copy.
+        """
+        k = self.iparams["k"]
+        gain = (self.before - self.e[..., :k]) * self.sign
+        new = gain > 100.0 * self.eps * self.measures.size[..., :k]
+        if int(new.sum(-1).max()) >= self.joined and self.n < self.m:
+            self.probe = k
+            self.join(k, max(self.n - k, 2 * self.joined))
 
     def incomplete(self) -> bool:
         return self.n < self.m
@@ -538,29 +598,53 @@ class LOBPCG:
         X, AX, BX = self.basis.wanted()
         torch.addcmul(AX, BX, self.E.unsqueeze(-2).to(AX.dtype), value=-1, out=self.W)
         self.length = norms(self.W)
-        size, numbers = self.e.abs(), [self.length.unsqueeze(-1)]
+        numbers = [self.length.unsqueeze(-1)]
         if self.pencil.generalized:
             numbers.append(norms(X).unsqueeze(-1))
         if self.root is not None:
-            numbers.append(norms(self.W * self.root).unsqueeze(-1))
+            numbers += self.graded_numbers(X)
         self.residual, *others = (
             torch.real(T).squeeze(-1) for T in self.down(*numbers)
         )
+        size = self.e.abs()
         if self.pencil.generalized:
             self.scale = (self.norm_A + size * self.norm_B) * others[0]
         else:
             # ||A|| >= |E_j|
             self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size
-        rho, graded = self.residual, self.scale
-        if self.root is not None:
-            rho = others[1]
-        elif self.pencil.generalized:
-            rho = rho / self.norm_B.clamp_min(self.tiny).sqrt()
-        if self.pencil.generalized:
-            graded = torch.maximum(self.graded_A, size) + size * self.graded_B
         self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
-        self.measures = Measures(
-            self.e, self.tvars["rerr"], rho, graded.clamp_min(self.tiny), self.eps
+        self.measures = self.measured(size, others)
+
+    def graded_numbers(self, X: Tensor) -> List[Tensor]:
+        """Columns (*, n, 1): rho = |D^-1/2 r|; sums of x_a^2 D_a w_a^2 and of x_a^4 D_a^2 w_a^2, w the row norms of A,
+        then of B, in the scale of D."""
+        squares = X.abs().square()
+        rows = self.rows
+        ends = squares.mT @ rows, squares.square().mT @ (rows * self.d_B)
+        rho = norms(self.W * self.root).unsqueeze(-1)
+        return [rho, *(column for end in ends for column in end.split(1, -1))]
+
+    def measured(self, size: Tensor, numbers: List[Tensor]) -> Measures:
+        """The measures of the pairs; size: |E|; numbers: |x|, then those of graded_numbers, with B.
+
+        Rounding the entries of A and B by a relative eps each changes the residual by eps N, and x^H A x by eps times
+        the root of the sum with fourth powers: much less where a graded pencil is large and x is not.
+        """
+        rerr, tiny = self.tvars["rerr"], self.tiny
+        if not self.pencil.generalized:
+            scale = self.scale.clamp_min(tiny)
+            return Measures(self.e, rerr, self.residual, scale, scale, self.eps)
+        if self.root is None:
+            unit = self.norm_B.clamp_min(tiny)
+            scale = torch.maximum(self.norm_A / unit, size) + size
+            scale = scale.clamp_min(tiny)
+            rho = self.residual / unit.sqrt()
+            return Measures(self.e, rerr, rho, scale, scale, self.eps)
+        _, rho, A2, B2, A4, B4 = numbers
+        scale = torch.maximum(A2.sqrt(), size) + size * B2.sqrt()
+        noise = A4.sqrt() + size * B4.sqrt()
+        return Measures(
+            self.e, rerr, rho, scale.clamp_min(tiny), noise.clamp_min(tiny), self.eps
         )
 
     def update_converged_count(self) -> int:
@@ -574,7 +658,7 @@ class LOBPCG:
         settled: Optional[Tensor] = None
         candidates = self.n if self.small else k
         more = candidates
-        if self.suspicious:
+        if self.guarded:
             settled = self.settled()
             candidates, more = self.n, self.n
         elif self.bparams.get("separate", False) and self.n > k:
@@ -605,10 +689,68 @@ class LOBPCG:
         self.active, self.ivars["converged_count"] = verdict.active, verdict.lead
         self.best_rerr, self.level = verdict.worst, verdict.level
         self.w_index, self.w_valid = verdict.index, verdict.valid
-        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.
-        if self.level < 0.9 * self.best or self.level > 100.0 * self.best:
+        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.  Or it is a
+        # basis that falls apart.
+        better = self.level < 0.9 * self.best
+        if better or self.level > 100.0 * self.best and self.orthonormality_loss() < 1e-3:
             self.best, self.best_step = self.level, self.ivars["istep"]
+        if verdict.nearest < 200.0 * self.eps and not self.converged():
+            self.keep_best()
         return self.ivars["converged_count"]
+
+    def keep_best(self) -> None:
+        """Near rounding level the best pairs of each matrix are kept: what follows can be worse, even diverge."""
+        level = self.measures.level[..., : self.iparams["k"]].amax(-1)
+        X = self.basis.part(0, 0, self.n)
+        now = Kept(level, X, self.e, self.residual, self.scale, self.measures)
+        old = self.kept
+        if old is None or old.X.shape != X.shape:
+            self.kept = now._replace(X=columns(X.clone()))
+        else:
+            self.kept = self.chosen(level < old.level, now, old)
+
+    def chosen(self, first: Tensor, one: Kept, other: Kept) -> Kept:
+        """Of each matrix the pairs of `one` where first (*) says so, else those of `other`."""
+        if self.host:
+            return one._replace(X=columns(one.X.clone())) if bool(first) else other
+
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            where = first.reshape(first.shape + (1,) * (a.dim() - first.dim()))
+            return torch.where(where, a, b)
+
+        measures = Measures(
+            *map(pick, one.measures[:-1], other.measures[:-1]), eps=self.eps
+        )
+        return Kept(*map(pick, one[:-1], other[:-1]), measures=measures)
+
+    def restore_best(self) -> None:
+        """The best pairs again where the last are five times worse, unless these are orthonormal and have the better
+        trace: then a pair that was missed before has come in."""
+        kept, k = self.kept, self.iparams["k"]
+        if kept is None or kept.X.shape[-1] != self.n or self.converged():
+            return
+        X = self.basis.part(0, 0, k)
+        (G,) = self.down(gram(X, self.pencil.B.apply(X)))
+        G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        whole = G.abs().amax((-2, -1)) <= 1e-3
+        size = kept.measures.size[..., :k].amax(-1)
+        gain = (kept.e[..., :k] - self.e[..., :k]).sum(-1) * self.sign
+        level = self.measures.level[..., :k].amax(-1)
+        worse = ~(level <= 5.0 * kept.level)
+        restored = worse & ~(whole & (gain > 20.0 * k * self.eps * size))
+        now = Kept(
+            level,
+            self.basis.part(0, 0, self.n),
+            self.e,
+            self.residual,
+            self.scale,
+            self.measures,
+        )
+        best = self.chosen(restored, kept, now)
+        self.basis.part(0, 0, self.n).copy_(best.X)
+        self.e, self.residual, self.scale = best.e, best.residual, best.scale
+        self.measures, self.tvars["rerr"] = best.measures, best.measures.rerr
+        self.E = self.e.to(self.E.device, self.E.dtype)
 
     def done(self) -> Tensor:
         """Which pairs have converged: (*, n).  Without tol the wanted ones have to be accurate besides."""
@@ -616,7 +758,10 @@ class LOBPCG:
         done = self.measures.rerr <= tol
         if self.bparams.get("accurate", False):
             accurate = self.measures.accurate(k, tol, self.bparams["separate"])
-            done = torch.cat([done[..., :k] & accurate, done[..., k:]], -1)
+            # A guard is needed as long as it is worse than the pairs that it serves.
+            rho = self.measures.rho
+            served = rho[..., k:] <= rho[..., :k].amax(-1, keepdim=True)
+            done = torch.cat([done[..., :k] & accurate, done[..., k:] & served], -1)
         return done
 
     def settled(self) -> Tensor:
@@ -627,7 +772,8 @@ class LOBPCG:
         """
         k = self.iparams["k"]
         last = min(max(self.probe, k), self.n - 1)
-        small = max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
+        # In single precision the root of the default tolerance, 0.02, is no eigenvalue found.
+        small = max(min(self.fparams["tol"] ** 0.5, 1.2e-4), 8.0 * self.eps)
         late = self.ivars["istep"] >= 5
         return settled(
             self.measures, self.residual, self.norm_B, k, last, small, late

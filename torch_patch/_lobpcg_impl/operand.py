@@ -102,13 +102,17 @@ class Operand:
         """
         raise NotImplementedError
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
-        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or (); with s (*, m) of S M S, S =
-        diag(s)."""
+    def mean_square(self, V: Tensor) -> Tensor:
+        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
         raise NotImplementedError
 
     def diagonal(self) -> Optional[Tensor]:
         """The diagonal, real, (*, m); None where it is not known."""
+        return None
+
+    def row_squares(self, d: Tensor) -> Optional[Tensor]:
+        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None where
+        entries are not known."""
         return None
 
     def scaled(self, scale: Tensor) -> "Operand":
@@ -152,9 +156,8 @@ class Identity(Operand):
     def product(self, V: Tensor) -> Tensor:
         return V
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
-        one = torch.ones([], dtype=torch.float64)
-        return one if s is None else s.square().square().mean(-1)
+    def mean_square(self, V: Tensor) -> Tensor:
+        return torch.ones([], dtype=torch.float64)
 
     def largest(self, V: Tensor) -> Tensor:
         return torch.ones([], dtype=torch.float64)
@@ -248,15 +251,20 @@ class Dense(_Matrix):
             torch.float64
         )
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
-        M = self.tensor
-        if s is not None:
-            M = M * (s.unsqueeze(-1) * s.unsqueeze(-2))
-        return torch.linalg.vector_norm(M, dim=(-2, -1)).square() / M.shape[-1]
+    def mean_square(self, V: Tensor) -> Tensor:
+        return (
+            torch.linalg.vector_norm(self.tensor, dim=(-2, -1)).square()
+            / self.tensor.shape[-1]
+        )
 
     def diagonal(self) -> Tensor:
         d = self.tensor.diagonal(dim1=-2, dim2=-1)
         return d.real if d.is_complex() else d
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        s = d.rsqrt()
+        M = self.tensor * (s.unsqueeze(-1) * s.unsqueeze(-2))
+        return torch.linalg.vector_norm(M, dim=-1).square()
 
     def _times(self, scale: Tensor) -> Tensor:
         return self.tensor * scale[..., None, None]
@@ -403,14 +411,8 @@ class Sparse(_Matrix):
             .reshape(batch)
         )
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
+    def mean_square(self, V: Tensor) -> Tensor:
         values, m = self.rows.values(), max(1, self.tensor.shape[-1])
-        if s is not None:
-            batch = self.tensor.shape[:-2]
-            if s.dim() > 1 and s.shape[:-1] != batch:
-                return _mean_square_of_products(s.unsqueeze(-1) * self.apply(s.unsqueeze(-1) * V), V)
-            s = s.expand(batch + s.shape[-1:]).reshape(-1)
-            values = values * (s[row_indices(self.rows)] * s[self.rows.col_indices()])
         if self.tensor.dim() == 2:
             return torch.linalg.vector_norm(values).square() / m
         return self._per_matrix(values.abs().square()) / m
@@ -426,6 +428,15 @@ class Sparse(_Matrix):
             .index_add(0, row, values)
             .reshape(self.tensor.shape[:-2] + (m,))
         )
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        squares = copy.copy(self)
+        M = self.rows
+        values = M.values().abs().to(torch.float64).square()
+        rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
+        squares.made = {"rows": rows}
+        d = d.unsqueeze(-1)
+        return (squares._multiply(1.0 / d) / d)[..., 0]
 
     def _times(self, scale: Tensor) -> Tensor:
         M, m = self.rows, self.tensor.shape[-1]
@@ -536,23 +547,14 @@ class MatrixFree(Operand):
     def largest(self, V: Tensor) -> Tensor:
         return largest_entries(self._probed(V)).amax(-1).to(torch.float64)
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
-        U = self._probed(V)
-        if s is not None:
-            s = s.unsqueeze(-1)
-            U = s * self.apply(s * V)
-        return _mean_square_of_products(U, V)
+    def mean_square(self, V: Tensor) -> Tensor:
+        ratio = torch.linalg.vector_norm(
+            self._probed(V), dim=(-2, -1)
+        ) / torch.linalg.vector_norm(V, dim=(-2, -1))
+        return ratio.square()
 
     def in_double(self) -> Operand:
         return self
-
-
-def _mean_square_of_products(U: Tensor, V: Tensor) -> Tensor:
-    """||M||_F^2 / m of each matrix, estimated from U = M V for a random block V."""
-    ratio = torch.linalg.vector_norm(U, dim=(-2, -1)) / torch.linalg.vector_norm(
-        V, dim=(-2, -1)
-    )
-    return ratio.square()
 
 
 def _adjoint(M: Tensor) -> Tensor:

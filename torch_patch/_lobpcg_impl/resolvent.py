@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import norms
 from torch._lobpcg_impl.complement import solve_on_complement, system_tolerance
-from torch._lobpcg_impl.operand import Operand, Pencil
+from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
@@ -185,20 +185,22 @@ def _mapped(size: int, in_dims: Tuple[Any, ...], tensors: Tuple[Any, ...]) -> Li
     return [E, X, b, *others]
 
 
-def rayleigh_quotient(B: Operand, Z: Tensor, b: Tensor, largest: bool) -> Tensor:
-    """(+, *, k): z^H (A - E_j B) z / z^H B z for z = R_j b_j, without a product with A; infinitely far where z = 0."""
+def distance_of_quotient(
+    pencil: Pencil, E: Tensor, Z: Tensor, largest: bool
+) -> Tensor:
+    """(+, *, k): z^H (A - E_j B) z / z^H B z, from E_j to the Rayleigh quotient of z; infinitely far where z = 0.
+
+    From fresh products, k columns: z is known by a right-hand side to its tolerance only, and a quotient that claims a
+    missed pair must not lie below the next eigenvalue by noise.
+    """
     length = Z.abs().amax(-2)  # divided out first: squares of 1e200 leave the range
     there = length > 0
-    length = torch.where(there, length, torch.ones_like(length))
-    Z = Z / length.unsqueeze(-2)
-    top, bottom = (
-        _real((Z.conj() * b).sum(-2)),
-        _real((Z.conj() * B.product(Z)).sum(-2)),
-    )
+    Z = Z / torch.where(there, length, torch.ones_like(length)).unsqueeze(-2)
+    BZ = pencil.B.product(Z)
+    R = pencil.A.product(Z) - BZ * E.unsqueeze(-2)
+    top, bottom = (_real((Z.conj() * V).sum(-2)) for V in (R, BZ))
     far = -math.inf if largest else math.inf
-    return torch.where(
-        there, top / length / torch.where(there, bottom, torch.ones_like(bottom)), far
-    )
+    return torch.where(there, top / torch.where(there, bottom, 1.0), far)
 
 
 def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
@@ -254,9 +256,11 @@ class _NearestOutside(Function):
         tol = 0.1 / math.sqrt(m)
         with without_autocast(X):
             z = solve_on_complement(
-                pencil, E, X, b, options.largest, tol, further=(T, Y), probe=True
+                pencil, E, X, b, options.largest, tol, (T, Y), use="probe"
             )
-            return rayleigh_quotient(pencil.B, z, b, options.largest)[..., -1:]
+            return distance_of_quotient(
+                pencil, E[..., -1:], z[..., -1:], options.largest
+            )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
