@@ -137,7 +137,7 @@ def settle(
     tol: Optional[float],
     largest: Optional[bool],
     method: Optional[str],
-    few_guards: bool,
+    few_guards: bool = False,
     tracker: Optional[Callable[[Any], Any]] = None,
     **ortho: Any,
 ) -> Options:

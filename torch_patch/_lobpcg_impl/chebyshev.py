@@ -276,7 +276,7 @@ def _has_batch(A: Operand) -> bool:
     return not isinstance(A, (Sparse, Dense)) or A.tensor.dim() > 2
 
 
-def polynomial(pencil: Pencil, sign: float, most: int) -> Optional[Chebyshev]:
+def polynomial(pencil: Pencil, sign: float, most: int = _MOST) -> Optional[Chebyshev]:
     """The polynomial of a checked pencil, of degree `most` at most; None where none serves.
 
     Measures are the identity, or B where it is diagonal, and diag(A), where that differs from them and A is positive

@@ -368,9 +368,10 @@ class LOBPCG:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
         self.complete_start(columns(self.W), 0)
-        most, niter = self.iparams.get("ortho_degree", 60), self.iparams["niter"]
+        niter = self.iparams["niter"]
         # A solve of few iterations is cut short on purpose: it takes the products that these cost without q.
         if niter < 0 or niter >= FEW_ITERATIONS:
+            most = self.iparams.get("ortho_degree", 60)
             self.polynomial = polynomial(self.pencil, self.sign, most)
 
     def complete_start(self, X: Tensor, first: int) -> None:
