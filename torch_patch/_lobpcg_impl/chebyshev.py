@@ -208,7 +208,9 @@ class Polynomial:
         return Interval(0.0 if self.definite else l - 1e-3 * (a - l), a, l + width)
 
     def _degree(self, l: float, interval: Interval) -> int:
-        d = math.ceil(math.acosh(_DAMPING) / math.acosh(interval.at(l)))
+        # Rounding may put l on the interval, of which no polynomial tells it apart.
+        x = max(interval.at(l), 1.0 + self.eps)
+        d = math.ceil(math.acosh(_DAMPING) / math.acosh(x))
         # Single precision cannot tell what is wanted from what is not.
         unclear = self.eps > 1e-10 and interval.a - l < 100.0 * self.eps * abs(l)
         return min(d, 20) if unclear else d

@@ -465,7 +465,9 @@ class LOBPCG:
         """
         k = self.iparams["k"]
         if not self.joined:
-            self.join(self.n, _FRESH)
+            # In the place of the caller's guards: only a column that nobody chose has to settle then.
+            self.probe = k
+            self.join(k, max(self.n - k, _FRESH))
             return
         e, rho = self.before
         # More than the eigenvalues could still improve by, and than rounding.
@@ -663,7 +665,7 @@ class LOBPCG:
         more = candidates
         if self.joined:
             settled = self.settled()
-            candidates, more = self.n, self.n
+            candidates = more = min(self.n, max(self.probe, k) + 2)
         elif self.bparams.get("separate", False) and self.n > k:
             settled, more = self.separated(), max(candidates, k + 1)
         rules = Rules(k, candidates, more, self.eps**0.5, self.loss())
