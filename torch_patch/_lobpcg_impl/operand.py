@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._lobpcg_impl import arguments
 from torch._lobpcg_impl.blocks import fixed_block, gram, largest_entries, safe_scale
 from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
+from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.sparse import (
     block_diagonal,
     by_rows,
@@ -133,10 +134,11 @@ class Operand:
     def check_finite(self, V: Tensor) -> Tensor:
         """largest(V); ValueError where it is not finite."""
         largest = self.largest(V)
-        if not bool(torch.isfinite(largest).all()):
+        bad = ~torch.isfinite(largest)
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} has NaN or infinite entries; every entry must be finite: check what produced "
-                f"{self.name}"
+                f"lobpcg: {self.name}{members(bad, bad.dim())} has NaN or infinite entries; every entry must be finite: "
+                f"check what produced {self.name}"
             )
         return largest
 
@@ -277,23 +279,17 @@ class Dense(_Matrix):
 
     def check_positive(self) -> None:
         d = self.diagonal()
-        bad = bool((d <= 0).any())
-        if not bad and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
+        bad = (d <= 0).any(-1)
+        if not bool(bad.any()) and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
             # Scaled to a unit diagonal the factorisation neither overflows nor mistakes a graded matrix for a singular
             # one.
             s = d.rsqrt()
-            bad = bool(
-                (
-                    torch.linalg.cholesky_ex(
-                        self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
-                    )[1]
-                    > 0
-                ).any()
-            )
-        if bad:
+            scaled = self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
+            bad = torch.linalg.cholesky_ex(scaled)[1] > 0
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite (its Cholesky factorisation fails); {self.name} must be "
-                "Hermitian positive definite"
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())} (its Cholesky factorisation "
+                f"fails); {self.name} must be Hermitian positive definite"
             )
 
 
@@ -482,18 +478,20 @@ class Sparse(_Matrix):
         limit = (
             8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * self.mean_square(V).sqrt()
         )
-        if bool((skew > limit).any()):
+        bad = skew > limit
+        if bool(bad.any()):
             name = self.name
             raise ValueError(
-                f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
+                f"lobpcg: sparse {name} is not Hermitian{members(bad, bad.dim())}: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
                 f"fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian "
                 f"matrix, such as ({name} + {name}^H) / 2"
             )
 
     def check_positive(self) -> None:
-        if bool((self.diagonal() <= 0).any()):
+        bad = (self.diagonal() <= 0).any(-1)
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite: a diagonal entry is not positive; {self.name} must be "
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())}: a diagonal entry is not positive; {self.name} must be "
                 "Hermitian positive definite"
             )
 
