@@ -208,7 +208,9 @@ class Polynomial:
         return Interval(0.0 if self.definite else l - 1e-3 * (a - l), a, l + width)
 
     def _degree(self, l: float, interval: Interval) -> int:
-        d = math.ceil(math.acosh(_DAMPING) / math.acosh(interval.at(l)))
+        # Rounding may put l on the interval, of which no polynomial tells it apart.
+        x = max(interval.at(l), 1.0 + self.eps)
+        d = math.ceil(math.acosh(_DAMPING) / math.acosh(x))
         # Single precision cannot tell what is wanted from what is not.
         unclear = self.eps > 1e-10 and interval.a - l < 100.0 * self.eps * abs(l)
         return min(d, 20) if unclear else d
@@ -276,7 +278,7 @@ def _has_batch(A: Operand) -> bool:
     return not isinstance(A, (Sparse, Dense)) or A.tensor.dim() > 2
 
 
-def polynomial(pencil: Pencil, sign: float, most: int) -> Optional[Chebyshev]:
+def polynomial(pencil: Pencil, sign: float, most: int = _MOST) -> Optional[Chebyshev]:
     """The polynomial of a checked pencil, of degree `most` at most; None where none serves.
 
     Measures are the identity, or B where it is diagonal, and diag(A), where that differs from them and A is positive

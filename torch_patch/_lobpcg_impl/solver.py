@@ -129,8 +129,8 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         L, info = torch.linalg.cholesky_ex(B)
         if bool((info > 0).any()):
             raise ValueError(
-                "lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive "
-                "definite"
+                f"lobpcg: B is not positive definite{members(info > 0, info.dim())} (its Cholesky factorisation "
+                "fails); B must be Hermitian positive definite"
             )
         half = torch.linalg.solve_triangular(L, A, upper=False)
         C = torch.linalg.solve_triangular(L, half.mH, upper=False)
