@@ -67,21 +67,22 @@ class MatrixFree(Operand):
         if not transform and not torch.is_grad_enabled():
             return self
         V = _three(probe())
-        before = V.clone()
+        block = self._columns(V)
+        before = block.clone()
         seen = _Discovery(self.name, transform)
         with torch.enable_grad(), without_autocast(V):
             with seen:
-                U = self.function((), V)
-        self._check_block(U, V)
+                U = self.function((), block)
+        self._check_block(U, block)
         same = copy.copy(self)
         if transform:
             # Values cannot be looked at here: `_probed` checks them below the transforms.
             found = list(seen.found.values())
         else:
-            self._check_untouched(V, before)
+            self._check_untouched(block, before)
             self._check_finite(U)
             found = _ends(U, seen.found)
-            same._probe = V, U.detach()
+            same._probe = V, self._from_columns(U.detach(), V)
         same.function = _Pure(self.name, self.function.call, found, not transform)
         same.values = tuple(found)
         return same
@@ -112,7 +113,7 @@ class MatrixFree(Operand):
             if torch._C._is_alias_of(U, block):
                 U = U.clone()  # whoever gets a product may write to it
             if self.scale is not None:
-                U = U * self.scale[..., None, None]
+                U = _times(U, self.scale)
             return self._from_columns(U, V)
 
     def product(self, V: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ class MatrixFree(Operand):
         same.scale = scale if self.scale is None else self.scale * scale
         if self._probe is not None:
             V, U = self._probe
-            same._probe = V, U * scale[..., None, None]
+            same._probe = V, _times(U, scale)
         return same
 
     def _probed(self, V: Tensor) -> Tuple[Tensor, Tensor]:
@@ -276,8 +277,8 @@ class MatrixFree(Operand):
         u, v and u + v (complex: u + i v).
 
         Rounding: eight times the bound for a stored matrix (see `Sparse.check_hermitian`), since a product may take
-        several steps.  A deviation up to sqrt(eps), the default tolerance of the pairs, may be that of a product which
-        is itself the result of an iteration: a warning, too.
+        several steps.  Up to 64 eps of single precision what deviates may be a product computed there, or by an inner
+        iteration: a warning, too.
         """
         V, U = self._probed(V)
         eps, name = torch.finfo(V.dtype).eps, self.name
@@ -285,7 +286,7 @@ class MatrixFree(Operand):
         limit = 64.0 * eps * V.shape[-2] * rms
         u, v, both = U.unbind(-1)
         apart = (u + (1j * v if V.is_complex() else v) - both).abs().amax(-1)
-        if bool((apart > limit.clamp_min(0.0) + eps**0.5 * rms).any()):
+        if bool((apart > limit + 64.0 * torch.finfo(torch.float32).eps * rms).any()):
             raise ValueError(
                 f"lobpcg: {name} is not linear: {name}(u) + {name}(v) and {name}(u + v) differ by "
                 f"{float(apart.max())} for fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} "
@@ -370,6 +371,10 @@ def _three(V: Tensor) -> Tensor:
     """u, v and u + v, or u + i v where that can be told: u + v would not show a callable that conjugates."""
     u, v = V[..., :1], V[..., 1:2]
     return torch.cat([u, v, u + (1j * v if V.is_complex() else v)], -1)
+
+
+def _times(U: Tensor, scale: Tensor) -> Tensor:
+    return U * scale[..., None, None].to(U.dtype.to_real())
 
 
 def _is_differentiable(p: Tensor) -> bool:
