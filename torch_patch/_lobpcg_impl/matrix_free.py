@@ -18,8 +18,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.abstract_operand import Operand, Probe
 from torch._lobpcg_impl.blocks import gram, largest_entries
-from torch._lobpcg_impl.operand import Operand, Probe
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     in_transform,
@@ -104,7 +104,7 @@ class MatrixFree(Operand):
             block = self._columns(V)
             # Tensors of inference mode count no writes; the probe's values are compared there as everywhere.
             version = -1 if block.is_inference() else block._version
-            U = self.function(self.values, block)
+            U = self.function(self._variables(), block)
             self._check_block(U, block)
             if version >= 0 and block._version != version:
                 self._raise_written()
@@ -121,7 +121,7 @@ class MatrixFree(Operand):
             return self.apply(V)
         block = self._columns(V)
         if self._by_transform():
-            U = self.function(self.values, block)
+            U = self._product_by_transform(block)
         else:
             (U,) = _Recorded.apply(
                 self._product, self._stand_ins, len(self.values), *self.values, block
@@ -166,21 +166,38 @@ class MatrixFree(Operand):
             product = self.function.substituted(parameters, V)
         return _gradients((product,), parameters, (U,))
 
+    def _product_by_transform(self, V: Tensor) -> Tensor:
+        """Detached parameters are variables inside all the same: the callable may differentiate in them itself."""
+        own = [p for p in self.values if _is_differentiable(p)]
+        if not own or any(p.requires_grad for p in own):
+            return self.function(self.values, V)
+        return torch.func.vjp(self._of_varied(V), *own)[0]
+
     def _pull_by_transform(self, V: Tensor) -> Callable[[Tensor], Tuple[Tensor, ...]]:
         """U -> cotangents of the parameters that have one."""
-        values = self.values
-        own = [p for p in values if _is_differentiable(p)]
-
-        def product(*varied: Tensor) -> Tensor:
-            given = iter(varied)
-            return self.function(
-                [next(given) if _is_differentiable(p) else p for p in values], V
-            )
+        own = [p for p in self.values if _is_differentiable(p)]
+        product = self._of_varied(V)
 
         def pull(U: Tensor) -> Tuple[Tensor, ...]:
             return torch.func.vjp(product, *own)[1](U) if own else ()
 
         return pull
+
+    def _of_varied(self, V: Tensor) -> Callable[..., Tensor]:
+        """The product with V as a function of the parameters that a derivative exists in."""
+
+        def product(*varied: Tensor) -> Tensor:
+            own = iter(varied)
+            values = [next(own) if _is_differentiable(p) else p for p in self.values]
+            return self.function(values, V)
+
+        return product
+
+    def _variables(self) -> Sequence[Tensor]:
+        """Values below all transforms, as variables where they are put in the place of the callable's own."""
+        if self.function.as_it_is:
+            return self.values
+        return [p.detach().requires_grad_(_is_differentiable(p)) for p in self.values]
 
     def _with_none(self, given: Sequence[Tensor]) -> Tuple[Optional[Tensor], ...]:
         own = iter(given)
@@ -348,9 +365,7 @@ class MatrixFree(Operand):
     def _check_reached(self, V: Tensor) -> None:
         """RuntimeError where the product depends on a variable that substitution does not reach."""
         with torch.enable_grad():
-            own = [
-                p.detach().requires_grad_(_is_differentiable(p)) for p in self.values
-            ]
+            own = self._variables()
             U = self.function(own, self._columns(V))
         if not isinstance(U, Tensor):
             self._check_block(U, V)
