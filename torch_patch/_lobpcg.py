@@ -59,7 +59,8 @@ def lobpcg(
 
     where :math:`A` is Hermitian (real: symmetric), not necessarily definite, and :math:`B` Hermitian positive definite.
     Only products with blocks of vectors are needed, so :attr:`A` may be large and sparse. Differentiable in
-    :attr:`A` and :attr:`B`, dense and sparse, to any order and in both modes; see :ref:`lobpcg-gradient`.
+    :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
+    :ref:`lobpcg-gradient`.
 
     Where the matrices are dense and small (m up to 512; 128 if :attr:`iK` is given), or too small for the method
     (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
@@ -94,7 +95,9 @@ def lobpcg(
     Args:
         A (Tensor): :math:`(*, m, m)`, float32, float64, complex64 or complex128; strided, COO, CSR, CSC, BSR or BSC
             (batches: strided, COO or CSR). Outside TorchScript also a callable that maps blocks :math:`(*, m, p)` to
-            their products, a constant to autograd; then :attr:`X` gives size, dtype and device.
+            their products, out of place, or an object with ``matmul`` or ``@``, such as SciPy's LinearOperator; then
+            :attr:`X`, or its attributes ``shape`` and ``dtype``, give size and dtype. Gradients reach the tensors that
+            a callable reads; see :ref:`lobpcg-callable`.
         k (int, optional): number of pairs. Default: the columns of :attr:`X`, or 1.
         B (Tensor, optional): :math:`(*, m, m)`, as :attr:`A`. Default: the identity.
         X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
