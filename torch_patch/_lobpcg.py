@@ -303,17 +303,18 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     warn_unconverged(found, pencil, options)
     last = found.E.shape[-1] if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
-    pairs = corrected(
-        Pairs(
-            pencil,
-            options,
-            found.E[..., :k],
-            found.X[..., :k],
-            *further,
-            found.residual,
-            found.scale,
-        )
+    pairs = Pairs(
+        pencil,
+        options,
+        found.E[..., :k],
+        found.X[..., :k],
+        *further,
+        found.residual,
+        found.scale,
     )
+    # All m vectors: a dense solve, at rounding level already unless it had to factorise B.
+    if options.differentiated or pencil.generalized or found.X.shape[-1] < pencil.m:
+        pairs = corrected(pairs)
     copies = (
         T.detach().to(
             pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),

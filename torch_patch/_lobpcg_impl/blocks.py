@@ -94,6 +94,9 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     low, high = (
         (1e-6, 1e6) if dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
     )
+    values = largest.reshape(-1).tolist()
+    if all(value == 0.0 or low <= value <= high for value in values):
+        return torch.ones_like(largest)
     extreme = (largest > 0) & ((largest < low) | (largest > high))
     size = torch.where(extreme, largest, torch.ones_like(largest))
     return torch.pow(4.0, -torch.floor(0.5 * torch.log2(size)))

@@ -207,7 +207,10 @@ class Polynomial:
         return Interval(0.0 if self.definite else l - 1e-3 * (a - l), a, l + width)
 
     def _degree(self, l: float, interval: Interval) -> int:
-        d = math.ceil(math.acosh(_DAMPING) / math.acosh(interval.at(l)))
+        x = interval.at(l)
+        if not x > 1.0 + 1e-9:  # NaN too
+            return self.most
+        d = math.ceil(math.acosh(_DAMPING) / math.acosh(x))
         # Single precision cannot tell what is wanted from what is not.
         unclear = self.eps > 1e-10 and interval.a - l < 100.0 * self.eps * abs(l)
         return min(d, 20) if unclear else d

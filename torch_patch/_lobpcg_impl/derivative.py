@@ -95,7 +95,9 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     eps = torch.finfo(E.dtype).eps
     if k == m or not is_small_and_dense(pencil) or bool(late.any()):
         return E, X, residual
-    # A dense forward is at rounding level already: nothing to win.
+    # A dense forward in double is at rounding level already: nothing to win.
+    if eps < 1e-10 and pairs.all_known and not pencil.generalized:
+        return E, X, residual
     if eps < 1e-10 and bool((residual <= math.sqrt(m) * eps * scale).all()):
         return E, X, residual
     pencil, e, x = pencil.in_double(), in_double(E), in_double(X)

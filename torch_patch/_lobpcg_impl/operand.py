@@ -133,7 +133,7 @@ class Operand:
     def check_finite(self, V: Tensor) -> Tensor:
         """largest(V); ValueError where it is not finite."""
         largest = self.largest(V)
-        if not bool(torch.isfinite(largest).all()):
+        if not all(map(math.isfinite, largest.reshape(-1).tolist())):
             raise ValueError(
                 f"lobpcg: {self.name} has NaN or infinite entries; every entry must be finite: check what produced "
                 f"{self.name}"
@@ -192,7 +192,7 @@ class _Matrix(Operand):
         )
 
     def scaled(self, scale: Tensor) -> Operand:
-        if bool((scale == 1.0).all()):
+        if _all_ones(scale):
             return self
         return operand(self._times(scale.to(self.tensor.dtype.to_real())), self.name)
 
@@ -532,7 +532,7 @@ class MatrixFree(Operand):
         return U if self.scale is None else U * self.scale[..., None, None]
 
     def scaled(self, scale: Tensor) -> Operand:
-        if bool((scale == 1.0).all()):
+        if _all_ones(scale):
             return self
         return MatrixFree(
             self.name, self.call, scale if self.scale is None else self.scale * scale
@@ -555,6 +555,10 @@ class MatrixFree(Operand):
 
     def in_double(self) -> Operand:
         return self
+
+
+def _all_ones(scale: Tensor) -> bool:
+    return all(value == 1.0 for value in scale.reshape(-1).tolist())
 
 
 def _adjoint(M: Tensor) -> Tensor:
@@ -722,11 +726,14 @@ class Pencil:
         Raises ValueError unless A, B and iK are finite, A and B Hermitian where they are sparse, and B positive
         definite as far as that shows at once.  A callable is trusted.
         """
-        probe = self.probe
+        # Dense matrices are looked at, not multiplied.
+        probe = self.empty() if self.is_dense() else self.probe
         same = self.of_operands(self.A, self.B, self.iK)
         same.scale_A = safe_scale(self.A.check_finite(probe), self.dtype)
-        same.scale_B = safe_scale(self.B.check_finite(probe), self.dtype)
-        same.A, same.B = self.A.scaled(same.scale_A), self.B.scaled(same.scale_B)
+        same.A = self.A.scaled(same.scale_A)
+        if self.generalized:
+            same.scale_B = safe_scale(self.B.check_finite(probe), self.dtype)
+            same.B = self.B.scaled(same.scale_B)
         same.rescaled = same.A is not self.A or same.B is not self.B
         for M in (same.A, same.B):
             M.check_hermitian(probe)
