@@ -106,7 +106,10 @@ def lobpcg(
             returned; they speed up the iteration and the gradient. Default: max(4, k) more, if m >= 3 n allows.
         iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
             :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
-            outside TorchScript, a callable on blocks. Used in backward as well; not differentiated.
+            outside TorchScript, a callable on blocks. Used in backward as well; not differentiated. Default: where
+            :attr:`A` is sparse, a Chebyshev polynomial in :attr:`A` that approximates :math:`(A - \sigma)^{-1}`, at up
+            to 60 products an iteration; ``ortho_iparams={"degree": 0}``, a callable that returns its argument, or
+            :attr:`niter` below 200 switch it off.
         niter (int, optional): most iterations. 0: Rayleigh-Ritz on the start block alone; -1: until the residual
             cannot improve any more. Default: 1000.
         tol (float, optional): a pair has converged when
@@ -120,7 +123,8 @@ def lobpcg(
             basis), iparams, fparams, bparams, ivars, fvars, bvars, tvars; ``worker.bvars["force_stop"] = True`` stops
             it. Not in TorchScript.
         ortho_iparams (dict, optional): entries join the worker's iparams under names that begin with ``ortho_``.
-            ``ortho_iparams={"i_max": 2}`` sets how often "ortho" projects; other entries have no effect.
+            ``ortho_iparams={"i_max": 2}`` sets how often "ortho" projects, ``{"degree": 60}`` the largest degree of
+            the polynomial that stands in for :attr:`iK`; other entries have no effect.
         ortho_fparams (dict, optional): the same for fparams; without effect.
         ortho_bparams (dict, optional): the same for bparams; without effect.
 
@@ -326,17 +330,16 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     warn_unconverged(found, pencil, options)
     last = found.E.shape[-1] if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
-    pairs = corrected(
-        Pairs(
-            pencil,
-            options,
-            found.E[..., :k],
-            found.X[..., :k],
-            *further,
-            found.residual,
-            found.scale,
-        )
+    pairs = Pairs(
+        pencil,
+        options,
+        found.E[..., :k],
+        found.X[..., :k],
+        *further,
+        found.residual,
+        found.scale,
     )
+    pairs = corrected(pairs)
     copies = (
         T.detach().to(
             pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),

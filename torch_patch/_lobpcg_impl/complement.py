@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._lobpcg_impl.blocks import columns, gram, inner, norms, safe_norms, take
 from torch._lobpcg_impl.chebyshev import polynomial
 from torch._lobpcg_impl.conjugate_gradient import conjugate_gradients, Deflation, State
-from torch._lobpcg_impl.operand import Pencil, Sparse
+from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.projected import Complement
 from torch._lobpcg_impl.report import found, members
 
@@ -459,8 +459,6 @@ def _polynomial(
     A product in it costs no inner product, projection or look at the residual, which are four fifths of an iteration.
     """
     if further is None or further[0].shape[-1] == 0:
-        return None
-    if not isinstance(op.pencil.A, Sparse):
         return None
     q = polynomial(op.pencil, op.sign)
     if q is None:
