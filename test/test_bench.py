@@ -287,7 +287,7 @@ class TestUpstream(TestCommand):
         with self.temporary() as folder:
             wheel = fake_pytorch.make_wheel(folder / "site-packages")
             project = fake_pytorch.write_files(folder / "project", fake_pytorch.PROJECT)
-            with mock.patch.object(upstream, "find_target", lambda given: find_target(str(wheel))):
+            with mock.patch.object(upstream, "find_target", return_value=find_target(str(wheel))):
                 self.assertEqual(upstream.load().lobpcg(None), "upstream")
                 fake_pytorch.run("apply", project, wheel)
                 self.assertEqual(upstream.load().lobpcg(None), "upstream")

@@ -178,7 +178,7 @@ def test_named_files_exist(page):
 
 def test_table_of_transforms():
     """The README's cells are the tests that are there, and those that expect a result."""
-    from test_autograd import TestLobpcgTransformTable as Table
+    from test_lobpcg_transforms import TestLobpcgTransformTable as Table
 
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Transforms")[1].split("\n## ")[0]
     head, _, *rows = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|"))

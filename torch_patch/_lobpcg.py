@@ -1,7 +1,6 @@
 """torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B."""
 
 import dataclasses
-import warnings
 from typing import Any, Optional
 
 import torch
@@ -9,18 +8,23 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options, options_of
 from torch._lobpcg_impl.derivative import corrected, forward_mode, reverse_mode
 from torch._lobpcg_impl.graph import (
-    define_operators,
-    eigenpairs_in_graph,
-    is_traced,
-    mapped_matrices,
-    may_be_differentiated,
+    define_for_torchscript,
+    hold_pencil,
+    in_graphs,
+    MATRICES,
+    NUMBERS,
+    Outputs,
+    refuse_in_graph,
+    restore_pencil,
 )
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
-from torch._lobpcg_impl.solver import solve
+from torch._lobpcg_impl.solver import dense_is_cheaper, solve, warn_unconverged
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
+    is_traced,
+    may_be_differentiated,
     refuse_nested_forward_mode,
     without_autocast,
 )
@@ -74,6 +78,10 @@ def lobpcg(
 
     .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`\frac12 (A + A^H)`, so gradients
         are Hermitian. A sparse one must be Hermitian, and its gradient lives on the stored entries.
+
+    .. note:: To TorchScript the whole of it is one operator, registered when torch is imported into Python: a scripted
+        function has gradients, and a module saved with :func:`torch.jit.save` needs a process with Python to run in.
+        Callables and :attr:`tracker` are refused there by type, with a RuntimeError.
 
     .. warning:: Eigenvectors are determined up to a factor of modulus one (real: a sign), inside a repeated eigenvalue
         up to a unitary matrix, and a gradient exists only for a loss that does not see that freedom, such as one of
@@ -197,15 +205,19 @@ def _lobpcg(
             lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, **named, **others
         )
     options = options_of(A, B, X, iK, *numbers, **others)
-    if is_traced(A, B, X, iK):
-        return eigenpairs_in_graph(A, B, X, iK, options)
+    traced = is_traced(A, B, X, iK)
+    if traced:
+        refuse_in_graph(A, B, X, iK, options)
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
     pencil = Pencil.of(hermitian_part(A), hermitian_part(B), iK, X).with_gradients()
-    if may_be_differentiated(*pencil.parameters):
-        options = dataclasses.replace(options, differentiated=True)
-        outputs = LOBPCGAutogradFunction.apply(
-            pencil.bare(), X, options, *pencil.parameters
-        )
+    differentiated = may_be_differentiated(*pencil.parameters)
+    options = dataclasses.replace(options, differentiated=differentiated)
+    arguments = (pencil.bare(), options, X, *pencil.parameters)
+    if traced:
+        tensors, held = hold_pencil(*arguments)
+        outputs = torch.ops._lobpcg.solve(*tensors, **held)
+    elif differentiated:
+        outputs = LOBPCGAutogradFunction.apply(*arguments)
     else:
         # A Function with nothing to record costs a fifth of a small solve.
         with torch.no_grad(), without_autocast(pencil.empty()):
@@ -213,8 +225,38 @@ def _lobpcg(
     return outputs[0], outputs[1]
 
 
+def _solve_outputs(*tensors: Any, **numbers: Any) -> Outputs:
+    A, B, iK, X = tensors
+    pencil, options = Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
+    batch, m, k, dense = pencil.batch, pencil.m, options.k, False
+    if 0 not in batch:
+        dense = dense_is_cheaper(pencil, options)
+    found, n = (m, k) if dense else (options.n, options.n)
+    further = found - k if options.differentiated else 0
+    real, dtype = A.dtype.to_real(), A.dtype
+    vectors = [([*batch, m, p], dtype) for p in (k, further)]
+    E, T, residual, scale = [([*batch, p], real) for p in (k, further, n, n)]
+    return [E, vectors[0], T, vectors[1], residual, scale]
+
+
+def _restore_solve(A: Tensor, B: Any, iK: Any, X: Any, **numbers: Any) -> Any:
+    """A graph may be run where a derivative is wanted although it was traced where none was."""
+    pencil = Pencil.of(A, B, iK, X).with_gradients()
+    options = Options.of_numbers(**numbers)
+    if may_be_differentiated(*pencil.parameters):
+        options = dataclasses.replace(options, differentiated=True)
+    return (pencil.bare(), options, X, *pencil.parameters)
+
+
+@in_graphs(
+    "solve",
+    f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _solve_outputs,
+    hold_pencil,
+    _restore_solve,
+)
 class LOBPCGAutogradFunction(Function):
-    """(pencil, X, options, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
+    """(pencil, options, X, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
     solve: further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n).
 
     A and B are differentiated in their parameters, the tensors that autograd sees: in the matrix itself, if it is one.
@@ -224,7 +266,7 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     def forward(
-        pencil: Pencil, X: Optional[Tensor], options: Options, *parameters: Tensor
+        pencil: Pencil, options: Options, X: Optional[Tensor], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         with without_autocast(pencil.empty()):
             return _find_pairs(
@@ -233,7 +275,7 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.pencil, _, ctx.options, *parameters = inputs
+        ctx.pencil, ctx.options, _, *parameters = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *parameters)
@@ -256,7 +298,7 @@ class LOBPCGAutogradFunction(Function):
     @staticmethod
     @accepts_legacy_vmap
     def jvp(
-        ctx: Any, _pencil: Any, _X: Any, _options: Any, *tangents: Optional[Tensor]
+        ctx: Any, _pencil: Any, _options: Any, _X: Any, *tangents: Optional[Tensor]
     ) -> Any:
         refuse_nested_forward_mode()
         pairs = _saved_pairs(ctx)
@@ -273,13 +315,15 @@ class LOBPCGAutogradFunction(Function):
         info: Any,
         in_dims: Any,
         pencil: Pencil,
-        X: Any,
         options: Options,
+        X: Any,
         *parameters: Any,
     ) -> Any:
-        tensors, dims = (*parameters, X), (*in_dims[3:], in_dims[1])
-        *parameters, X = mapped_matrices(info.batch_size, dims, tensors)
-        return LOBPCGAutogradFunction.apply(pencil, X, options, *parameters), (0,) * 6
+        size = info.batch_size
+        pencil, parameters, (X,), _ = pencil.mapped(
+            size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
+        )
+        return LOBPCGAutogradFunction.apply(pencil, options, X, *parameters), (0,) * 6
 
 
 def _saved_pairs(ctx: Any) -> Pairs:
@@ -292,11 +336,12 @@ def _saved_pairs(ctx: Any) -> Pairs:
 def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     """The forward of one problem, with a warning where pairs have not converged.
 
-    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive.
+    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive; here
+    pairs that were found in double are rounded to the dtype of the matrices, once.
     """
     k = options.k
     found = solve(pencil, X, options)
-    _warn_unconverged(found.residual[..., :k], found.scale[..., :k], options)
+    warn_unconverged(found, pencil, options)
     last = found.E.shape[-1] if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
     pairs = corrected(
@@ -311,24 +356,14 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         )
     )
     copies = (
-        T.detach().clone(memory_format=torch.contiguous_format) for T in pairs.tensors
+        T.detach().to(
+            pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for T in pairs.tensors
     )
     return Pairs(pencil, options, *copies)
 
 
-def _warn_unconverged(residual: Tensor, scale: Tensor, options: Options) -> None:
-    """One warning if a wanted pair has not converged."""
-    if residual.numel() == 0:
-        return
-    missed = residual > options.tol * scale
-    if bool(missed.any()):
-        rerr = (residual / torch.where(scale > 0, scale, torch.ones_like(scale))).max()
-        warnings.warn(
-            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged: relative residual "
-            f"{float(rerr)}, tolerance {options.tol}, niter={options.niter}; raise niter or tol, pass a larger n or a "
-            "preconditioner iK",
-            stacklevel=2,
-        )
-
-
-define_operators(lobpcg, _find_pairs, LOBPCGAutogradFunction)
+define_for_torchscript(lobpcg)

@@ -5,12 +5,14 @@ checked by the operands.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 
+# Fewer iterations than these ask for a truncated solve.
+FEW_ITERATIONS = 200
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -28,6 +30,8 @@ class Options:
     iterate: bool  # method, niter or tracker given: never replaced by a dense solve
     # A derivative may be asked for: the pairs must serve it, and the distance to the next eigenvalue be known.
     differentiated: bool = False
+    # tol was left out: eigenvalues, and vectors where differentiated, are found to a stated accuracy.
+    accurate: bool = False
     ortho_iparams: Dict[str, int] = field(default_factory=dict)
     ortho_fparams: Dict[str, float] = field(default_factory=dict)
     ortho_bparams: Dict[str, bool] = field(default_factory=dict)
@@ -76,7 +80,7 @@ def options_of(
     Raises TypeError and ValueError.
     """
     for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
-        if T is not None and not isinstance(T, Tensor) and not callable(T):
+        if T is not None and not isinstance(T, Tensor) and not _multiplies(T):
             raise TypeError(
                 f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)"
             )
@@ -87,17 +91,11 @@ def options_of(
             raise TypeError(
                 f"lobpcg: {name} is {type(number).__name__} ({number}); it must be an int"
             )
-    model, name = next(
-        (
-            (T, name)
-            for T, name in ((A, "A"), (X, "X"), (B, "B"))
-            if isinstance(T, Tensor)
-        ),
-        (None, ""),
-    )
+    model, name = model_of(A, X, B)
     if model is None:
         raise ValueError(
-            "lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n)"
+            "lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n), or give the callable "
+            "attributes shape and dtype"
         )
     if isinstance(A, Tensor):
         check_matrix(A, "A")
@@ -113,9 +111,16 @@ def options_of(
                 check_matrix(T, other)
             check_block(T, other, m)
             check_alike(T, other, model, name)
+    for T, other in ((A, "A"), (B, "B"), (iK, "iK")):
+        check_declared(T, other, model, name)
     batch_shape(A=A, B=B, X=X, iK=iK)
     columns = None if X is None else X.shape[-1]
-    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, **others)
+    # Where a polynomial takes the place of iK, a guard column costs many products; in a truncated solve it is an
+    # expense and no gain.
+    truncated = niter is not None and 0 <= niter < FEW_ITERATIONS
+    sparse = isinstance(A, Tensor) and A.layout != torch.strided
+    few_guards = iK is None and (truncated or sparse and B is None)
+    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, few_guards, **others)
 
 
 def settle(
@@ -128,6 +133,7 @@ def settle(
     tol: Optional[float],
     largest: Optional[bool],
     method: Optional[str],
+    few_guards: bool = False,
     tracker: Optional[Callable[[Any], Any]] = None,
     **ortho: Any,
 ) -> Options:
@@ -139,7 +145,7 @@ def settle(
         if columns is not None
         else n
         if n is not None
-        else _default_block(m, wanted)
+        else _default_block(m, wanted, few_guards)
     )
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
@@ -166,15 +172,71 @@ def settle(
         largest=True if largest is None else largest,
         method=name,
         iterate=iterate,
+        accurate=tol is None,
         tracker=tracker,
         **{key: value or {} for key, value in ortho.items()},
     )
 
 
-def _default_block(m: int, wanted: int) -> int:
+def _multiplies(M: Any) -> bool:
+    return callable(M) or hasattr(M, "matmul") or hasattr(M, "__matmul__")
+
+
+def model_of(A: Any, X: Any, B: Any) -> Tuple[Any, str]:
+    """A tensor (*, m, ...) with the size, dtype and device of the problem, and whose they are; None where nothing tells.
+
+    A tensor tells before an object that carries shape and dtype: only the tensor is sure of the device.
+    """
+    for T, name in ((A, "A"), (X, "X"), (B, "B")):
+        if isinstance(T, Tensor):
+            return T, name
+    for M, name in ((A, "A"), (B, "B")):
+        shape, dtype = declared(M, name)
+        if shape is not None and dtype is not None:
+            device = getattr(M, "device", None)
+            return torch.empty([*shape[:-1], 0], dtype=dtype, device=device), name
+    return None, ""
+
+
+def declared(
+    M: Any, name: str
+) -> Tuple[Optional[List[int]], Optional[torch.dtype]]:
+    """Shape and dtype that a callable or an object with products carries; NumPy's dtypes by their names."""
+    if M is None or isinstance(M, Tensor):
+        return None, None
+    shape, dtype = getattr(M, "shape", None), getattr(M, "dtype", None)
+    if not isinstance(shape, (tuple, list)) or len(shape) < 2:
+        return None, None
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        dtype = getattr(torch, str(getattr(dtype, "name", dtype)), None)
+    if shape[-1] != shape[-2]:
+        raise ValueError(
+            f"lobpcg: {name} is {shape[-2]} x {shape[-1]}; it must be square (Hermitian)"
+        )
+    return [int(size) for size in shape], dtype
+
+
+def check_declared(M: Any, name: str, model: Tensor, model_name: str) -> None:
+    """The size and, but for a preconditioner, the dtype that an object carries are those of the problem."""
+    shape, dtype = declared(M, name)
+    if shape is None:
+        return
+    if shape[-1] != model.shape[-2]:
+        raise ValueError(
+            f"lobpcg: {name} has shape {shape}; it must be (*, m, m) with m={model.shape[-2]}, the size of {model_name}"
+        )
+    if name != "iK" and dtype is not None and dtype != model.dtype:
+        raise TypeError(
+            f"lobpcg: {name} has dtype {dtype}, {model_name} has {model.dtype}; they must be the same: convert one "
+            "of them"
+        )
+
+
+def _default_block(m: int, wanted: int, few: bool) -> int:
     """Guard columns separate the wanted pairs from the rest: as many again, four at least, halve the iterations, and
-    the time.  Branches, not min and max: a traced m then leaves a bound on m behind and n a number."""
-    block = wanted + max(4, wanted)
+    the time; four are enough for a large block where `few` says that they are dear.  Branches, not min and max: a
+    traced m then leaves a bound on m behind and n a number."""
+    block = wanted + (4 if few and wanted >= 20 else max(4, wanted))
     if m // 3 < block:
         block = max(wanted, m // 3)
     return block

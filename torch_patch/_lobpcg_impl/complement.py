@@ -11,7 +11,6 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 """
 
 import math
-import warnings
 from typing import Callable, List, Optional, Tuple, Union
 
 import torch
@@ -20,6 +19,7 @@ from torch._lobpcg_impl.blocks import columns, gram, inner, norms, safe_norms, t
 from torch._lobpcg_impl.conjugate_gradient import conjugate_gradients, Deflation, State
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.projected import Complement
+from torch._lobpcg_impl.report import found, members
 
 
 # Measured on one core: while k m^3 is below this, k factorisations take less time than one with iterations on top.
@@ -75,19 +75,36 @@ def solve_on_complement(
     largest: bool,
     tol: Union[float, Tensor],
     further: Optional[Tuple[Tensor, Tensor]] = None,
-    quiet: bool = False,
-    probe: bool = False,
+    use: str = "derivative",
 ) -> Tensor:
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, further: T (*, p) and Y (*, m, p),
     more approximate eigenpairs.  Relative residual at most `tol`, or tol[j], in column j, or the
-    smallest that rounding allows; a column that misses both is reported by a RuntimeWarning unless `quiet`.
-    Components along which the operator is singular to rounding are left out, with a RuntimeWarning; with `probe` they
-    are divided by that rounding, and nothing is reported.
+    smallest that rounding allows; a column that misses both is reported.  A column inside span X, to rounding, is zero.
+    Components along which the operator is singular to rounding are left out, which is reported; where the use is a
+    "probe" they are divided by that rounding.  A probe and a "step" of Newton's report nothing.
     """
-    if E.dtype == torch.float32 and is_small_and_dense(pencil):
-        return _solve_in_double(pencil, X, b, largest, tol, quiet, probe).to(b.dtype)
+    eps = torch.finfo(E.dtype).eps
+    if eps > 1e-10 and is_small_and_dense(pencil):
+        z = _solve_in_double(pencil, X, b, largest, tol, use)
+    else:
+        z = _solve(pencil, E, X, b, largest, tol, further, use, eps)
+    return z.to(b.dtype)
+
+
+def _solve(
+    pencil: Pencil,
+    E: Tensor,
+    X: Tensor,
+    b: Tensor,
+    largest: bool,
+    tol: Union[float, Tensor],
+    further: Optional[Tuple[Tensor, Tensor]],
+    use: str,
+    eps: float,
+) -> Tensor:
+    """The same in the precision of X; eps: unit rounding of the precision that b was computed in."""
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
@@ -95,12 +112,10 @@ def solve_on_complement(
         E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
     )
     op = Complement(pencil, shifts, X, largest)
-    op.quiet, op.probe = quiet or probe, probe
-    b = op.project_dual(columns(b))
-    size = safe_norms(b)
+    op.quiet, op.probe = use != "derivative", use == "probe"
+    b, size = _right_hand_side(op, b, eps)
     if bool((size == 0).all()):
         return _further_dimensions_of_columns(torch.zeros_like(b), more, len(batch))
-    b = b.div_(torch.where(size > 0, size, torch.ones_like(size)))
     op.set_scale(b)
     m = X.shape[-2]
     if m == k:
@@ -117,6 +132,32 @@ def solve_on_complement(
     return _further_dimensions_of_columns(z, more, len(batch))
 
 
+def _right_hand_side(op: Complement, b: Tensor, eps: float) -> Tuple[Tensor, Tensor]:
+    """(I - B X X^H) b in columns of norm one or zero, and what to multiply them by; b: (*, m, q).
+
+    Of a column inside span X, the cotangent of a norm for one, the projection leaves rounding alone: at most 16 eps of
+    b and of the terms that were subtracted.  It is zero then, and not a direction to solve for.  The projector is as
+    exact as X is orthonormal, so it is applied to what it left once more: what lies in the complement keeps its length.
+    """
+    size = safe_norms(b)
+    b = columns(b / _nonzero(size))
+    c = gram(op.X, b)
+    terms = 1 + norms(op.BX).unsqueeze(-2).to(b.real.dtype) @ c.abs()  # (*, 1, q)
+    b = op.project_dual(b)
+    left = norms(b, keepdim=True)
+    inside = left <= 16 * eps * terms  # false for NaN, which goes on to be seen
+    b = op.project_dual(b / _nonzero(left))
+    again = norms(b, keepdim=True)
+    inside = inside | (again < 0.5)
+    b = b.div_(_nonzero(again)).masked_fill_(inside, 0.0)
+    return b, (size * left * again).masked_fill(inside, 0.0)
+
+
+def _nonzero(size: Tensor) -> Tensor:
+    """size, and 1 where it is 0."""
+    return torch.where(size == 0, torch.ones_like(size), size)
+
+
 def in_double(M: Tensor) -> Tensor:
     """A real or complex tensor in double precision."""
     return M.to(torch.promote_types(M.dtype, torch.float64))
@@ -128,16 +169,18 @@ def _solve_in_double(
     b: Tensor,
     largest: bool,
     tol: Union[float, Tensor],
-    quiet: bool,
-    probe: bool,
+    use: str,
 ) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
 
-    Eigenvalues are the Rayleigh quotients of X, whose error is the square of X's rounding.
+    X is orthonormal to single precision; a Newton-Schulz step squares what is missing.  Eigenvalues are the Rayleigh
+    quotients of X, whose error is the square of X's rounding.
     """
+    eps = torch.finfo(b.dtype).eps
     pencil, X, b = pencil.in_double(), in_double(X), in_double(b)
+    X = 1.5 * X - 0.5 * X @ gram(X, pencil.B.apply(X))
     E = inner(X, pencil.A.apply(X)) / inner(X, pencil.B.apply(X))
-    return solve_on_complement(pencil, E, X, b, largest, tol, quiet=quiet, probe=probe)
+    return _solve(pencil, E, X, b, largest, tol, None, use, eps)
 
 
 def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, Tensor]:
@@ -272,23 +315,27 @@ def _divide(
     if bool(lost.any()):
         # Rounding of an inner product of length m with unit b.
         noise = 8 * math.sqrt(m) * eps * norms(U).unsqueeze(-1)
-        if not (quiet or op.quiet) and bool((lost & (c.abs() > noise)).any()):
-            j = int((lost & (c.abs() > noise)).flatten(0, -2).any(0).nonzero()[0]) % k
-            width = float(
-                (torch.where(lost, gap.abs(), torch.zeros_like(gap)) * op.scale).amax()
-            )
-            warn_cut_cluster(j, k, width)
+        seen = lost & (c.abs() > noise)
+        if not (quiet or op.quiet) and bool(seen.any()):
+            _report_cut_cluster(op, seen.any(-2), (gap.abs() * lost).amax(-2), k)
         c = torch.where(lost, torch.zeros_like(c), c)
     return U @ (c / torch.where(lost, torch.ones_like(gap), gap))
 
 
-def warn_cut_cluster(j: int, k: int, gap: float) -> None:
-    warnings.warn(
-        f"lobpcg: eigenvalue {j} of the k={k} asked for equals one that was not asked for (gap {gap:.1e}, rounding "
-        "level), so its eigenvector is not a differentiable function of the matrices; the part of the gradient that "
-        "exists is returned. Raise k until the cluster is complete, or use a loss that does not depend on this vector.",
-        RuntimeWarning,
-        stacklevel=2,
+def _report_cut_cluster(op: Complement, cut: Tensor, gap: Tensor, k: int) -> None:
+    """cut, gap: (*, q), the columns in which something was left out, and its distance."""
+    report_cut_cluster(cut, gap * op.scale.squeeze(-2), k, cut.dim() - 1)
+
+
+def report_cut_cluster(cut: Tensor, gap: Tensor, k: int, batch: int) -> None:
+    """cut: (+, *, q), where eigenvalue q mod k equals one that was not asked for; gap: the distance of the two."""
+    j = int(cut.reshape(-1, cut.shape[-1]).any(0).nonzero()[0]) % k
+    width = float(gap.expand_as(cut)[cut].max())
+    found(
+        f"lobpcg: eigenvalue {j} of the k={k} asked for equals one that was not asked for (gap {width:.1e}, rounding "
+        f"level){members(cut.any(-1), batch)}, so its eigenvector is not a differentiable function of the matrices; "
+        "the part of the gradient that exists is returned. Raise k until the cluster is complete, or use a loss that "
+        "does not depend on this vector."
     )
 
 
@@ -348,12 +395,12 @@ def _iterate(
     if m < _SPECTRAL_BELOW:
         return _spectral(op, b, *op.dense())
     if not op.quiet:
-        _warn_residual(state)
+        _report_residual(state)
     return z
 
 
-def _warn_residual(state: State) -> None:
-    warnings.warn(
+def _report_residual(state: State) -> None:
+    found(
         f"lobpcg: a linear system of the derivative reached a relative residual of {state.residual:.1e} where "
         f"{state.asked:.1e} was asked for"
         + (
@@ -363,8 +410,7 @@ def _warn_residual(state: State) -> None:
         )
         + "; the gradient is less accurate than that by the inverse relative gap. Raise k or n past the cluster, "
         "pass a preconditioner iK, or tighten tol.",
-        RuntimeWarning,
-        stacklevel=2,
+        state.residual,
     )
 
 
@@ -392,9 +438,15 @@ def _without_cut_cluster(
     u = u / torch.where(size > 0, size, torch.ones_like(size))
     gap = inner(u, part(u), keepdim=True) / inner(u, op.pencil.B.apply(u), keepdim=True)
     # Rounding in the eigenvalues themselves: the two of a cluster agree to a modest multiple of eps |K|.
-    singular = (gap.abs() <= 64 * eps * state.norm).reshape(-1, large.numel()).any(0)
+    cut = (gap.abs() <= 64 * eps * state.norm).squeeze(-2)
+    singular = cut.reshape(-1, large.numel()).any(0)
     if not bool(singular.any()):
         return z
+    if not op.quiet:
+        every = torch.zeros_like(op.shifts.expand(cut.shape[:-1] + op.shifts.shape[-1:]))
+        where = every.bool().index_copy(-1, large, cut)
+        widths = every.index_copy(-1, large, gap.abs().squeeze(-2))
+        _report_cut_cluster(op, where, widths, op.X.shape[-1])
     large, u = large[singular], take(u, singular)
     excluded = op.restrict(large).exclude(u)
     again, state = conjugate_gradients(
@@ -406,11 +458,6 @@ def _without_cut_cluster(
         rtol[large],
         _MOST_ITERATIONS,
     )
-    k = op.X.shape[-1]
-    if not op.quiet:
-        warn_cut_cluster(
-            int(large[0]) % k, k, float((gap[..., singular].abs() * op.scale).max())
-        )
     if not state.all_done and not op.quiet:
-        _warn_residual(state)
+        _report_residual(state)
     return z.index_copy(-1, large, excluded.project(again))

@@ -39,74 +39,71 @@ from torch._lobpcg_impl.complement import (
     solve_on_complement,
 )
 from torch._lobpcg_impl.gauge import (
-    CheckOptions,
     generic_basis,
-    is_late,
     pair_factors,
     SecondOrderAtMost,
+    Seen,
 )
 from torch._lobpcg_impl.operand import Pencil
-from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.pairs import in_masses, missed, Pairs, pencil_size
+from torch._lobpcg_impl.report import OneWarning
 from torch._lobpcg_impl.resolvent import (
+    distance_of_quotient,
     nearest_outside,
-    rayleigh_quotient,
     reduced_resolvent,
 )
+from torch._lobpcg_impl.solver import found_in_double
 from torch._lobpcg_impl.transforms import in_transform
 
 
 def corrected(pairs: Pairs) -> Pairs:
-    """Pairs fit for a derivative: one Newton step if the pencil is small and dense, and a generic basis of every
-    repeated eigenvalue (see `generic_basis`).
+    """Pairs fit for a derivative: one Newton step if the pencil is small and dense, and, where a derivative may follow,
+    a generic basis of vectors that rounding leaves undetermined (see `generic_basis`) and residuals in the scale of
+    module pairs.
 
     Derivatives take the pairs as exact, so their error is |r| / gap.  The step x_j - R_j r_j, then Rayleigh-Ritz, makes
     that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Single precision is corrected in
     double, which leaves the rounding of the result: at m = 100, gap 1e-3, the gradient's error fell from 2e-4 to 1e-6.
     Pairs that have not converged stay as they are, to be reported as such.
     """
-    k = pairs.E.shape[-1]
-    E, X, residual = _newton_step(pairs)
-    X = generic_basis(E, X, pairs.scale[..., :k], _checks(pairs))
-    return dataclasses.replace(
-        pairs, E=E, X=X, residual=torch.cat([residual, pairs.residual[..., k:]], -1)
-    )
+    k, n = pairs.E.shape[-1], pairs.residual.shape[-1]
+    late = missed(pairs)
+    E, X, residual = _newton_step(pairs, late)
+    residual = torch.cat([residual, pairs.residual[..., k:]], -1)
+    pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
+    if not pairs.options.differentiated or not X.numel():
+        return pairs
+    size = pencil_size(pairs)
+    X = generic_basis(E, X, size[..., :k].to(E.dtype), torch.finfo(E.dtype).eps)
+    pairs = dataclasses.replace(pairs, X=X)
+    if pairs.pencil.generalized:
+        V = torch.cat([X, pairs.Y], -1)[..., :n]
+        values = torch.cat([E, pairs.T], -1)[..., :n]
+        pencil = pairs.pencil
+        pencil = pencil if pencil.dtype == V.dtype else pencil.in_double()
+        residual = in_masses(pairs, _residuals(pencil, values, V))
+    scale = torch.where(late, -size[..., :k], size[..., :k])
+    scale = torch.cat([scale, size[..., k:]], -1)
+    return dataclasses.replace(pairs, residual=residual, scale=scale)
 
 
-def _checks(pairs: Pairs, forward_mode: bool = False) -> CheckOptions:
-    options = pairs.options
-    m, k = pairs.X.shape[-2:]
-    # Unit rounding of the arithmetic that the pairs have gone through.
-    eps = torch.finfo(
-        torch.float64 if is_small_and_dense(pairs.pencil) else pairs.E.dtype
-    ).eps
-    return CheckOptions(m, k, options.tol, eps, options.largest, forward_mode)
-
-
-def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
-    """E, X, residual after the step, or as they were where it does not help."""
-    pencil, E, X, largest, tol = (
-        pairs.pencil,
-        pairs.E,
-        pairs.X,
-        pairs.options.largest,
-        pairs.options.tol,
-    )
+def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """E, X, residual after the step, in the precision of the step, or as they were where it does not help."""
+    pencil, E, X = pairs.pencil, pairs.E, pairs.X
     m, k = X.shape[-2:]
     residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
     eps = torch.finfo(E.dtype).eps
-    if k == m or not is_small_and_dense(pencil):
+    if k == m or not is_small_and_dense(pencil) or bool(late.any()):
         return E, X, residual
-    if bool((residual > max(tol, 16 * math.sqrt(m) * eps) * scale).any()):
-        return E, X, residual
-    single = E.dtype == torch.float32
     # A dense forward is at rounding level already: nothing to win.
-    if not single and bool((residual <= math.sqrt(m) * eps * scale).all()):
+    if eps < 1e-10 and bool((residual <= math.sqrt(m) * eps * scale).all()):
         return E, X, residual
     pencil, e, x = pencil.in_double(), in_double(E), in_double(X)
     r = _residuals(pencil, e, x)
     before = norms(r)
+    largest = pairs.options.largest
     # A relative error of the step is as good as the square of what it corrects.
-    Z = x - solve_on_complement(pencil, e, x, r, largest, 1e-4, quiet=True)
+    Z = x - solve_on_complement(pencil, e, x, r, largest, 1e-4, use="step")
     L, info = torch.linalg.cholesky_ex(gram(Z, pencil.B.apply(Z)))
     Z = torch.linalg.solve_triangular(L, Z.mH, upper=False).mH
     H = gram(Z, pencil.A.apply(Z))
@@ -117,8 +114,8 @@ def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
     after = norms(_residuals(pencil, ritz, Z))
     better = ((after.amax(-1) < before.amax(-1)) & (info == 0)).unsqueeze(-1)
     return (
-        torch.where(better, ritz, e).to(E.dtype),
-        torch.where(better.unsqueeze(-1), Z, x).to(X.dtype),
+        torch.where(better, ritz, e),
+        torch.where(better.unsqueeze(-1), Z, x),
         torch.where(better, after.to(E.dtype), residual),
     )
 
@@ -136,47 +133,34 @@ def _factors(
     forward_mode: bool = False,
 ) -> Tuple[Tensor, bool]:
     """F, and whether some of the pairs are a cluster to it.  Z = [R_j b_j]; without b, in reverse mode, gX is 0."""
-    options = _checks(pairs, forward_mode)
-    gX = None if forward_mode else b
-    T, Y = pairs.T, pairs.Y
+    known = pairs.constant()
+    T, left = known.T, None
+    if b is not None and Z is not None:
+        b, Z = b.detach(), Z.detach()
+        left = norms(b - known.pencil.B.product(known.X) @ (known.X.mH @ b))
     if not pairs.all_known:
-        T = _with_values_outside(pairs, b, Z)
-        if pairs.pencil.generalized and Z is not None:
-            # Where B is small, z is long, and a residual counts for more there.
-            squared = (
-                (Z.conj() * pairs.pencil.B.product(Z))
-                .sum(-2, keepdim=True)
-                .abs()
-                .detach()
-            )
-            Z = Z.detach() / torch.sqrt(
-                torch.where(squared > 0, squared, torch.ones_like(squared))
-            )
-            Y = torch.cat([Y.expand(tuple(Z.shape[:-1]) + (Y.shape[-1],)), Z], -1)
-    F = pair_factors(
-        pairs.E, pairs.X, G, gE, gX, T, Y, pairs.residual, pairs.scale, options
+        T = _with_values_outside(known, Z)
+    seen = Seen(
+        pairs.E, known.X, T, known.residual[..., : known.E.shape[-1]], known.late, known.size, G, gE, b, Z, left
     )
-    return F, options.clustered
+    # Unit rounding of the arithmetic that the pairs have gone through, in `corrected` or in a dense solve.
+    double = is_small_and_dense(pairs.pencil) or pairs.all_known and found_in_double(pairs.pencil)
+    wide = torch.float64 if double else known.E.dtype
+    return pair_factors(seen, pairs.options, torch.finfo(wide).eps, forward_mode)
 
 
-def _with_values_outside(
-    pairs: Pairs, b: Optional[Tensor], Z: Optional[Tensor]
-) -> Tensor:
+def _with_values_outside(pairs: Pairs, Z: Optional[Tensor]) -> Tensor:
     """T with more Ritz values of the complement: guard columns may be missing, or miss an eigenvalue.
 
     The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum: R_j amplifies that end most.
     """
-    pencil, options = pairs.pencil, pairs.options
-    k = pairs.E.shape[-1]
-    if b is None or Z is None:
-        late = is_late(pairs.residual, pairs.scale, pairs.X.shape[-2], k, options.tol)
-        distance = nearest_outside(pairs, late)
+    if Z is None:
+        distance = nearest_outside(pairs, pairs.late > 0)
     else:
-        B = pencil.with_parameters(
-            [T if T is None else T.detach() for T in pencil.parameters]
-        ).B
-        distance = rayleigh_quotient(B, Z.detach(), b.detach(), options.largest)
-    found = pairs.E.detach()[..., -distance.shape[-1] :] + distance
+        distance = distance_of_quotient(
+            pairs.pencil, pairs.E, Z, pairs.options.largest
+        )
+    found = pairs.E[..., -distance.shape[-1] :] + distance
     T = pairs.T.expand(tuple(found.shape[:-1]) + (pairs.T.shape[-1],))
     return torch.cat([T, found], -1)
 
@@ -193,8 +177,9 @@ def reverse_mode(
     """
     A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
     G = None if gX is None else X.mH @ gX  # (*, k, k)
-    Z = None if gX is None or pairs.all_known else reduced_resolvent(pairs, gX)
-    F, clustered = _factors(pairs, G, gE, gX, Z)
+    with OneWarning():
+        Z = None if gX is None else reduced_resolvent(pairs, gX)
+        F, clustered = _factors(pairs, G, gE, gX, Z)
     N = None
     if clustered and _may_be_differentiated():
         E, F, N = _in_cluster(pairs, F)
@@ -202,16 +187,13 @@ def reverse_mode(
     if G is not None and gX is not None:
         K = (G - G.mH) / 2
         C = K * F
-        if Z is None or N is not None:
-            Z = reduced_resolvent(pairs, gX, E)
         if N is not None:
-            C, Z = (
-                (K + N @ C - C @ N) * F,
-                Z + reduced_resolvent(pairs, B.product(Z @ N), E),
-            )
+            C = (K + N @ C - C @ N) * F
+            Z = reduced_resolvent(pairs, gX, E)
+            Z = Z + reduced_resolvent(pairs, B.product(Z @ N), E)
         W = X @ C - Z if W is None else W + X @ C - Z
     if N is not None:
-        W = SecondOrderAtMost.apply(W, 0)
+        W = SecondOrderAtMost.apply(W, F.detach(), 0)
     gA: Cotangents = A.pullback((W, X)) if need_A else (None,) * len(A.parameters)
     if not need_B:
         return gA, (None,) * len(B.parameters)
@@ -258,8 +240,9 @@ def forward_mode(
         b = b - dBX * E.unsqueeze(-2)
     S = X.mH @ b  # (*, k, k)
     H = (S + S.mH) / 2
-    Z = reduced_resolvent(pairs, b)
-    F, _ = _factors(pairs, H, None, b, Z, forward_mode=True)
+    with OneWarning():
+        Z = reduced_resolvent(pairs, b)
+        F, _ = _factors(pairs, H, None, b, Z, forward_mode=True)
     inside = H * F if dBX is None else H * F - X.mH @ dBX / 2
     dX = X @ inside - Z
     return _real_diagonal(S), dX

@@ -1,143 +1,124 @@
-"""Whether a derivative of eigenpairs exists, and how accurate it can be: phases, clusters, convergence.
+"""Whether a derivative of eigenpairs exists: phases, and bases of equal eigenvalues.
 
 Eigenvectors are defined up to a phase, and inside a cluster of equal eigenvalues up to a unitary factor.  With
 G = X^H gX, a loss does not see that freedom iff Im diag(G) = 0 and the block of G over the cluster is Hermitian.
 Everything that depends on values of tensors is decided inside one autograd Function, so that it also works under
 vmap; its result is the mask of the pairs (i, j) whose factor F_ij = 1 / (E_j - E_i) is used.
+
+Two eigenvalues are equal to rounding by what is known of these two: the arithmetic that they were found in, their
+residuals, and the rounding of E.
 """
 
 import math
-import warnings
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.accuracy import check_accuracy
+from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
+from torch._lobpcg_impl.report import first, found, members, warn
 from torch._lobpcg_impl.transforms import batched_first, broadcast
 from torch.autograd import Function
 
 
-class CheckOptions:
-    """Sizes and tolerance of the problem whose derivative is checked.
+class Seen(NamedTuple):
+    """What decides about a derivative.  (*) is the batch of the pairs, (+) further dimensions of cotangents.
 
-    `pair_eps`: unit rounding of the arithmetic in which the pairs were found, before they were rounded to their dtype.
+    residual, size: |r_j| and N_j of module pairs; late: relative residual of the pairs that missed the tolerance, else
+    0.  In reverse mode G = X^H gX; in forward mode G = Herm(X^H b) and b in the place of gX.  Z = [R_j gX_j], and left
+    the norms of (I - B X X^H) gX_j.
     """
 
-    def __init__(
-        self,
-        m: int,
-        k: int,
-        tol: float,
-        pair_eps: float,
-        largest: bool,
-        forward_mode: bool = False,
-    ) -> None:
-        self.m, self.k, self.tol, self.pair_eps = m, k, tol, pair_eps
-        self.largest, self.forward_mode = largest, forward_mode
-        self.clustered = (
-            False  # set by the check: whether some F_ij between different pairs is 0
-        )
+    E: Tensor  # (*, k)
+    X: Tensor  # (*, m, k)
+    T: Tensor  # (+, *, q), further eigenvalues
+    residual: Tensor  # (*, k)
+    late: Tensor  # (*, k)
+    size: Tensor  # (*, k)
+    G: Optional[Tensor]  # (+, *, k, k)
+    gE: Optional[Tensor]  # (+, *, k)
+    gX: Optional[Tensor]  # (+, *, m, k)
+    Z: Optional[Tensor]  # (+, *, m, k)
+    left: Optional[Tensor]  # (+, *, k)
+
+
+_TRAILING = (1, 2, 1, 1, 1, 1, 2, 1, 2, 2, 1)
 
 
 def pair_factors(
-    E: Tensor,
-    X: Tensor,
-    G: Optional[Tensor],
-    gE: Optional[Tensor],
-    gX: Optional[Tensor],
-    T: Tensor,
-    Y: Tensor,
-    residual: Tensor,
-    scale: Tensor,
-    options: CheckOptions,
-) -> Tensor:
-    """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E.
+    seen: Seen, options: Options, eps: float, forward_mode: bool
+) -> Tuple[Tensor, bool]:
+    """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E; and whether some
+    pairs are a cluster to it.
 
-    E: (*, k), X: (*, m, k), cotangents gE, gX and G = X^H gX with any further leading dimensions, or None; in
-    forward mode G is S = X^H (dA X - dB X E).  T: (*, q) further eigenvalues, Y: (*, m, p) vectors.
-    Raises RuntimeError where no derivative exists; warns where it exists only in part or is inaccurate.
+    eps: unit rounding of the arithmetic in which the pairs were found.  Raises RuntimeError where no derivative exists;
+    reports where it exists only in part or is inaccurate.
     """
-    mask = _PairMask.apply(
-        E.detach(),
-        None if G is None else G.detach(),
-        None if gE is None else gE.detach(),
-        _lengths(X, Y),
-        None if gX is None else torch.linalg.vector_norm(gX.detach(), dim=-2),
-        T.detach(),
-        residual,
-        scale,
-        options,
-    )
+    E = seen.E
+    constants = (T if T is None else T.detach() for T in seen)
+    setting = _Setting(options, eps, forward_mode)
+    mask = _PairMask.apply(setting, *constants)
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
-    return mask / torch.where(mask > 0, difference, torch.ones_like(difference))
+    F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
+    return F, setting.clustered
 
 
-def _lengths(X: Tensor, Y: Tensor) -> Tensor:
-    """Norms of the columns of (*, m, k) and (+, *, m, p), side by side."""
-    x, y = (torch.linalg.vector_norm(V.detach(), dim=-2) for V in (X, Y))
-    return torch.cat([x.expand(tuple(y.shape[:-1]) + (x.shape[-1],)), y], -1)
+class _Setting:
+    def __init__(self, options: Options, eps: float, forward_mode: bool) -> None:
+        self.options, self.eps, self.forward_mode = options, eps, forward_mode
+        # Set where some F_ij between different pairs is 0, or a graph is traced, in which it may be.
+        self.clustered = False
 
 
-class SecondOrderAtMost(Function):
-    """W -> W; warns where a third derivative passes through."""
-
-    @staticmethod
-    def forward(W: Tensor, order: int) -> Tensor:
-        return W.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.order = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return _warn_third(g, ctx.order), None
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor, _: Any) -> Tensor:
-        return _warn_third(t, ctx.order)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Tuple[Any, ...], W: Tensor, order: int) -> Any:
-        return SecondOrderAtMost.apply(W, order), in_dims[0]
+def _mask_shape(seen: Seen) -> List[int]:
+    shapes = [seen.E.shape + seen.E.shape[-1:]]
+    if seen.G is not None:
+        shapes.append(seen.G.shape)
+    if seen.gE is not None:
+        shapes.append(seen.gE.shape + seen.gE.shape[-1:])
+    return broadcast(*shapes)
 
 
-def _warn_third(g: Tensor, order: int) -> Tensor:
-    if order < 1:
-        return SecondOrderAtMost.apply(g, order + 1)
-    warnings.warn(
-        "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some are "
-        "here",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return g
+def _hold_mask(setting: _Setting, *tensors: Any) -> Held:
+    setting.clustered = True
+    numbers = dict(setting.options.numbers(), eps=setting.eps)
+    return tensors, dict(numbers, forward_mode=setting.forward_mode)
 
 
+def _restore_mask(
+    *tensors: Any, eps: float, forward_mode: bool, **numbers: Any
+) -> Tuple[Any, ...]:
+    return (_Setting(Options.of_numbers(**numbers), eps, forward_mode), *tensors)
+
+
+def _mask_outputs(*tensors: Any, **_: Any) -> Outputs:
+    return [(_mask_shape(Seen(*tensors)), tensors[0].dtype)]
+
+
+_SEEN = (
+    "Tensor E, Tensor X, Tensor T, Tensor residual, Tensor late, Tensor size, Tensor? G, Tensor? gE, Tensor? gX, "
+    "Tensor? Z, Tensor? left"
+)
+
+
+@in_graphs(
+    "pair_mask",
+    f"({_SEEN}, *, float eps, bool forward_mode, {NUMBERS}) -> Tensor",
+    _mask_outputs,
+    _hold_mask,
+    _restore_mask,
+)
 class _PairMask(Function):
-    """(E, G, gE, ...) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
+    """(setting, *seen) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
 
     @staticmethod
-    def forward(
-        E: Tensor,
-        G: Optional[Tensor],
-        gE: Optional[Tensor],
-        x: Tensor,
-        g: Optional[Tensor],
-        T: Tensor,
-        residual: Tensor,
-        scale: Tensor,
-        options: CheckOptions,
-    ) -> Tensor:
-        mask = _pair_mask(E, G, gE, x, g, T, residual, scale, options).to(E.dtype)
-        options.clustered = options.clustered or bool(
-            (mask.sum(-1) < options.k - 1).any()
-        )
-        shapes = (
-            [mask.shape]
-            + ([] if G is None else [G.shape])
-            + ([] if gE is None else [gE.shape + gE.shape[-1:]])
-        )
-        return mask.expand(broadcast(*shapes)).contiguous()
+    def forward(setting: _Setting, *tensors: Any) -> Tensor:
+        seen = Seen(*tensors)
+        k = seen.E.shape[-1]
+        mask = _pair_mask(seen, setting).to(seen.E.dtype)
+        setting.clustered = setting.clustered or bool((mask.sum(-1) < k - 1).any())
+        return mask.expand(_mask_shape(seen)).contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -145,65 +126,102 @@ class _PairMask(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Any) -> Any:
-        return (None,) * 9
+        return (None,) * (1 + len(Seen._fields))
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
         return None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Tuple[Any, ...], *inputs: Any) -> Any:
-        tensors, _ = batched_first(
-            info.batch_size,
-            in_dims[:-1],
-            inputs[:-1],
-            trailing=(1, 2, 1, 1, 1, 1, 1, 1),
-        )
-        mask = _PairMask.apply(*tensors, inputs[-1])
-        if all(dim is None for dim in in_dims[:3]):
+    def vmap(info: Any, in_dims: Tuple[Any, ...], setting: Any, *tensors: Any) -> Any:
+        mapped, _ = batched_first(info.batch_size, in_dims[1:], tensors, _TRAILING)
+        mask = _PairMask.apply(setting, *mapped)
+        shown = Seen(*in_dims[1:])
+        if shown.E is None and shown.G is None and shown.gE is None:
             mask = mask.expand((info.batch_size,) + tuple(mask.shape))
         return mask, 0
 
 
-def _first(condition: Tensor, dims: int) -> List[int]:
-    """Trailing `dims` indices of the first true element."""
-    return condition.nonzero()[0, -dims:].tolist()
+def _hold_order(W: Tensor, F: Tensor, order: int) -> Held:
+    return (W, F), {"order": order}
 
 
-def _pencil_size(x: Tensor, scale: Tensor) -> Tensor:
-    """(*, k, k): |x_i| (|A| + |E_j| |B|) |x_j|, the size of the pencil in units of an eigenvalue."""
-    size = x.unsqueeze(-1) * scale.unsqueeze(-2)
-    return torch.maximum(size, size.mT)
+@in_graphs(
+    "second_order_at_most",
+    "(Tensor W, Tensor F, *, int order) -> Tensor",
+    lambda W, F, order: [(W.shape, W.dtype)],
+    _hold_order,
+    lambda W, F, order: (W, F, order),
+)
+class SecondOrderAtMost(Function):
+    """(W, F, order) -> W, of which `order` derivatives have been taken; warns of a third where F has a cluster."""
+
+    @staticmethod
+    def forward(W: Tensor, F: Tensor, order: int) -> Tensor:
+        if order > 1 and bool(((F == 0).sum(-1) > 1).any()):
+            warn(
+                "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some "
+                "are here"
+            )
+        return W.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, F, ctx.order = inputs
+        ctx.save_for_backward(F)
+        ctx.save_for_forward(F)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (F,) = ctx.saved_tensors
+        return SecondOrderAtMost.apply(g, F, ctx.order + 1), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
+        (F,) = ctx.saved_tensors
+        return SecondOrderAtMost.apply(t, F, ctx.order + 1)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Tuple[Any, ...], W: Tensor, F: Tensor, order: int
+    ) -> Any:
+        if in_dims[0] is None:
+            W = W.expand((info.batch_size, *W.shape))
+        else:
+            W = W.movedim(in_dims[0], 0)
+        # F is looked at as a whole, so its batches may stand anywhere but last.
+        F = F if in_dims[1] is None else F.movedim(in_dims[1], 0)
+        return SecondOrderAtMost.apply(W, F, order), 0
 
 
-def _rounding(E: Tensor, size: Tensor, options: CheckOptions) -> Tuple[Tensor, Tensor]:
-    """What rounding does to an eigenvalue, and up to which gap two are equal to rounding; (*, k, k)."""
-    eps = torch.finfo(E.dtype).eps
-    rounding = options.pair_eps * size
-    # sqrt(m) for sums of length m, times a modest factor.
-    blur = 16 * math.sqrt(options.m) * rounding
-    if options.pair_eps < eps:
-        # The pairs of a matrix given in single precision, found in double: E is rounded, and the data once per entry.
-        rounding = rounding + eps * E.abs().amax(-1)[..., None, None]
-        blur = torch.maximum(blur + rounding, 4 * eps * size)
-    return rounding, blur
+# ------------------------------------------------------------------------------------- equal eigenvalues
 
 
-def generic_basis(E: Tensor, X: Tensor, scale: Tensor, options: CheckOptions) -> Tensor:
-    """X: (*, m, k) with the vectors of equal eigenvalues turned by fixed angles; they stay eigenvectors to rounding.
+def _pairwise(a: Tensor) -> Tensor:
+    """(*, k, k): the larger of a_i and a_j."""
+    return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
+
+
+def undetermined(size: Tensor, eps: float) -> Tensor:
+    """(*, k, k): the gap up to which rounding leaves two vectors undetermined: that of an eigensolver in eps, which is a
+    modest multiple of eps N."""
+    return 10 * eps * _pairwise(size)
+
+
+def generic_basis(E: Tensor, X: Tensor, size: Tensor, eps: float) -> Tensor:
+    """X: (*, m, k) with the vectors that rounding leaves undetermined turned by fixed angles.
 
     A loss tr(M X diag(E) X^H) has no gradient computable from gE and G at equal eigenvalues, only its diagonal in the
     basis X.  It is recognised by the differences in gE, which vanish in a special basis: in that of unit vectors, which
-    a diagonal matrix leads to, if diag(M) = 0.  In a generic basis they do not.
+    a diagonal matrix leads to, if diag(M) = 0.  In a generic basis they do not.  A residual grows by half of the gap at
+    most, 5 eps N, which is below the rounding of the residual itself.
     """
     k = E.shape[-1]
     if k == 1 or E.numel() == 0:
         return X
-    size = _pencil_size(torch.linalg.vector_norm(X, dim=-2), scale)
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
-    equal = (gap <= _rounding(E, size, options)[1]) & ~torch.eye(
-        k, dtype=torch.bool, device=E.device
-    )
+    distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)
+    equal = (gap <= undetermined(size, eps)) & distinct
     if not bool(equal.any()):
         return X
     t = torch.arange(1, k * k + 1, dtype=E.dtype, device=E.device).reshape(k, k)
@@ -211,119 +229,93 @@ def generic_basis(E: Tensor, X: Tensor, scale: Tensor, options: CheckOptions) ->
     return X @ torch.linalg.matrix_exp(angles - angles.mT).to(X.dtype)
 
 
-def _pair_mask(
-    E: Tensor,
-    G: Optional[Tensor],
-    gE: Optional[Tensor],
-    x: Tensor,
-    g: Optional[Tensor],
-    T: Tensor,
-    residual: Tensor,
-    scale: Tensor,
-    options: CheckOptions,
-) -> Tensor:
-    k, m = options.k, options.m
+class Gaps(NamedTuple):
+    """Between the wanted eigenvalues, (*, k, k); and from each to the rest, (+, *, k)."""
+
+    gap: Tensor
+    equal: Tensor  # whether nothing tells the two apart
+    exactly: Tensor  # whether rounding alone could make the difference
+    error: Tensor  # how far two vectors may be mixed, times their gap
+    rest: Tensor  # infinite, where nothing is known
+    rounding: Tensor  # (*, k), what nothing tells an eigenvalue from
+
+
+def _gaps(seen: Seen, setting: _Setting) -> Gaps:
+    E, T, r = seen.E, seen.T, seen.residual
     eps = torch.finfo(E.dtype).eps
-    # B^-1 measures residuals; the longest of the B-orthonormal vectors stands for the root of its norm.
-    x, longest = x[..., :k], x.amax(-1, keepdim=True)
-    gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()  # (*, k, k)
-    distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)
-    size = _pencil_size(x, scale[..., :k])
-    rounding, blur = _rounding(E, size, options)
-    equal = distinct & (gap <= blur)
-    _check_outside(
-        E, gE, longest, g, gap, equal, T, residual, scale, rounding, blur, options
-    )
-    amplitude: Any = None
-    if G is not None and g is not None:
-        amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k): bound on |G_ij|
+    gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
+    distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
+    # Pairs found in double precision, and then rounded to single, have eigenvalues that are rounded once.
+    rounded = eps * E.abs() if setting.eps < eps else torch.zeros_like(E)
+    rounding = 10 * setting.eps * seen.size + rounded
+    blur = undetermined(seen.size, setting.eps) + _pairwise(rounded)
+    exactly = distinct & (gap <= blur)
+    error = _pairwise(setting.eps * seen.size + rounded)
+    rest = torch.full_like(E, math.inf)
+    if T.shape[-1]:
+        rest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
+        # Rayleigh-Ritz leaves an error of second order in what mixes two pairs.
+        ratio = r / torch.maximum(rest, rounding)
+        ratio = torch.where(r > 0, ratio, torch.zeros_like(ratio))
+        coupling = ratio.unsqueeze(-1) * r.unsqueeze(-2)
+        coupling = torch.maximum(coupling, coupling.mT)
+        error, blur = error + coupling, blur + 4 * coupling
+    return Gaps(gap, distinct & (gap <= blur), exactly, error, rest, rounding)
+
+
+def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
+    """See the top of the module; reports on the way."""
+    E, G, gE, gX = seen.E, seen.G, seen.gE, seen.gX
+    eps, m = torch.finfo(E.dtype).eps, seen.X.shape[-2]
+    gaps = _gaps(seen, setting)
+    distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
+    mask = distinct & ~gaps.equal
+    width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
+    used = torch.zeros_like(mask)
+    if gE is not None:
+        used = _weighs_differently(gE)
+        _check_weights(seen, gaps, used)
+    if G is None:
+        skew = rounding = torch.zeros_like(gaps.gap)
+    elif setting.forward_mode:
+        skew, rounding = G.abs(), eps * math.sqrt(m) * _pairwise(seen.size)
+        _check_split(G, gaps, 16 * rounding)
+        rounding = torch.zeros_like(rounding)
+    else:
+        assert gX is not None
+        x, g = (torch.linalg.vector_norm(V, dim=-2) for V in (seen.X, gX))
+        amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k), bounds |G_ij|
         amplitude = (amplitude + amplitude.mT) / 2
         if G.is_complex():
-            _check_phase(G, amplitude, eps)
-    # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3); elsewhere nothing can go wrong.
-    close = distinct & (gap <= eps ** (1 / 3) * size)
-    if not bool(close.any()):
-        return distinct.expand(gap.shape)
-    if options.forward_mode:
-        assert G is not None
-        split = equal & (G.abs() > 16 * math.sqrt(m) * eps * size)
-        if bool(split.any()):
-            i, j = _first(split, 2)
-            _warn_cluster(
-                i,
-                j,
-                gap,
-                "the tangent splits them, so single tangents of these pairs do not exist",
-            )
-        return distinct & ~equal
-    used = torch.zeros_like(equal)
+            _check_phase(seen, amplitude)
+        skew, rounding = (G - G.mH).abs() / 2, eps * amplitude
+        # Rounding in G of a loss that does not see the gauge: inner products of length m.
+        noise = 8 * math.sqrt(m) * rounding
+        _check_gauge(seen, gaps, skew, noise, amplitude)
+        # With a loss of values too, a skew part beyond the usual rounding, 4 eps for any m, may be more than that.
+        used = used | (skew > (noise if gE is None else 4 * rounding))
+        # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3).  A loss that is invariant in a
+        # cluster has a Hermitian block there, skew part zero up to noise: the exact factor is zero.
+        close = gaps.gap <= eps ** (1 / 3) * _pairwise(seen.size)
+        mask = mask & ~(close & (skew <= noise))
+    # What rounding and residuals change in the numerators of C = Skew(G) o F, or, without their factor, all of it.
+    lost = torch.where(mask, gaps.error * skew / width + rounding, skew)
     if gE is not None:
-        _check_weights(gE, gap, equal)
-        used = _weighs_differently(gE)
-    mixing = _mixing(E, longest, T, residual, rounding, options) / torch.where(
-        gap > 0, gap, torch.ones_like(gap)
-    )
-    if G is None:
-        if gE is not None:
-            spread = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
-            _check_blur(
-                used & close & ~equal, mixing * spread, _size(gE.abs()), gap, eps
-            )
-        return distinct & ~equal
-    skew = (G - G.mH).abs() / 2
-    # Rounding in G of a loss that does not see the gauge: inner products of length m.
-    noise = 8 * math.sqrt(m) * eps * amplitude
-    # A loss that is blind to the gauge of equal eigenvalues sees gap over distance of those that are equal to rounding.
-    seen = equal & (
-        skew > noise + amplitude * gap / _distance(E, T, equal).unsqueeze(-1)
-    )
-    if bool(seen.any()):
-        i, j = _first(seen, 2)
-        why = "the loss depends on the choice of eigenvectors among them"
-        if bool((seen & (skew > math.sqrt(eps) * amplitude)).any()):
-            i, j = _first(seen & (skew > math.sqrt(eps) * amplitude), 2)
-            raise RuntimeError(
-                _cluster_text(i, j, gap, why)
-                + "; it has no gradient there. "
-                + _WELL_POSED
-            )
-        _warn_cluster(i, j, gap, why)
-    # A loss that is invariant in a cluster has a Hermitian block, skew part zero up to noise: the exact factor is zero.
-    invariant = close & (skew <= noise)
-    used = used | (skew > noise)
-    if gE is not None:
-        # With a loss of values too, a skew part beyond the usual rounding (4 eps for any m) may be more than rounding.
-        used = used | (skew > 4 * eps * amplitude)
-    used = used & distinct & ~equal
-    # What rounding and residuals change in C = Skew(G) o F, and the largest part of the gradient inside span X.
-    width = torch.where(used, gap, torch.full_like(gap, math.inf))
-    lost = torch.where(invariant, skew, mixing * skew + eps * amplitude)
-    error, total = lost / width, _size((skew / width).flatten(-2))
-    if gE is not None:
-        error = error + mixing * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
-        total = torch.maximum(total, _size(gE.abs()))
-    _check_blur(used & close, error, total, gap, eps)
-    return distinct & ~equal & ~invariant
+        lost = lost + gaps.error * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
+    lost = lost * (used & distinct & ~gaps.equal)
+    check_accuracy(seen, gaps, setting.options, skew * mask, lost)
+    return mask
 
 
-def _distance(E: Tensor, T: Tensor, equal: Tensor) -> Tensor:
-    """(*, k): from each eigenvalue to the nearest that is not equal to it, infinite where there is none."""
-    inside = (E.unsqueeze(-1) - E.unsqueeze(-2)).abs()
-    same = equal | torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
-    distance = inside.masked_fill(same, math.inf).amin(-1)
-    if T.shape[-1]:
-        outside = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
-        distance = torch.minimum(
-            distance,
-            torch.where(outside > 0, outside, torch.full_like(outside, math.inf)),
-        )
-    return distance
+def _weighs_differently(gE: Tensor) -> Tensor:
+    """Pairs (i, j) that enter the loss with different weight: (+, *, k, k)."""
+    difference = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
+    # A smooth symmetric loss has gE that differ by its curvature times the gap, at most eps^(1/3) in a cluster.
+    least = torch.finfo(gE.dtype).eps ** (1 / 3) * gE.abs().amax(-1)
+    return difference > least[..., None, None]
 
 
-def _size(parts: Tensor) -> Tensor:
-    """Largest of nonnegative numbers (*, p) as (*, 1, 1)."""
-    return parts.amax(-1)[..., None, None]
-
+# -------------------------------------------------------------------------------- what does not exist
 
 _WELL_POSED = (
     "A well-posed loss treats the vectors of a cluster alike, for example through X X^H, and symmetric functions of "
@@ -331,174 +323,99 @@ _WELL_POSED = (
 )
 
 
-def _cluster_text(i: int, j: int, gap: Tensor, why: str) -> str:
-    width = float(gap[..., i, j].min())
-    return f"lobpcg: eigenvalues {i} and {j} are equal to rounding (gap {width:.1e}) and {why}"
-
-
-def _warn_cluster(i: int, j: int, gap: Tensor, why: str) -> None:
-    text = (
-        _cluster_text(i, j, gap, why)
-        + "; the part of the derivative that exists is returned. "
-        + _WELL_POSED
-    )
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-def _check_phase(G: Tensor, amplitude: Tensor, eps: float) -> None:
-    phase = torch.diagonal(G, dim1=-2, dim2=-1).imag.abs()
-    seen = phase > math.sqrt(eps) * torch.diagonal(amplitude, dim1=-2, dim2=-1)
-    if bool(seen.any()):
-        (j,) = _first(seen, 1)
-        raise RuntimeError(
-            f"lobpcg: the loss depends on the phase of eigenvector {j} (Im x^H gx = {float(phase[..., j].max()):.1e}), "
-            "which is arbitrary, so it has no gradient; use a loss invariant under x -> exp(i phi) x, such as one of "
-            "abs(x) or x x^H"
-        )
-
-
-def _weighs_differently(gE: Tensor) -> Tensor:
-    """Pairs (i, j) that enter the loss with different weight: (+, *, k, k)."""
-    difference = (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
-    # A smooth symmetric loss has gE that differ by its curvature times the gap, at most eps^(1/3) in a cluster.
+def _cluster_text(bad: Tensor, gap: Tensor, batch: int, why: str) -> str:
+    i, j = first(bad, 2)
+    where = bad[..., i, j]
+    width = float(gap[..., i, j].expand_as(where)[where].min())
     return (
-        difference
-        > torch.finfo(gE.dtype).eps ** (1 / 3) * gE.abs().amax(-1)[..., None, None]
+        f"lobpcg: eigenvalues {i} and {j} are equal to rounding (gap {width:.1e}) and {why}"
+        + members(bad.any(-1).any(-1), batch)
     )
 
 
-def _check_weights(gE: Tensor, gap: Tensor, equal: Tensor) -> None:
-    """Equal eigenvalues must enter the loss alike: their order is not a function of the matrices."""
-    seen = equal & _weighs_differently(gE)
-    if bool(seen.any()):
-        i, j = _first(seen, 2)
-        _warn_cluster(i, j, gap, "the loss weighs them differently")
+def _part(text: str) -> str:
+    return f"{text}; the part of the derivative that exists is returned. {_WELL_POSED}"
 
 
-def _mixing(
-    E: Tensor,
-    x: Tensor,
-    T: Tensor,
-    residual: Tensor,
-    rounding: Tensor,
-    options: CheckOptions,
-) -> Tensor:
-    """How much two pairs mix, times their gap: rounding, and |r_i| |r_j| / (distance to the rest) by Rayleigh-Ritz."""
-    if not T.shape[-1]:
-        return rounding
-    r = residual[..., : options.k] * x
-    rest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
-    rest = torch.where(rest > 0, rest, torch.ones_like(rest))
-    return rounding + (r / rest).unsqueeze(-1) * r.unsqueeze(-2)
+def _check_split(H: Tensor, gaps: Gaps, rounding: Tensor) -> None:
+    """Forward mode: single tangents do not exist where H = Herm(S) splits equal eigenvalues."""
+    split = gaps.equal & (H.abs() > rounding)
+    if bool(split.any()):
+        why = "the tangent splits them, so single tangents of these pairs do not exist"
+        found(_part(_cluster_text(split, gaps.gap, gaps.gap.dim() - 2, why)))
 
 
-def _check_blur(
-    used: Tensor, error: Tensor, total: Tensor, gap: Tensor, eps: float
+def _check_gauge(
+    seen: Seen, gaps: Gaps, skew: Tensor, noise: Tensor, amplitude: Tensor
 ) -> None:
-    """Warn where the gradient between two close pairs lost more than half of the digits; (*, k, k) each."""
-    relative = error / torch.where(total > 0, total, torch.ones_like(total))
-    # 4e-7 in double precision, 1e-2 in single.
-    blurred = used & (relative > 30 * math.sqrt(eps))
-    if bool(blurred.any()):
-        i, j = _first(blurred, 2)
-        gap, relative = torch.broadcast_tensors(gap, relative)
-        warnings.warn(
-            f"lobpcg: the loss distinguishes eigenpairs {i} and {j}, whose gap {float(gap[..., i, j].min()):.1e} is so "
-            f"small that the gradient has a relative error of about {float(relative[..., i, j].max()):.1e}. Tighten "
-            "tol, or use a loss that treats the two alike.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    """A loss that depends on the basis of equal eigenvalues: an error, in a batch a warning that names the members."""
+    if not bool(gaps.equal.any()):
+        return
+    # A loss that is blind to the gauge of equal eigenvalues sees gap over distance of those that are equal to rounding.
+    allowed = noise + amplitude * gaps.gap / _distance(seen, gaps.equal).unsqueeze(-1)
+    bad = gaps.equal & (skew > allowed)
+    if not bool(bad.any()):
+        return
+    batch, k = seen.E.dim() - 1, seen.E.shape[-1]
+    why = "the loss depends on the choice of eigenvectors among them"
+    eps = torch.finfo(seen.E.dtype).eps
+    certain = bad & gaps.exactly & (skew > math.sqrt(eps) * amplitude)
+    if bool(certain.any()) and seen.E.numel() == k:
+        text = _cluster_text(certain, gaps.gap, batch, why)
+        raise RuntimeError(f"{text}; it has no gradient there. {_WELL_POSED}")
+    found(_part(_cluster_text(bad, gaps.gap, batch, why)))
 
 
-def is_late(residual: Tensor, scale: Tensor, m: int, k: int, tol: float) -> Tensor:
-    """(*, k): whether a pair has missed the tolerance."""
-    # No iteration gets below the rounding of its own residual, however small tol is.
-    reachable = max(tol, 16 * math.sqrt(m) * torch.finfo(residual.dtype).eps)
-    return residual[..., :k] > reachable * scale[..., :k]
-
-
-def _check_outside(
-    E: Tensor,
-    gE: Optional[Tensor],
-    x: Tensor,
-    g: Optional[Tensor],
-    gap: Tensor,
-    equal: Tensor,
-    T: Tensor,
-    residual: Tensor,
-    scale: Tensor,
-    rounding: Tensor,
-    blur: Tensor,
-    options: CheckOptions,
-) -> None:
-    """One warning where a pair that matters missed the tolerance or is close to the rest of the spectrum.
-
-    The estimate of the gradient's relative error is (|r_j| |x_j| + rounding) / (distance to the rest).
-    """
-    k = options.k
-    residual, scale = residual[..., :k], scale[..., :k]
+def _distance(seen: Seen, equal: Tensor) -> Tensor:
+    """(+, *, k): from each eigenvalue to the nearest that is not equal to it, infinite where there is none."""
+    E, T = seen.E, seen.T
+    inside = (E.unsqueeze(-1) - E.unsqueeze(-2)).abs()
+    same = equal | torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
+    distance = inside.masked_fill(same, math.inf).amin(-1)
     if T.shape[-1]:
-        # Errors inside the block are of second order after Rayleigh-Ritz: the distance to the rest counts.
-        nearest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
-    else:
-        eye = torch.eye(k, dtype=torch.bool, device=E.device)
-        nearest = torch.where(equal | eye, torch.full_like(gap, math.inf), gap).amin(-2)
-    error = (residual * x + torch.diagonal(rounding, dim1=-2, dim2=-1)) / nearest
-    late = is_late(residual, scale, options.m, k, options.tol)
-    if bool(late.any()):
-        relative = residual / torch.where(scale > 0, scale, torch.ones_like(scale))
-        worst = torch.where(late, relative, torch.zeros_like(relative)).max()
-        error = torch.where(late, error, torch.zeros_like(error)).max()
-        warnings.warn(
-            f"lobpcg: gradient of eigenpairs that have not converged: relative residual {float(worst):.1e} where "
-            f"tol={options.tol:.1e} was asked for; estimated relative error of the gradient (residual over gap) "
-            f"{float(error):.1e}. Raise niter or n, pass a preconditioner iK, or loosen tol if that "
-            "is accurate enough.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        outside = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
+        outside = outside.masked_fill(outside == 0, math.inf)
+        distance = torch.minimum(distance, outside)
+    return distance
+
+
+def _check_phase(seen: Seen, amplitude: Tensor) -> None:
+    """A loss that depends on the phase of a vector: an error, in a batch a warning that names the members."""
+    assert seen.G is not None
+    phase = torch.diagonal(seen.G, dim1=-2, dim2=-1).imag.abs()
+    size = torch.diagonal(amplitude, dim1=-2, dim2=-1)
+    bad = phase > math.sqrt(torch.finfo(phase.dtype).eps) * size
+    if not bool(bad.any()):
         return
-    if not T.shape[-1]:
-        return
-    matters = torch.zeros_like(error, dtype=torch.bool)
-    if gE is not None:
-        matters = matters | (gE != 0)
-    if g is not None:
-        matters = matters | (g != 0)
-    # The estimate is good to a factor of ten; two digits are the least that is returned without a word.
-    near = matters & (
-        (error > 0.01) | (nearest <= torch.diagonal(blur, dim1=-2, dim2=-1))
+    (j,) = first(bad, 1)
+    E = seen.E
+    text = (
+        f"lobpcg: the loss depends on the phase of eigenvector {j} (Im x^H gx = {float(phase[..., j].max()):.1e}), "
+        f"which is arbitrary{members(bad.any(-1), E.dim() - 1)}, so it has no gradient; use a loss invariant under "
+        "x -> exp(i phi) x, such as one of abs(x) or x x^H"
     )
-    if bool(near.any()):
-        (j,) = _first(near, 1)
-        nearest, error = torch.broadcast_tensors(nearest, error)
-        _warn_near(j, k, float(nearest[..., j].min()), float(error[..., j].max()))
+    if E.numel() == E.shape[-1]:
+        raise RuntimeError(text)
+    found(text + ". The part of the derivative that exists is returned.")
+
+
+def _check_weights(seen: Seen, gaps: Gaps, differ: Tensor) -> None:
+    """Equal eigenvalues must enter the loss alike: their order is not a function of the matrices.
+
+    A smooth function X f(E) X^H weighs them differently too.  It has a derivative, of which gE and G in one basis hold
+    the diagonal inside a cluster alone.
+    """
+    bad = gaps.equal & differ
+    if not bool(bad.any()):
         return
-    inaccuracy = residual * x + torch.diagonal(blur, dim1=-2, dim2=-1)
-    missed = (E.unsqueeze(-1) - T.unsqueeze(-2)) * (
-        -1.0 if options.largest else 1.0
-    ) > inaccuracy.unsqueeze(-1)
-    if bool(missed.any()):
-        _warn_missed(float(T.max() if options.largest else T.min()), k, options.largest)
-
-
-def _warn_missed(value: float, k: int, largest: bool) -> None:
-    warnings.warn(
-        f"lobpcg: an eigenvalue near {value:.6g} was missed, so the pairs are not the k={k} "
-        f"{'largest' if largest else 'smallest'} ones, and the gradient is that of the pairs returned. Tighten tol, "
-        "raise "
-        "n, or pass another start block X.",
-        RuntimeWarning,
-        stacklevel=2,
+    text = _cluster_text(
+        bad, gaps.gap, seen.E.dim() - 1, "the loss weighs them differently"
     )
-
-
-def _warn_near(j: int, k: int, gap: float, error: float) -> None:
-    warnings.warn(
-        f"lobpcg: the distance {gap:.1e} of eigenvalue {j} of the k={k} asked for to those that were not is so small "
-        f"that the gradient has an estimated relative error of {error:.1e} (residual over gap). Raise k until the "
-        "cluster is complete, tighten tol, or use a loss that does not depend on this pair.",
-        RuntimeWarning,
-        stacklevel=2,
+    if seen.G is None:
+        return found(_part(text))
+    found(
+        f"{text}, as a function of X f(E) X^H does. Such a function has a derivative there, but gradients with respect "
+        "to E and X do not hold all of it; the part that they hold is returned. Write it in the projector form "
+        "X f(X^H A X) X^H, with f a function of the small matrix, such as torch.linalg.matrix_exp, or as functions of "
+        "X X^H and of a sum over the cluster of its eigenvalues."
     )

@@ -16,10 +16,11 @@ Invariants at the top of `update`, up to `drift`: X^H B X = I, X^H B P = 0, P^H 
 rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S as the next Ritz problem uses it.
 """
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.arguments import FEW_ITERATIONS
 from torch._lobpcg_impl.basis import Basis
 from torch._lobpcg_impl.blocks import (
     columns,
@@ -31,7 +32,15 @@ from torch._lobpcg_impl.blocks import (
     largest_entries,
     norms,
 )
-from torch._lobpcg_impl.convergence import judge_batch, judge_one, settled, Verdict
+from torch._lobpcg_impl.chebyshev import Chebyshev, polynomial
+from torch._lobpcg_impl.convergence import (
+    judge_batch,
+    judge_one,
+    Measures,
+    Rules,
+    settled,
+    Verdict,
+)
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.ritz import (
     hermitian,
@@ -49,12 +58,18 @@ class EigenPairs(NamedTuple):
     E: (*, n) real; X: (*, m, n), X^H B X = I; residual: (*, n), 2-norms of A x_j - E_j B x_j (a dense solve: of fewer,
     k or more); scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has
     converged iff residual_j <= tol scale_j.
+
+    missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error: (*, k),
+    bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
     """
 
     E: Tensor
     X: Tensor
     residual: Tensor
     scale: Tensor
+    missed: Optional[Tensor] = None
+    error: Optional[Tensor] = None
+    at_rounding: bool = False
 
 
 def _take(V: Tensor, index: Tensor) -> Tensor:
@@ -62,6 +77,17 @@ def _take(V: Tensor, index: Tensor) -> Tensor:
     if V.dim() == 2:
         return V.mT.index_select(0, index).mT
     return V.mT.gather(-2, index.unsqueeze(-1).expand(index.shape + V.shape[-2:-1])).mT
+
+
+class Kept(NamedTuple):
+    """The best pairs of each matrix near rounding level; level: (*), the largest rho / N of a wanted pair."""
+
+    level: Tensor
+    X: Tensor
+    e: Tensor
+    residual: Tensor
+    scale: Tensor
+    measures: Measures
 
 
 class LOBPCG:
@@ -107,14 +133,21 @@ class LOBPCG:
         self.tiny = (
             1e-30 if self.eps > 1e-10 else 1e-290
         )  # keeps quotients finite, far below every square that counts
+        # Small matrices are double whatever the blocks are: eigh of a graded Gram matrix in single precision loses
+        # eps |A| / gap in every step.  Of a single problem they live in host memory: a device spends 1 ms on a 24 x 24
+        # eigh, a host 60 microseconds, and the decisions read those numbers anyway.
+        self.host = len(self.batch) == 0
+        self.place = torch.device("cpu") if self.host else X.device
+        self.wide = torch.promote_types(X.dtype, torch.float64)
         self.pencil = Pencil.of(A, B, iK, X).checked() if pencil is None else pencil
         self.norm_A, self.norm_B = (
             op.mean_square(self.pencil.probe)
-            .to(device=X.device, dtype=X.dtype.to_real())
+            .to(device=self.place, dtype=torch.float64)
             .sqrt()
             .unsqueeze(-1)
             for op in (self.pencil.A, self.pencil.B)
         )
+        self._set_graded_scale()
         self.fvars["A_norm"] = (
             float(self.norm_A.max()) if self.norm_A.numel() > 0 else 0.0
         )
@@ -134,34 +167,85 @@ class LOBPCG:
         self.drift = (
             0.0  # bound on the loss of the invariants since they were last enforced
         )
-        self.suspicious = (
-            False  # X0 was almost invariant: a wrong invariant subspace looks the same
-        )
-        self.best = self.best_rerr = float("inf")
+        # X0 was almost invariant: a wrong invariant subspace looks the same.
+        self.suspicious = False
+        # Columns that no caller chose have to settle before the run ends.
+        self.guarded = False
+        self.joined = 0
+        self.best = self.best_rerr = self.level = float("inf")
         self.best_step = 0
         self.active = 0
         self._clear(X)
 
+    def _set_graded_scale(self) -> None:
+        """D = diag(B), in whose scale rho is measured, and the row norms of A and B in that scale.
+
+        root: D^-1/2 (*, m, 1), None where D is taken as a multiple of the identity: without B, or of a callable its root
+        mean square.  rows: (*, m, 2), D times the squared row norms of D^-1/2 A D^-1/2 and of D^-1/2 B D^-1/2.
+        """
+        pencil = self.pencil
+        self.root: Optional[Tensor] = None
+        d = pencil.B.diagonal()
+        if d is None:
+            return
+        d = d.to(torch.float64).clamp_min(self.tiny)
+        rows = []
+        for op, norm in ((pencil.A, self.norm_A), (pencil.B, self.norm_B)):
+            squares = op.row_squares(d)
+            if squares is None:
+                norm = norm.to(d.device) / d.mean(-1, keepdim=True)
+                squares = norm.square().expand(d.shape)
+            rows.append(squares * d)
+        real = self.X.dtype.to_real()
+        self.d_B = d.unsqueeze(-1).to(real)
+        self.root = d.rsqrt().unsqueeze(-1).to(real)
+        self.rows = torch.stack(torch.broadcast_tensors(*rows), -1).to(real)
+
     def _clear(self, X: Tensor) -> None:
         """The state before the first iteration."""
-        real = X.dtype.to_real()
+        small = {"dtype": self.wide, "device": self.place}
         self.basis = Basis(X[..., :0, :], False)  # filled by start()
         self.W = X  # residuals, then new directions: (*, m, n)
-        self.E = X.new_zeros(self.batch + (self.n,), dtype=real)
-        self.G = X.new_zeros(self.batch + (self.n, self.n))
-        self.unit = X.new_ones((1, 1))  # identity of the order of the last Ritz problem
+        self.E = X.new_zeros(self.batch + (self.n,), dtype=X.dtype.to_real())
+        self.length = self.E  # 2-norms of W, where W is
+        # Small, as everything that follows: E before it is rounded, G, ...
+        self.e = torch.zeros(
+            self.batch + (self.n,), dtype=torch.float64, device=self.place
+        )
+        self.G = torch.zeros(self.batch + (self.n, self.n), **small)
+        self.unit = torch.ones((1, 1), **small)  # of the order of the last Ritz problem
+        self.polynomial: Optional[Chebyshev] = None
         self.lost: Optional[Tensor] = None  # whether a vector of [X P] is zero
-        self.host = len(self.batch) == 0 and X.device.type == "cpu"
         self.w_index = torch.zeros(
             self.batch + (0,), dtype=torch.int64, device=X.device
         )
         self.w_valid = self.E
-        self.least_B = self.least_K = X.new_ones((), dtype=real)
-        self.d = self.E[..., :0]  # of the last Ritz step
+        self.forms_K: Optional[Tensor] = None  # r^H K r of the last W, where W is
+        self.least_B = self.least_K = self.e.new_ones(())
+        self.d = self.e[..., :0]  # of the last Ritz step
         self.least = 1.0
-        self.residual = torch.zeros_like(self.E)
-        self.scale = torch.zeros_like(self.E)
+        self.residual = torch.zeros_like(self.e)
+        self.scale = torch.zeros_like(self.e)
+        self.measures = Measures(self.e, self.e, self.e, self.e, self.e, self.eps)
+        self.kept: Optional[Kept] = None
         self.R = self.S = X
+
+    def down(self, *tensors: Tensor) -> List[Tensor]:
+        """Tensors (*, p, q_i) where small matrices live, in double; of a single problem on a device one transfer."""
+        if self.place == tensors[0].device:
+            return [T.to(torch.promote_types(T.dtype, torch.float64)) for T in tensors]
+        widths = [T.shape[-1] for T in tensors]
+        return list(torch.cat(tensors, -1).to(self.place).to(self.wide).split(widths, -1))
+
+    def up(self, C: Tensor, e: Tensor) -> Tuple[Tensor, Tensor]:
+        """Coordinates (*, q, p) and eigenvalues (*, n), n <= p, where blocks live, in their precision; one transfer."""
+        X = self.W
+        if self.place == X.device:
+            return C.to(X.dtype), e.to(X.dtype.to_real())
+        row = C.new_zeros((1, C.shape[-1]))
+        row[0, : e.shape[-1]] = e
+        both = torch.cat([C, row]).to(X.dtype).to(X.device)
+        return both[:-1], torch.real(both[-1, : e.shape[-1]])
 
     def __str__(self) -> str:
         return (
@@ -176,11 +260,12 @@ class LOBPCG:
         self.start()
         self.update_residual()
         self.update_converged_count()
-        self.guard_against_invariant_start()
+        self.guard_against_missed_pairs()
         self.call_tracker()
         while not self.stop_iteration():
             self.update()
             self.call_tracker()
+        self.restore_best()
 
     def update(self) -> None:
         """One iteration: Ritz step on [X P W], residuals, the next active set."""
@@ -205,6 +290,8 @@ class LOBPCG:
                 self.refresh()
                 self.update_residual()
                 self.update_converged_count()
+        if self.suspicious and self.joined and self.converged():
+            self.search_again()
 
     def orthonormality_loss(self) -> float:
         """max |X^H B X - I|. Cost: n^2 inner products and a transfer."""
@@ -225,10 +312,10 @@ class LOBPCG:
         return self.active == 0 or self.stagnated()
 
     def stagnated(self) -> bool:
-        """Near rounding level: no new best residual in 20 iterations; elsewhere: in 1000 (convergence may pause, not
-        that long)."""
+        """Near rounding level: no residual smaller by a tenth in 50 iterations; elsewhere: in 1000 (convergence may
+        pause, not that long)."""
         istep = self.ivars["istep"]
-        patience = 20 if self.best < 1000.0 * self.eps else 1000
+        patience = 50 if self.best < 100.0 * self.eps else 1000
         return istep - self.best_step >= patience
 
     def call_tracker(self) -> None:
@@ -246,7 +333,8 @@ class LOBPCG:
     def result(self) -> EigenPairs:
         """The pairs in the scale of the problem as it was given."""
         self.expose()
-        E, X, residual, scale = self.E, self.X, self.residual, self.scale
+        E, X = self.E, self.X
+        residual, scale = (T.to(E.device, E.dtype) for T in (self.residual, self.scale))
         if self.pencil.rescaled:
             sA, sB = (
                 scale.to(E.dtype).unsqueeze(-1)
@@ -257,7 +345,21 @@ class LOBPCG:
             X = X * root.unsqueeze(-1)
             residual = residual / sA * root
             scale = scale / sA * root
-        return EigenPairs(E, X, residual, scale)
+        k = self.iparams["k"]
+        missed = self.missed().to(E.device)
+        # Relative to |E|: the same in every scale.
+        error = self.measures.value_error(k) / self.e[..., :k].abs().clamp_min(self.tiny)
+        at_rounding = self.ivars["iterations_left"] != 0 and not self.bvars["force_stop"]
+        return EigenPairs(E, X, residual, scale, missed, error, at_rounding)
+
+    def missed(self) -> Tensor:
+        """Which wanted pairs fall short of what was asked for: (*, k)."""
+        k, measures = self.iparams["k"], self.measures
+        missed = measures.rerr[..., :k] > self.fparams["tol"]
+        if not self.bparams.get("accurate", False):
+            return missed
+        above = measures.rho[..., :k] > measures.floor[..., :k]
+        return missed & above | measures.inaccurate(k)
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -265,6 +367,10 @@ class LOBPCG:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
         self.complete_start(columns(self.W), 0)
+        most, niter = self.iparams.get("ortho_degree", 60), self.iparams["niter"]
+        # A solve of few iterations is cut short on purpose: it takes the products that these cost without q.
+        if niter < 0 or niter >= FEW_ITERATIONS:
+            self.polynomial = polynomial(self.pencil, self.sign, most)
 
     def complete_start(self, X: Tensor, first: int) -> None:
         """Set X, AX, BX, E from a start block X (*, m, n); directions that X lacks come from the fixed table, from
@@ -275,12 +381,12 @@ class LOBPCG:
         n = X.shape[-1]
         for attempt in range(3):
             X = self.unit_columns(X)
-            G = hermitian(gram(X, self.pencil.B.apply(X)))
+            (G,) = self.down(hermitian(gram(X, self.pencil.B.apply(X))))
             self.check_start(X, G)
             # Columns closer than sqrt(eps) to the span of the others carry fewer than half of their digits.
             T, _, dropped = whiten_scaled(G, self.eps**0.5 * n, self.tiny)
-            X = combine(X, T)
-            missing = dropped.unsqueeze(-2)
+            X = combine(X, self.up(T, self.e[..., :0])[0])
+            missing = dropped.unsqueeze(-2).to(X.device)
             some = bool(missing.any())
             if some and attempt == 0 and first == 0 and self.probe > 0:
                 self.check_rank(int((~dropped).sum(-1).min()))
@@ -311,34 +417,56 @@ class LOBPCG:
     def check_start(self, X: Tensor, G: Tensor) -> None:
         """Error if B is seen not to be positive definite (X: unit or zero columns, G = X^H B X)."""
         if self.pencil.generalized and bool(
-            ((real_diagonal(G) <= 0) & (norms(X) > 0.5)).any()
+            ((real_diagonal(G) <= 0) & (norms(X) > 0.5).to(G.device)).any()
         ):
             self.raise_not_positive("B")
 
-    def guard_against_invariant_start(self) -> None:
-        """Where X0 spans an almost invariant subspace already, join fresh directions that would reveal a missed pair.
+    def guard_against_missed_pairs(self) -> None:
+        """Join fresh columns to a caller's block: it may lack a wanted vector, and then nothing in it shows that.
 
         An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart
-        by their residuals. The joined columns search the complement; the run ends when they have settled (see
-        settled()).
+        by their residuals, nor can vectors of all of a matrix from those of one of its blocks.  The joined columns search
+        what the others cannot see; the run ends when they have settled (see settled()).
         """
-        k = self.iparams["k"]
+        k, niter = self.iparams["k"], self.iparams["niter"]
         rerr = self.tvars["rerr"][..., :k]
-        if rerr.numel() == 0 or self.iparams["niter"] == 0:
+        if rerr.numel() == 0 or niter == 0:
             return
         self.suspicious = bool((rerr < self.eps**0.25).any())
-        if not self.suspicious or self.active == 0 and not self.incomplete():
+        whole = niter < 0 or niter >= FEW_ITERATIONS
+        self.guarded = self.suspicious or whole and self.iparams.get("chosen", 0) > 0
+        if not self.guarded or self.n > max(self.probe, k):
             return
-        extra = min(max(2, k // 4), self.m - self.n)
-        if extra > 0 and self.n <= max(self.probe, k):
-            fresh = fixed_block(self.m, extra, 3 * self.n + 11, self.W).expand(
-                self.batch + (self.m, extra)
-            )
-            X, _, BX = self.basis.wanted()
-            fresh = deduct(fresh, X, gram(BX, fresh))
-            self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, 5 * self.n + 13)
-            self.update_residual()
-            self.update_converged_count()
+        if self.active > 0 or self.n < self.m:
+            self.join(self.n, max(2, k // 4) if self.suspicious else 2)
+
+    def join(self, kept: int, count: int) -> None:
+        """Go on with the first `kept` columns of X and `count` fresh ones, P empty."""
+        count = min(count, self.m - kept)
+        if count <= 0:
+            return
+        first = 3 * self.n + 11 + 100 * self.ivars["istep"]
+        fresh = fixed_block(self.m, count, first, self.W)
+        fresh = fresh.expand(self.batch + fresh.shape)
+        X, BX = (V[..., :kept] for V in self.basis.wanted()[::2])
+        self.before, self.joined = self.e[..., : self.iparams["k"]], count
+        fresh = deduct(fresh, X, gram(BX, fresh))
+        self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, first + 7)
+        self.update_residual()
+        self.update_converged_count()
+
+    def search_again(self) -> None:
+        """Where the fresh columns of a suspicious start have all found something, join as many more, and more.
+
+        r generic columns find at most r vectors of a repeated eigenvalue; if fewer than r pairs are new, none of their
+        eigenvalues has another copy.
+        """
+        k = self.iparams["k"]
+        gain = (self.before - self.e[..., :k]) * self.sign
+        new = gain > 100.0 * self.eps * self.measures.size[..., :k]
+        if int(new.sum(-1).max()) >= self.joined and self.n < self.m:
+            self.probe = k
+            self.join(k, max(self.n - k, 2 * self.joined))
 
     def incomplete(self) -> bool:
         return self.n < self.m
@@ -349,29 +477,46 @@ class LOBPCG:
         """Append W to S: the active residuals, preconditioned, where asked for projected, of length one; and their
         images."""
         basis = self.basis
-        W, length = self.W, self.residual
+        W, length = self.W, self.length
         if self.active < self.n:
-            W, length = _take(W, self.w_index), self.residual.gather(-1, self.w_index)
+            W, length = _take(W, self.w_index), length.gather(-1, self.w_index)
         if self.pencil.iK is not None:
             W, length = self.precondition(W, length)
+        elif self.polynomial is not None:
+            W, length = self.filter(W, length)
         if self.orthogonal_left > 0:
             W = self.project(W, length)
             length = norms(W)
         length = length.clamp_min(self.tiny)
         if not self.host:
-            length = length / self.w_valid  # masked columns become zero
+            # Masked columns become zero.
+            length = length / self.w_valid.to(length.dtype)
         first = basis.extend(self.active)
         torch.div(W, length.unsqueeze(-2), out=basis.part(0, first, self.active))
         basis.multiply(first, self.pencil)
 
     def precondition(self, R: Tensor, length: Tensor) -> Tuple[Tensor, Tensor]:
-        """K R and its lengths; least_K < 0 if r^H K r < 0 proves that K is not positive definite, beyond the dot
+        """K R and its lengths; forms_K < 0 where r^H K r < 0 proves that K is not positive definite, beyond the dot
         product's rounding error, m eps ||r|| ||K r||."""
         assert self.pencil.iK is not None
         W = self.pencil.iK.apply(R)
         product, length = length, norms(W)
-        self.least_K = (inner(R, W) + self.eps * self.m * product * length).min()
+        self.forms_K = inner(R, W) + self.eps * self.m * product * length
         return W, length
+
+    def filter(self, R: Tensor, length: Tensor) -> Tuple[Tensor, Tensor]:
+        """q(A) R and its lengths, q aimed at the spectrum behind the block."""
+        assert self.polynomial is not None
+        self.polynomial.aim(self.e, self.basis.part(0, 0, self.n))
+        W = self.polynomial(R)
+        if W is R:
+            return R, length
+        lengths = norms(W)
+        # Far beyond the interval q may overflow: what is lost is an iteration without it.
+        if not bool(torch.isfinite(lengths).all()):
+            self.polynomial.widen()
+            return R, length
+        return W, lengths
 
     def project(self, W: Tensor, length: Tensor) -> Tensor:
         """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik
@@ -387,11 +532,22 @@ class LOBPCG:
     def ritz(self) -> None:
         """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on."""
         first = self.basis.q - self.active
-        gram_A, gram_B = self.basis.grams(first)
-        active = self.w_index if self.active < self.n else None
+        blocks = list(self.basis.grams(first))
+        if self.forms_K is not None:
+            blocks.append(self.forms_K.unsqueeze(-1).to(blocks[0].dtype))
+        gram_A, gram_B, *forms = self.down(*blocks)
+        if forms:
+            self.least_K = torch.real(forms[0]).min()
+        if self.polynomial is not None:
+            self.polynomial.learn(
+                self.basis.part(0, first, self.active),
+                real_diagonal(gram_A.narrow(-1, first, self.active)),
+                real_diagonal(gram_B.narrow(-1, first, self.active)),
+            )
+        active = self.w_index.to(self.place) if self.active < self.n else None
         if self.unit.shape[-1] != gram_B.shape[-1]:
             self.unit = torch.eye(
-                gram_B.shape[-1], dtype=gram_B.dtype, device=gram_B.device
+                gram_B.shape[-1], dtype=self.wide, device=self.place
             )
         step = ritz_step(
             self.G,
@@ -412,14 +568,10 @@ class LOBPCG:
 
     def advance(self, step: Ritz) -> None:
         """Take a Ritz step."""
-        self.E, self.G, self.lost, self.d, self.least = (
-            step.e,
-            step.G,
-            step.lost,
-            step.d,
-            step.least,
-        )
-        self.basis.combine(step.C)
+        self.e, self.G, self.lost = step.e, step.G, step.lost
+        self.d, self.least = step.d, step.least
+        C, self.E = self.up(step.C, step.e)
+        self.basis.combine(C)
 
     def refresh(self) -> None:
         """Enforce the invariants: fresh products with [X P], an orthonormal basis of its span, Rayleigh-Ritz in it.
@@ -427,7 +579,7 @@ class LOBPCG:
         Cost: n + p products with A (and B). The span, and so what P remembers, is kept.
         """
         self.basis.multiply(0, self.pencil)
-        gram_A, gram_B = self.basis.grams(0)
+        gram_A, gram_B = self.down(*self.basis.grams(0))
         self.advance(
             ritz_fresh(
                 hermitian(gram_A),
@@ -445,79 +597,172 @@ class LOBPCG:
         """W := A X - B X E of all n columns, their norms, and rerr."""
         X, AX, BX = self.basis.wanted()
         torch.addcmul(AX, BX, self.E.unsqueeze(-2).to(AX.dtype), value=-1, out=self.W)
-        self.residual = norms(self.W)
-        size = self.E.abs()
+        self.length = norms(self.W)
+        numbers = [self.length.unsqueeze(-1)]
         if self.pencil.generalized:
-            self.scale = (self.norm_A + size * self.norm_B) * norms(X)
+            numbers.append(norms(X).unsqueeze(-1))
+        if self.root is not None:
+            numbers += self.graded_numbers(X)
+        self.residual, *others = (
+            torch.real(T).squeeze(-1) for T in self.down(*numbers)
+        )
+        size = self.e.abs()
+        if self.pencil.generalized:
+            self.scale = (self.norm_A + size * self.norm_B) * others[0]
         else:
             # ||A|| >= |E_j|
             self.scale = torch.maximum(self.norm_A, size.amax(-1, keepdim=True)) + size
         self.tvars["rerr"] = self.residual / self.scale.clamp_min(self.tiny)
+        self.measures = self.measured(size, others)
+
+    def graded_numbers(self, X: Tensor) -> List[Tensor]:
+        """Columns (*, n, 1): rho = |D^-1/2 r|; sums of x_a^2 D_a w_a^2 and of x_a^4 D_a^2 w_a^2, w the row norms of A,
+        then of B, in the scale of D."""
+        squares = X.abs().square()
+        rows = self.rows
+        ends = squares.mT @ rows, squares.square().mT @ (rows * self.d_B)
+        rho = norms(self.W * self.root).unsqueeze(-1)
+        return [rho, *(column for end in ends for column in end.split(1, -1))]
+
+    def measured(self, size: Tensor, numbers: List[Tensor]) -> Measures:
+        """The measures of the pairs; size: |E|; numbers: |x|, then those of graded_numbers, with B.
+
+        Rounding the entries of A and B by a relative eps each changes the residual by eps N, and x^H A x by eps times
+        the root of the sum with fourth powers: much less where a graded pencil is large and x is not.
+        """
+        rerr, tiny = self.tvars["rerr"], self.tiny
+        if not self.pencil.generalized:
+            scale = self.scale.clamp_min(tiny)
+            return Measures(self.e, rerr, self.residual, scale, scale, self.eps)
+        if self.root is None:
+            unit = self.norm_B.clamp_min(tiny)
+            scale = torch.maximum(self.norm_A / unit, size) + size
+            scale = scale.clamp_min(tiny)
+            rho = self.residual / unit.sqrt()
+            return Measures(self.e, rerr, rho, scale, scale, self.eps)
+        _, rho, A2, B2, A4, B4 = numbers
+        scale = torch.maximum(A2.sqrt(), size) + size * B2.sqrt()
+        noise = A4.sqrt() + size * B4.sqrt()
+        return Measures(
+            self.e, rerr, rho, scale.clamp_min(tiny), noise.clamp_min(tiny), self.eps
+        )
 
     def update_converged_count(self) -> int:
-        """Active set and converged_count from rerr."""
-        rerr, k, tol, lock = (
-            self.tvars["rerr"],
-            self.iparams["k"],
-            self.fparams["tol"],
-            self.lock_tolerance(),
-        )
-        drop, loss = self.eps**0.5, self.loss()
-        definite: Optional[Tensor] = None
-        if self.pencil.generalized or self.pencil.iK is not None or not self.host:
-            definite = torch.stack([self.least_B, self.least_K])
+        """Active set and converged_count from how good the pairs are."""
+        k, measures = self.iparams["k"], self.measures
+        done = self.done()
+        # Below the floor no direction gains a digit; what it does is noise.
+        locked = measures.rho <= measures.floor
+        if not self.searching():
+            locked = locked | done
         settled: Optional[Tensor] = None
         candidates = self.n if self.small else k
         more = candidates
-        if self.suspicious:
+        if self.guarded:
             settled = self.settled()
             candidates, more = self.n, self.n
         elif self.bparams.get("separate", False) and self.n > k:
             settled, more = self.separated(), max(candidates, k + 1)
+        rules = Rules(k, candidates, more, self.eps**0.5, self.loss())
+        definite: Optional[Tensor] = None
+        if self.pencil.generalized or self.pencil.iK is not None or not self.host:
+            definite = torch.stack([self.least_B, self.least_K])
         if self.host:
             verdict = judge_one(
-                rerr,
+                measures,
+                done,
+                locked,
+                settled,
+                rules,
                 self.d,
                 self.least,
                 definite,
-                settled,
-                k,
-                tol,
-                lock,
-                candidates,
-                more,
-                drop,
-                loss,
                 self.w_index,
             )
         else:
             masked = self.d.shape[-1] - self.w_valid.sum(-1)
             assert definite is not None
             verdict = judge_batch(
-                rerr,
-                self.d,
-                masked,
-                definite,
-                settled,
-                k,
-                tol,
-                lock,
-                candidates,
-                more,
-                drop,
-                loss,
+                measures, done, locked, settled, rules, self.d, masked, definite
             )
         self.check_verdict(verdict)
-        self.active, self.ivars["converged_count"], self.best_rerr = (
-            verdict.active,
-            verdict.lead,
-            verdict.worst,
-        )
+        self.active, self.ivars["converged_count"] = verdict.active, verdict.lead
+        self.best_rerr, self.level = verdict.worst, verdict.level
         self.w_index, self.w_valid = verdict.index, verdict.valid
-        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.
-        if self.best_rerr < 0.9 * self.best or self.best_rerr > 100.0 * self.best:
-            self.best, self.best_step = self.best_rerr, self.ivars["istep"]
+        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.  Or it is a
+        # basis that falls apart.
+        better = self.level < 0.9 * self.best
+        if better or self.level > 100.0 * self.best and self.orthonormality_loss() < 1e-3:
+            self.best, self.best_step = self.level, self.ivars["istep"]
+        if verdict.nearest < 200.0 * self.eps and not self.converged():
+            self.keep_best()
         return self.ivars["converged_count"]
+
+    def keep_best(self) -> None:
+        """Near rounding level the best pairs of each matrix are kept: what follows can be worse, even diverge."""
+        level = self.measures.level[..., : self.iparams["k"]].amax(-1)
+        X = self.basis.part(0, 0, self.n)
+        now = Kept(level, X, self.e, self.residual, self.scale, self.measures)
+        old = self.kept
+        if old is None or old.X.shape != X.shape:
+            self.kept = now._replace(X=columns(X.clone()))
+        else:
+            self.kept = self.chosen(level < old.level, now, old)
+
+    def chosen(self, first: Tensor, one: Kept, other: Kept) -> Kept:
+        """Of each matrix the pairs of `one` where first (*) says so, else those of `other`."""
+        if self.host:
+            return one._replace(X=columns(one.X.clone())) if bool(first) else other
+
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            where = first.reshape(first.shape + (1,) * (a.dim() - first.dim()))
+            return torch.where(where, a, b)
+
+        measures = Measures(
+            *map(pick, one.measures[:-1], other.measures[:-1]), eps=self.eps
+        )
+        return Kept(*map(pick, one[:-1], other[:-1]), measures=measures)
+
+    def restore_best(self) -> None:
+        """The best pairs again where the last are five times worse, unless these are orthonormal and have the better
+        trace: then a pair that was missed before has come in."""
+        kept, k = self.kept, self.iparams["k"]
+        if kept is None or kept.X.shape[-1] != self.n or self.converged():
+            return
+        X = self.basis.part(0, 0, k)
+        (G,) = self.down(gram(X, self.pencil.B.apply(X)))
+        G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        whole = G.abs().amax((-2, -1)) <= 1e-3
+        size = kept.measures.size[..., :k].amax(-1)
+        gain = (kept.e[..., :k] - self.e[..., :k]).sum(-1) * self.sign
+        level = self.measures.level[..., :k].amax(-1)
+        worse = ~(level <= 5.0 * kept.level)
+        restored = worse & ~(whole & (gain > 20.0 * k * self.eps * size))
+        now = Kept(
+            level,
+            self.basis.part(0, 0, self.n),
+            self.e,
+            self.residual,
+            self.scale,
+            self.measures,
+        )
+        best = self.chosen(restored, kept, now)
+        self.basis.part(0, 0, self.n).copy_(best.X)
+        self.e, self.residual, self.scale = best.e, best.residual, best.scale
+        self.measures, self.tvars["rerr"] = best.measures, best.measures.rerr
+        self.E = self.e.to(self.E.device, self.E.dtype)
+
+    def done(self) -> Tensor:
+        """Which pairs have converged: (*, n).  Without tol the wanted ones have to be accurate besides."""
+        k, tol = self.iparams["k"], self.fparams["tol"]
+        done = self.measures.rerr <= tol
+        if self.bparams.get("accurate", False):
+            accurate = self.measures.accurate(k, tol, self.bparams["separate"])
+            # A guard is needed as long as it is worse than the pairs that it serves.
+            rho = self.measures.rho
+            served = rho[..., k:] <= rho[..., :k].amax(-1, keepdim=True)
+            done = torch.cat([done[..., :k] & accurate, done[..., k:] & served], -1)
+        return done
 
     def settled(self) -> Tensor:
         """Whether a column that no caller chose shows that no pair was missed: (*).
@@ -527,28 +772,23 @@ class LOBPCG:
         """
         k = self.iparams["k"]
         last = min(max(self.probe, k), self.n - 1)
-        small = max(self.fparams["tol"] ** 0.5, 8.0 * self.eps)
+        # In single precision the root of the default tolerance, 0.02, is no eigenvalue found.
+        small = max(min(self.fparams["tol"] ** 0.5, 1.2e-4), 8.0 * self.eps)
         late = self.ivars["istep"] >= 5
         return settled(
-            self.tvars["rerr"], self.residual, self.E, self.norm_B, k, last, small, late
+            self.measures, self.residual, self.norm_B, k, last, small, late
         )
 
     def separated(self) -> Tensor:
         """Whether the first guard column tells how far the next eigenvalue is, which a derivative depends on: (*)."""
         k = self.iparams["k"]
         small = max(100.0 * self.fparams["tol"], 8.0 * self.eps)
-        return settled(
-            self.tvars["rerr"], self.residual, self.E, self.norm_B, k, k, small, True
-        )
+        return settled(self.measures, self.residual, self.norm_B, k, k, small, True)
 
-    def lock_tolerance(self) -> float:
+    def searching(self) -> bool:
         """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep
         them at first."""
-        return (
-            8.0 * self.eps
-            if self.suspicious and self.ivars["istep"] < 5
-            else self.fparams["tol"]
-        )
+        return self.suspicious and self.ivars["istep"] < 5
 
     def check_verdict(self, verdict: Verdict) -> None:
         """Errors that the numbers show; digits lost by the last Ritz step; from a loss on, ten iterations of the

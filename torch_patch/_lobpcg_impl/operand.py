@@ -33,7 +33,13 @@ from torch._lobpcg_impl.sparse import (
     SparseFromValues,
     SparseProduct,
 )
-from torch._lobpcg_impl.transforms import sum_to
+from torch._lobpcg_impl.transforms import (
+    batched_first,
+    broadcast,
+    in_transform,
+    is_traced,
+    sum_to,
+)
 
 
 # Rows of a dense matrix multiplied at a time: with a thin block they and their result stay in the cache.
@@ -43,23 +49,29 @@ _ROWS_AT_A_TIME = 256
 _CHOLESKY_CHECK_BELOW = 4097
 
 
-def operand(M: Any, name: str) -> "Operand":
-    """The operand that M, a tensor, a callable or None for the identity, stands for."""
+def operand(M: Any, name: str, batch: Sequence[int] = ()) -> "Operand":
+    """The operand that M, a tensor, a callable or None for the identity, stands for.
+
+    batch: the batch shape of the problem, which a callable does not tell.
+    """
     if M is None:
         return Identity(name)
     if not isinstance(M, Tensor):
-        return MatrixFree(name, M)
+        from torch._lobpcg_impl.matrix_free import MatrixFree  # a kind of operand itself
+
+        return MatrixFree(name, M, batch)
     return Sparse(name, M) if is_sparse(M) else Dense(name, M)
 
 
 class Operand:
     """A Hermitian linear map on blocks (*, m, p).
 
-    parameters: the tensors that a derivative is taken in.  stored: numbers held, 0 if unknown.  columns: how many
-    vectors `apply` has multiplied so far.
+    parameters: the tensors that a derivative is taken in.  batch: the shape (*).  stored: numbers held, 0 if unknown.
+    columns: how many vectors `apply` has multiplied so far.
     """
 
     parameters: Tuple[Tensor, ...] = ()
+    batch: Tuple[int, ...] = ()
     stored = 0
     columns = 0
 
@@ -69,8 +81,12 @@ class Operand:
     def with_parameters(self, *parameters: Tensor) -> "Operand":
         return self
 
-    def with_gradient(self) -> "Operand":
-        """The operand in a form in which gradients of any order exist."""
+    def with_gradient(self, probe: Callable[[], Tensor]) -> "Operand":
+        """The operand in a form in which gradients of any order exist; probe(): a block of fixed numbers."""
+        return self
+
+    def mapped(self, size: int, in_dims: Sequence[Optional[int]]) -> "Operand":
+        """The operand of a batch of `size`, of whose parameters those with in_dims hold one for each member."""
         return self
 
     def apply(self, V: Tensor) -> Tensor:
@@ -108,6 +124,11 @@ class Operand:
 
     def diagonal(self) -> Optional[Tensor]:
         """The diagonal, real, (*, m); None where it is not known."""
+        return None
+
+    def row_squares(self, d: Tensor) -> Optional[Tensor]:
+        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None where
+        entries are not known."""
         return None
 
     def scaled(self, scale: Tensor) -> "Operand":
@@ -175,6 +196,10 @@ class _Matrix(Operand):
     def parameters(self) -> Tuple[Tensor, ...]:  # type: ignore[override]
         return (self.tensor,)
 
+    @property
+    def batch(self) -> Tuple[int, ...]:  # type: ignore[override]
+        return () if self.tensor is None else tuple(self.tensor.shape[:-2])
+
     def with_parameters(self, *parameters: Tensor) -> "_Matrix":
         same = copy.copy(self)
         (same.tensor,) = parameters
@@ -215,7 +240,8 @@ class Dense(_Matrix):
         if (
             not blocked
             or torch.is_grad_enabled()
-            or torch._C._are_functorch_transforms_active()
+            or in_transform()
+            or is_traced(A, V)
         ):
             return torch.matmul(A, V)
         rows, U = V.mT, V.new_empty((p, V.shape[-2]))
@@ -255,6 +281,11 @@ class Dense(_Matrix):
     def diagonal(self) -> Tensor:
         d = self.tensor.diagonal(dim1=-2, dim2=-1)
         return d.real if d.is_complex() else d
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        s = d.rsqrt()
+        M = self.tensor * (s.unsqueeze(-1) * s.unsqueeze(-2))
+        return torch.linalg.vector_norm(M, dim=-1).square()
 
     def _times(self, scale: Tensor) -> Tensor:
         return self.tensor * scale[..., None, None]
@@ -305,7 +336,7 @@ class Sparse(_Matrix):
             )
         self.made: Dict[str, Any] = {}  # shared by all copies with other parameters
 
-    def with_gradient(self) -> Operand:
+    def with_gradient(self, probe: Callable[[], Tensor]) -> Operand:
         """ValueError where a position (r, c) is stored without (c, r): the gradient has no place there."""
         M = self.tensor
         if not M.requires_grad:
@@ -419,6 +450,15 @@ class Sparse(_Matrix):
             .reshape(self.tensor.shape[:-2] + (m,))
         )
 
+    def row_squares(self, d: Tensor) -> Tensor:
+        squares = copy.copy(self)
+        M = self.rows
+        values = M.values().abs().to(torch.float64).square()
+        rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
+        squares.made = {"rows": rows}
+        d = d.unsqueeze(-1)
+        return (squares._multiply(1.0 / d) / d)[..., 0]
+
     def _times(self, scale: Tensor) -> Tensor:
         M, m = self.rows, self.tensor.shape[-1]
         if self.tensor.dim() == 2:
@@ -479,65 +519,6 @@ class Sparse(_Matrix):
             )
 
 
-class MatrixFree(Operand):
-    """A matrix known by its products: a callable on blocks (*, m, p), a constant to autograd."""
-
-    def __init__(
-        self,
-        name: str,
-        call: Callable[[Tensor], Tensor],
-        scale: Optional[Tensor] = None,
-    ) -> None:
-        super().__init__(name)
-        self.call, self.scale = call, scale
-        self._probe: Optional[Tensor] = None
-
-    def _multiply(self, V: Tensor) -> Tensor:
-        U = self.call(V)
-        name = self.name
-        if not isinstance(U, Tensor):
-            raise TypeError(
-                f"lobpcg: {name} returned {type(U).__name__}; a callable {name} must map a block (*, m, p) to a tensor "
-                "of the same shape"
-            )
-        if U.shape != V.shape or U.dtype != V.dtype or U.device != V.device:
-            raise ValueError(
-                f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.device} for a block of shape "
-                f"{tuple(V.shape)}, {V.dtype}, {V.device}; a callable must keep shape, dtype and device"
-            )
-        # Seen here a NaN has a name; later it would be a factorisation that fails.
-        if U.numel() > 0 and not bool(torch.isfinite(largest_entries(U)).all()):
-            raise ValueError(
-                f"lobpcg: {name} returned NaN or infinite values for a finite block; check the callable {name}"
-            )
-        return U if self.scale is None else U * self.scale[..., None, None]
-
-    def scaled(self, scale: Tensor) -> Operand:
-        if bool((scale == 1.0).all()):
-            return self
-        return MatrixFree(
-            self.name, self.call, scale if self.scale is None else self.scale * scale
-        )
-
-    def _probed(self, V: Tensor) -> Tensor:
-        """The product with the fixed block, made once."""
-        if self._probe is None:
-            self._probe = self.apply(V)
-        return self._probe
-
-    def largest(self, V: Tensor) -> Tensor:
-        return largest_entries(self._probed(V)).amax(-1).to(torch.float64)
-
-    def mean_square(self, V: Tensor) -> Tensor:
-        ratio = torch.linalg.vector_norm(
-            self._probed(V), dim=(-2, -1)
-        ) / torch.linalg.vector_norm(V, dim=(-2, -1))
-        return ratio.square()
-
-    def in_double(self) -> Operand:
-        return self
-
-
 def _adjoint(M: Tensor) -> Tensor:
     """M^H, not a conjugate that is only marked as such: that breaks forward mode under vmap."""
     return torch.conj_physical(M.mT) if M.is_complex() else M.mT
@@ -591,8 +572,8 @@ def hermitian_part(M: Any) -> Any:
 
 def _is_hermitian(M: Tensor) -> bool:
     """Whether dense M (*, m, m) equals M^H to the bit; by tiles, since the transpose as a whole would miss the cache
-    throughout.  False under a transform, where values cannot be looked at."""
-    if torch._C._are_functorch_transforms_active():
+    throughout.  False under a transform or a tracer, where values cannot be looked at."""
+    if in_transform() or is_traced(M):
         return False
     M = M.detach()
     m, tile = M.shape[-1], 512
@@ -631,12 +612,12 @@ class Pencil:
 
     @classmethod
     def of(cls, A: Any, B: Any, iK: Any, X: Optional[Tensor]) -> "Pencil":
-        like = next(T for T in (A, X, B) if isinstance(T, Tensor))
+        like, _ = arguments.model_of(A, X, B)
         batch = arguments.batch_shape(A=A, B=B, X=X, iK=iK)
         return cls(
-            operand(A, "A"),
-            operand(B, "B"),
-            None if iK is None else operand(iK, "iK"),
+            operand(A, "A", batch),
+            operand(B, "B", batch),
+            None if iK is None else operand(iK, "iK", batch),
             like,
             batch,
         )
@@ -679,14 +660,57 @@ class Pencil:
         same = self.of_operands(
             operands[0], operands[1], None if self.iK is None else operands[2]
         )
-        same.batch = arguments.batch_shape(
-            **{str(i): T for i, T in enumerate([*parameters, X])}
-        )
+        shapes = [M.batch for M in operands]
+        same.batch = broadcast(*shapes, () if X is None else X.shape[:-2])
         return same
+
+    def mapped(
+        self,
+        size: int,
+        in_dims: Sequence[Optional[int]],
+        parameters: Sequence[Any],
+        others: Sequence[Any],
+        dims_of_others: Sequence[Optional[int]],
+        trailing: Sequence[int],
+    ) -> Tuple["Pencil", List[Any], List[Any], int]:
+        """The pencil of a batch of `size`, its parameters and other tensors, with `trailing` dimensions that are not
+        batch; and the largest number of batch dimensions below the mapped one.
+
+        Matrices and other tensors get the mapped dimension as their first batch dimension; the parameters of a callable
+        have any shape and stay as they are: the callable is mapped itself.
+        """
+        dims = [tuple(own) for own in self.split(in_dims)]
+        values = self.split(parameters)
+        known = [isinstance(M, (_Matrix, Identity)) for M in self.operands]
+        matrices = [T for own, is_known in zip(values, known) if is_known for T in own]
+        depth = [d for own, is_known in zip(dims, known) if is_known for d in own]
+        moved, deepest = batched_first(
+            size,
+            (*dims_of_others, *depth),
+            (*others, *matrices),
+            (*trailing, *(2 for _ in matrices)),
+        )
+        rest = iter(moved[len(others) :])
+        found = [
+            next(rest) if is_known else T
+            for own, is_known in zip(values, known)
+            for T in own
+        ]
+        A, B, *iK = (
+            M if all(d is None for d in own) else M.mapped(size, own)
+            for M, own in zip(self.operands, dims)
+        )
+        pencil = self.of_operands(A, B, iK[0] if iK else None)
+        return pencil, found, moved[: len(others)], deepest
 
     def with_gradients(self) -> "Pencil":
         """The pencil in a form in which gradients of any order exist.  ValueError where they do not."""
-        return self.of_operands(self.A.with_gradient(), self.B.with_gradient(), self.iK)
+        A, B, iK = self.A, self.B, self.iK
+        A, B = (M.with_gradient(lambda: self.probe) for M in (A, B))
+        if iK is not None and in_transform():
+            # A constant, whose tensors a transform has wrapped all the same.
+            iK = iK.with_gradient(lambda: self.probe)
+        return self.of_operands(A, B, iK)
 
     def bare(self) -> "Pencil":
         """The pencil without its tensors, for an autograd Function to keep beside those that it saves."""
@@ -700,8 +724,8 @@ class Pencil:
     def checked(self) -> "Pencil":
         """The pencil near size one, its values checked; iK stays as it is.
 
-        Raises ValueError unless A, B and iK are finite, A and B Hermitian where they are sparse, and B positive
-        definite as far as that shows at once.  A callable is trusted.
+        Raises ValueError unless A, B and iK are finite, A and B Hermitian where they are sparse and linear where they
+        are callables, and B positive definite as far as that shows at once.
         """
         probe = self.probe
         same = self.of_operands(self.A, self.B, self.iK)

@@ -1,18 +1,29 @@
-"""Pairs: what a solve has found, with the pencil and the options that it was found for."""
+"""Pairs: what a solve has found, with the pencil and the options that it was found for, and the sizes to judge it by.
 
+All sizes are in units in which diag B = I, where an eigenvalue, a residual and the pencil can be compared with each
+other, however the unknowns are scaled:
+
+    |r_j| = |D^-1/2 (A x_j - E_j B x_j)|,  D = diag B, or of a callable B its root mean square
+    N_j   = max(|D^-1/2 A D^-1/2|, |E_j|) + |E_j| |D^-1/2 B D^-1/2|,  norms being the root mean square of the eigenvalues
+"""
+
+import math
 from dataclasses import dataclass
 from typing import Tuple
 
+import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.operand import Pencil
+from torch._lobpcg_impl.blocks import norms, safe_norms
+from torch._lobpcg_impl.operand import Operand, Pencil
 
 
 @dataclass(frozen=True)
 class Pairs:
     """k eigenpairs E (*, k), X (*, m, k), X^H B X = I, and more approximate ones T (*, p), Y (*, m, p).
 
-    residual, scale: (*, n), n >= k, of the k pairs, then of the others, as far as they are known.
+    residual: (*, n), |r_j| of the k pairs, then of others.  scale: (*, n), N_j, with a minus sign where a pair has
+    missed the tolerance.
     """
 
     pencil: Pencil
@@ -32,3 +43,67 @@ class Pairs:
     def all_known(self) -> bool:
         """Whether the further pairs are all of the rest."""
         return self.E.shape[-1] + self.T.shape[-1] == self.X.shape[-2]
+
+    @property
+    def size(self) -> Tensor:
+        """N, (*, k)."""
+        return self.scale[..., : self.E.shape[-1]].abs()
+
+    @property
+    def late(self) -> Tensor:
+        """(*, k): |r_j| / N_j of pairs that have missed the tolerance, 0 for the others."""
+        k = self.E.shape[-1]
+        residual, scale = self.residual[..., :k], self.scale[..., :k]
+        return torch.where(scale < 0, -residual / scale, torch.zeros_like(residual))
+
+    def constant(self) -> "Pairs":
+        """The same, of which autograd knows nothing."""
+        parameters = (T if T is None else T.detach() for T in self.pencil.parameters)
+        pencil = self.pencil.with_parameters(list(parameters))
+        return Pairs(pencil, self.options, *(T.detach() for T in self.tensors))
+
+
+def missed(pairs: Pairs) -> Tensor:
+    """(*, k): which pairs have missed the tolerance, by residual and scale as a solve returns them."""
+    k, m, tol = pairs.E.shape[-1], pairs.X.shape[-2], pairs.options.tol
+    residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
+    # No iteration gets below the rounding of its own residual, however small tol is.
+    reachable = max(tol, 16 * math.sqrt(m) * torch.finfo(residual.dtype).eps)
+    return residual > reachable * scale
+
+
+def pencil_size(pairs: Pairs) -> Tensor:
+    """N, (*, n).  Cost: of a generalised problem, products with two vectors."""
+    pencil, n = pairs.pencil, pairs.scale.shape[-1]
+    V, E = (torch.cat(both, -1)[..., :n] for both in ((pairs.X, pairs.Y), (pairs.E, pairs.T)))
+    if not pencil.generalized:
+        # |A| and |E_j| are in the scale that the solve has judged by.
+        length = norms(V)
+        return pairs.scale / torch.where(length > 0, length, torch.ones_like(length))
+    masses, E = root_of_masses(pencil), E.abs()
+    size_A, size_B = (_mean_size(M, pencil.probe, masses) for M in pencil.operands[:2])
+    return torch.maximum(size_A, E) + E * size_B
+
+
+def root_of_masses(pencil: Pencil) -> Tensor:
+    """D^1/2, (*, m, 1) or (*, 1, 1)."""
+    d = pencil.B.diagonal()
+    if d is None:
+        d = pencil.B.mean_square(pencil.probe).sqrt().unsqueeze(-1)
+    return d.sqrt().unsqueeze(-1).to(pencil.dtype.to_real())
+
+
+def _mean_size(M: Operand, probe: Tensor, masses: Tensor) -> Tensor:
+    """(*, 1): root mean square of the eigenvalues of D^-1/2 M D^-1/2, from its product with random vectors."""
+    image = M.product(probe / masses) / masses
+    return (safe_norms(image) / safe_norms(probe)).squeeze(-2).amax(-1, keepdim=True)
+
+
+def in_masses(pairs: Pairs, R: Tensor) -> Tensor:
+    """|r_j|, (*, n), for the 2-norms in pairs.residual, by what becomes of the residuals R (*, m, n)."""
+    length = safe_norms(R)
+    there = length > 0
+    factor = safe_norms(R / root_of_masses(pairs.pencil))
+    factor = factor / torch.where(there, length, torch.ones_like(length))
+    V = torch.cat([pairs.X, pairs.Y], -1)[..., : R.shape[-1]]
+    return pairs.residual * torch.where(there, factor, safe_norms(V)).squeeze(-2)

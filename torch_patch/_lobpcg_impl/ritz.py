@@ -1,6 +1,7 @@
 """Rayleigh-Ritz on the basis [X P W] as algebra on small matrices.
 
-Small matrices only, (*, q, q) with q <= 3 n: no function here sees a tall block. Vectors that are zero (a masked
+Small matrices only, (*, q, q) with q <= 3 n, in double precision: no function here sees a tall block; eps is the unit
+rounding of the blocks that the Gram matrices come from. Vectors that are zero (a masked
 direction, a lost rank of P) are coordinates that are not valid; they are sent beyond the end of the spectrum and never
 enter a result.
 """
@@ -117,7 +118,7 @@ def orthonormal_coordinates(
 ) -> Coordinates:
     """Coordinates that make S = [X P W] B-orthonormal, from gram_B = W^H B S (*, p, q); [X P] is so already.
 
-    By Cholesky where the host may look (one matrix on the CPU) and sees no loss, since that costs a third; else by
+    By Cholesky where the host may look (a single problem) and sees no loss, since that costs a third; else by
     eigenvalues, which drop dependent directions.
     """
     p, q = gram_B.shape[-2], gram_B.shape[-1]

@@ -1,33 +1,45 @@
-"""What the autograd Functions of lobpcg have in common: saving by name, vmap, autocast."""
+"""What the autograd Functions of lobpcg have in common: what is active around them, vmap, autocast."""
 
 import contextlib
 import functools
 import itertools
-from typing import Any, Callable, ContextManager, Dict, List, Sequence, Tuple
+from typing import Any, Callable, ContextManager, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def save(ctx: Any, **values: Any) -> None:
-    """Save tensors for backward and forward mode under their names, and everything else (callables, None) on ctx."""
-    ctx.names = [name for name, value in values.items() if isinstance(value, Tensor)]
-    tensors = [values[name] for name in ctx.names]
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.others = {
-        name: value for name, value in values.items() if not isinstance(value, Tensor)
-    }
-
-
-def saved(ctx: Any) -> Dict[str, Any]:
-    return {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors))}
-
-
 def in_transform() -> bool:
     """Whether torch.func or forward mode is at work, of which requires_grad and grad mode say nothing."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def may_be_differentiated(*operands: Any) -> bool:
+    """Whether autograd records, or a transform is active (which may be vmap alone)."""
+    recorded = torch.is_grad_enabled() and any(
+        isinstance(M, Tensor) and M.requires_grad for M in operands
+    )
+    return recorded or in_transform()
+
+
+def is_traced(*operands: Any) -> bool:
+    """Whether a call is recorded or has no values: a tracing mode, fake, functional or meta tensors."""
+    if torch._C._len_torch_dispatch_stack():
+        keys = torch._C._TorchDispatchModeKey
+        if any(
+            torch._C._get_dispatch_mode(key) is not None
+            for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+        ):
+            return True
+    for M in operands:
+        if not isinstance(M, Tensor):
+            continue
+        while torch._C._functorch.is_functorch_wrapped_tensor(M):
+            M = torch._C._functorch.get_unwrapped(M)
+        if M.is_meta or getattr(type(M), "_mode_key", None) is not None:
+            return True
+    return False
 
 
 def without_autocast(like: Tensor) -> ContextManager[Any]:

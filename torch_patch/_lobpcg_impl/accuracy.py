@@ -1,0 +1,143 @@
+"""How accurate a derivative of eigenpairs is: residuals over gaps, in the share that this loss has in them.
+
+The formulas take E and X as exact.  A residual r_j moves x_j by |r_j| / d_j, d_j the distance of E_j to the eigenvalues
+that were not wanted, and with it the terms of W that pair j enters: gE_j x_j, and Z_j by |R_j| |gX_j|, where
+|R_j| = |Z_j| / |(I - B X X^H) gX_j|.  Divided by the largest term that is a bound on the relative error.  It is 3 to 20
+times the error on ordinary problems, so a warning is given where a third of it is too much.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.blocks import norms
+from torch._lobpcg_impl.complement import report_cut_cluster
+from torch._lobpcg_impl.report import first, found, members
+
+
+def check_accuracy(
+    seen: Any, gaps: Any, options: Options, skew: Tensor, lost: Tensor
+) -> None:
+    """Report the pair, or the two, with the largest error, if it is large.  seen, gaps: of module gauge.
+
+    skew: (+, *, k, k), what is divided by the gaps; lost: what rounding and residuals change in that.
+    """
+    width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
+    share, total = _shares(seen, skew / width)
+    relative = lost / width / total.unsqueeze(-1)
+    _check_outside(seen, gaps, options, share, relative)
+    # More than half of the digits: 4e-7 in double precision, 1e-2 in single.
+    bad = relative > 30 * math.sqrt(torch.finfo(seen.E.dtype).eps)
+    if bool(bad.any()):
+        worst = torch.where(bad, relative, torch.zeros_like(relative))
+        i, j = first(worst == worst.max(), 2)
+        gap, size = (float(T[..., i, j].min()) for T in (gaps.gap, _pairwise(seen.size)))
+        where = members(bad[..., i, j], seen.E.dim() - 1)
+        found(
+            f"lobpcg: the loss distinguishes eigenpairs {i} and {j}, whose gap {gap:.1e} beside a pencil of size "
+            f"{size:.1e} is so small that the gradient has a relative error of about {float(worst.max()):.1e}{where}. "
+            "Tighten tol, or use a loss that treats the two alike.",
+            float(worst.max()),
+        )
+
+
+def _pairwise(a: Tensor) -> Tensor:
+    return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
+
+
+def _shares(seen: Any, C: Tensor) -> Any:
+    """(+, *, k): by what an error relative to x_j enters that of W = X (diag(gE) + C) - Z; and the size of W,
+    (+, *, 1)."""
+    x = norms(seen.X)
+    total = (norms(C) * x).amax(-1, keepdim=True)
+    weight = torch.zeros_like(x)
+    if seen.gE is not None:
+        weight = weight + seen.gE.abs() * x
+        total = torch.maximum(total, weight.amax(-1, keepdim=True))
+    if seen.Z is not None:
+        z, g = norms(seen.Z), norms(seen.gX)
+        there = seen.left > 0
+        left = torch.where(there, seen.left, torch.ones_like(g))
+        weight = weight + z * torch.where(there, g / left, 1.0).clamp(min=1.0)
+        total = torch.maximum(total, z.amax(-1, keepdim=True))
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    return weight / total, total
+
+
+def _check_outside(
+    seen: Any, gaps: Any, options: Options, share: Tensor, inside: Tensor
+) -> None:
+    """Pairs that missed the tolerance, are close to the rest of the spectrum, or are not the extreme ones."""
+    E, T, k = seen.E, seen.T, seen.E.shape[-1]
+    nearest = gaps.rest
+    if not T.shape[-1]:
+        # Nothing is known of the rest: the gaps inside stand for it.
+        equal = gaps.equal | torch.eye(k, dtype=torch.bool, device=E.device)
+        nearest = gaps.gap.masked_fill(equal, math.inf).amin(-2)
+    error = seen.residual / torch.where(nearest > 0, nearest, torch.ones_like(nearest))
+    error = torch.where(share > 0, error * share, torch.zeros_like(error))
+    late = (share > 0) & (seen.late > 0)
+    if bool(late.any()):
+        return _report_late(seen, options, late, torch.maximum(error, inside.amax(-2)))
+    if not T.shape[-1]:
+        return
+    # The bound on a warning: 1e-2 in single precision, 1e-3 in double, of which a third of the estimate may exceed.
+    most = 3e-2 if E.dtype == torch.float32 else 3e-3
+    cut = (share > 0) & (nearest <= gaps.rounding)
+    bad = error > most
+    if bool(cut.any()):
+        report_cut_cluster(cut, nearest, k, E.dim() - 1)
+    elif bool(bad.any()):
+        _report_near(seen, nearest, bad, error)
+    accuracy = (seen.residual + gaps.rounding).unsqueeze(-1)
+    missed = (T.unsqueeze(-2) - E.unsqueeze(-1)) * options.sign < -accuracy
+    if bool(missed.any()):
+        _report_missed(seen, options, missed)
+
+
+def _report_late(seen: Any, options: Options, late: Tensor, error: Tensor) -> None:
+    late, relative, error = torch.broadcast_tensors(late, seen.late, error)
+    worst = float(relative[late].max())
+    estimate = float(error[late].max())
+    where = members(late.any(-1), seen.E.dim() - 1)
+    found(
+        f"lobpcg: gradient of eigenpairs that have not converged{where}: relative residual {worst:.1e} where "
+        f"tol={options.tol:.1e} was asked for; estimated relative error of the gradient (residual over gap) "
+        f"{estimate:.1e}. Raise niter or n, pass a preconditioner iK, or loosen tol if that is accurate enough.",
+        math.inf,
+    )
+
+
+def _report_near(seen: Any, nearest: Tensor, bad: Tensor, error: Tensor) -> None:
+    k = seen.E.shape[-1]
+    worst = torch.where(bad, error, torch.zeros_like(error))
+    at = worst == worst.max()
+    (j,) = first(at, 1)
+    gap, r, size = (
+        float(V.expand_as(at)[at][0]) for V in (nearest, seen.residual, seen.size)
+    )
+    estimate = float(worst.max())
+    found(
+        f"lobpcg: the gradient has an estimated relative error of {estimate:.1e} (residual over gap): eigenvalue {j} of "
+        f"the k={k} asked for is at a distance of {gap:.1e} from those that were not, beside a residual of {r:.1e} and "
+        f"a pencil of size {size:.1e}{members(bad.any(-1), seen.E.dim() - 1)}. Raise k until the cluster is complete, "
+        "tighten tol, or use a loss that does not depend on this pair.",
+        estimate,
+    )
+
+
+def _report_missed(seen: Any, options: Options, missed: Tensor) -> None:
+    distance = (seen.T.unsqueeze(-2) - seen.E.unsqueeze(-1)).abs()
+    at = missed & (distance == distance[missed].max())
+    value, width = float(seen.T.unsqueeze(-2).expand_as(at)[at][0]), distance[at][0]
+    j = first(at, 2)[0]
+    which = "largest" if options.largest else "smallest"
+    where = members(missed.any(-1).any(-1), seen.E.dim() - 1)
+    found(
+        f"lobpcg: an eigenvalue near {value:.6g} was missed{where}, at a distance of {width:.1e} from eigenvalue {j}, so "
+        f"the pairs are not the k={seen.E.shape[-1]} {which} ones, and the gradient is that of the pairs returned. Tighten tol, raise n, or "
+        "pass another start block X.",
+        1.0,
+    )
