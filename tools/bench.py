@@ -2,6 +2,7 @@
 """Measure torch.lobpcg beside its peers: times, residuals, gradient errors, memory, and which bars are met.
 
 usage: python3 tools/bench.py [--case GLOB ...] [--peer GLOB ...] [--output DIR] [options]
+       python3 tools/bench.py --publish DIR
        python3 tools/bench.py --list
 
 Prints the table, and with --output writes bench.json, bench.md and the picture bench.svg into DIR; what was measured
@@ -25,6 +26,7 @@ from benchmark.process import Options, Row
 
 
 ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "tools" / "benchmark" / "times.svg"
 
 
 def measure_case(name: str, peers: list[str], options: Options, say: Callable) -> tuple[dict, dict]:
@@ -116,6 +118,13 @@ def write(report: dict, folder: Path) -> None:
     (folder / "bench.svg").write_text(draw(report), encoding="utf-8")
 
 
+def publish(report: dict) -> None:
+    """The table of README.md, and the picture beside it."""
+    readme = ROOT / "README.md"
+    readme.write_text(reports.publish(report, readme.read_text(encoding="utf-8")), encoding="utf-8")
+    PICTURE.write_text(draw(report), encoding="utf-8")
+
+
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", default=[], metavar="GLOB", help="cases to run (default: all)")
@@ -137,6 +146,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=60, help="seconds a row may take for its turns (%(default)s)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a run (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write bench.json, .md and .svg there")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DIR", help="write README.md's table and picture from DIR, without measuring"
+    )
     return parser.parse_args(argv)
 
 
@@ -149,6 +161,9 @@ def main(argv: list[str]) -> int:
     options = arguments(argv)
     if options.list:
         print(reports.listing())
+        return 0
+    if options.publish:
+        publish(json.loads((options.publish / "bench.json").read_text(encoding="utf-8")))
         return 0
     try:
         chosen = select(options.case, options.peer, bool(options.beside))

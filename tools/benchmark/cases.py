@@ -83,7 +83,7 @@ class Case:
     title: str
     problem: dict
     k: int
-    peers: tuple
+    peers: tuple = ("patched",)
     group: str = "check"
     more: tuple = ()  # peers that run only when named: slow, or without a bar
     bars: tuple = ()
@@ -154,11 +154,9 @@ def _graph_and_element_cases() -> list[Case]:
     slow = {"more": ("scipy", "eigsh"), "niter": _UNTIL, **_CSR}
     peers = ("patched", "shift-invert", "primme")
     cases = [
-        Case("graph-geometric", "random geometric graph, m near 20 000, k = 10", _graph("geometric"), 10,
-             peers, "graph", **slow),
-        Case("graph-blobs", "ten blobs, nearly disconnected, m near 20 000, k = 10", _graph("blobs"), 10,
-             peers, "graph", **slow),
-    ]  # fmt: skip
+        Case(f"graph-{shape}", f"{title}, m near 20 000, k = 10", _graph(shape), 10, peers, "graph", **slow)
+        for shape, title in (("geometric", "random geometric graph"), ("blobs", "ten blobs, nearly disconnected"))
+    ]
     for dimension, m, iK in ((1, 10000, "lu"), (2, 10000, ""), (2, 10000, "amg"), (2, 10000, "lu")):
         name = f"elements-{dimension}d" + (f"-{iK}" if iK else "")
         title = f"P1 elements in {dimension}-D, K and M, m near {m}, k = 10" + {"amg": ", pyamg", "lu": ", LU of K as iK"}.get(iK, "")

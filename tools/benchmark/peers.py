@@ -107,20 +107,48 @@ class Patched(Peer):
 
     @contextlib.contextmanager
     def _counting(self, A):
-        """Read the worker's own counters when its run ends; a dense solve has no worker and counts nothing."""
-        original = self.worker.run
+        """Iterations when a worker's run ends; columns as the operands count them. A dense solve counts neither."""
+        original, operands, columns = self.worker.run, _operands(), _Columns(self.counts)
 
         def run(worker):
             original(worker)
-            # the first version kept its operands on the worker itself
-            operand = worker.pencil.A if hasattr(worker, "pencil") else worker.op_A
-            self.counts |= {"iterations": worker.ivars["istep"], "columns": operand.columns}
+            self.counts["iterations"] = worker.ivars["istep"]
 
-        self.worker.run = run
+        before = operands.__dict__.get("columns")
+        self.worker.run, operands.columns = run, columns
         try:
             yield
         finally:
             self.worker.run = original
+            if before is None:
+                del operands.columns
+            else:
+                operands.columns = before
+
+
+class _Columns:
+    """The counter `columns` of an operand, whose increments go into `counts` too where the operand is A."""
+
+    def __init__(self, counts):
+        self.counts = counts
+
+    def __get__(self, operand, owner):
+        return operand.__dict__.get("columns", 0)
+
+    def __set__(self, operand, value):
+        if operand.name == "A":
+            more = value - operand.__dict__.get("columns", 0)
+            self.counts["columns"] = self.counts.get("columns", 0) + more
+        operand.__dict__["columns"] = value
+
+
+def _operands():
+    """The class through which torch.lobpcg multiplies; its first version had it elsewhere."""
+    try:
+        from torch._lobpcg_impl.operand import Operand
+    except ModuleNotFoundError:
+        from torch._lobpcg_operator import Operator as Operand
+    return Operand
 
 
 class Upstream(Patched):

@@ -11,6 +11,16 @@ from benchmark.cases import Bar, CASES, GROUPS, METRICS, PEERS, STUDIES, Study
 
 # the peers of the overview
 OVERVIEW = ("beside", "upstream", "eigh", "evr", "scipy", "eigsh", "shift-invert", "primme")
+# the cases and the peers in the README
+PUBLISHED = (
+    "laplacian-50x50-k4", "laplacian-100x100-k4", "laplacian-100x100-k20", "laplacian-100x100-k100", "laplacian-400x400-k4",
+    "laplacian-100x100-k20-amg", "laplacian-400x400-k4-amg", "laplacian-50x50x50-k10-amg",
+    "graph-geometric", "graph-blobs", "elements-2d", "elements-2d-amg",
+    "goe-500-k5", "goe-1000-k5", "goe-2000-k5", "goe-2000-k50", "generalized-500",
+    "batch-1000x16", "batch-64x200", "batch-16x600", "small-10", "small-100", "small-100-grad",
+    "truncated-k64-niter5", "truncated-k256-niter20", "grad-dense-500", "grad-dense-2000", "grad-100x101", "grad-100x101-amg",
+)  # fmt: skip
+PUBLISHED_PEERS = ("upstream", "eigh", "evr", "scipy", "eigsh", "shift-invert", "primme")
 # residuals of peers that stopped by the same request differ by less than the last iteration gains
 LARGER = 1.05
 
@@ -139,7 +149,7 @@ def studies(results: dict) -> list[dict]:
 # --- Markdown
 
 
-def overview(results: dict) -> str:
+def overview(results: dict, peers: tuple = OVERVIEW) -> str:
     """One line a case: the time of torch.lobpcg, and over those of the peers. Less than 1: torch.lobpcg is faster."""
     lines = []
     for name, rows in sorted(results.items(), key=lambda item: list(GROUPS).index(CASES[item[0]].group)):
@@ -147,14 +157,14 @@ def overview(results: dict) -> str:
         if CASES[name].kind != "time":
             continue
         cells = []
-        for peer in OVERVIEW:
+        for peer in peers:
             row = rows.get(peer, {})
-            mark = "" if right(row, name) else " (missed pairs)" if row.get("missed") else " (residual)"
+            mark = "" if right(row, name) else " missed" if row.get("missed") else " (residual)"
             ratio = ours["seconds"] / row["seconds"] if row.get("seconds") and ours.get("seconds") else None
             cells.append("" if ratio is None else number(ratio) + mark)
         title = f"{GROUPS[CASES[name].group]}: {CASES[name].title}"
         lines.append([f"`{name}`", title, number(ours.get("seconds")), number(best[1]) if best else "", *cells])
-    return table(["`--case`", "problem", "seconds", "over the best peer", *OVERVIEW], lines)
+    return table(["`--case`", "problem", "seconds", "over the best peer", *peers], lines)
 
 
 def number(value: float | None) -> str:
@@ -216,6 +226,17 @@ def case_table(name: str, rows: dict, reference: str = "patched") -> str:
         remarks += row["notes"]
         lines.append([peer, number(ratio), *(number(row.get(m)) for m in columns.values()), "; ".join(remarks)])
     return table(["peer", f"time / {reference}", *columns, "remarks"], lines)
+
+
+def publish(report: dict, readme: str) -> str:
+    """The README with the table of times of this report between its marks."""
+    start, end = "<!-- times -->\n", "<!-- /times -->"
+    before, rest = readme.split(start)
+    after = rest.split(end)[1]
+    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items() if name != "python")
+    conditions = f"{report['threads']} thread, {report['clock']} time, medians; {versions}."
+    table = overview({name: report["results"][name] for name in PUBLISHED if name in report["results"]}, PUBLISHED_PEERS)
+    return f"{before}{start}{conditions}\n\n{table}\n{end}{after}"
 
 
 def markdown(report: dict) -> str:
