@@ -211,7 +211,8 @@ def _lobpcg(
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
     pencil = Pencil.of(hermitian_part(A), hermitian_part(B), iK, X).with_gradients()
     differentiated = may_be_differentiated(*pencil.parameters)
-    options = dataclasses.replace(options, differentiated=differentiated)
+    if differentiated:
+        options = dataclasses.replace(options, differentiated=True)
     arguments = (pencil.bare(), options, X, *pencil.parameters)
     if traced:
         tensors, held = hold_pencil(*arguments)

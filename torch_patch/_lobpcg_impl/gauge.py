@@ -14,7 +14,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.accuracy import check_accuracy
+from torch._lobpcg_impl.accuracy import check_accuracy, is_clear
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
 from torch._lobpcg_impl.report import first, found, members, warn
@@ -56,9 +56,9 @@ def pair_factors(
     reports where it exists only in part or is inaccurate.
     """
     E = seen.E
-    constants = (T if T is None else T.detach() for T in seen)
+    G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
     setting = _Setting(options, eps, forward_mode)
-    mask = _PairMask.apply(setting, *constants)
+    mask = _PairMask.apply(setting, *seen._replace(E=E.detach(), G=G, gE=gE))
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
     return F, setting.clustered
@@ -266,6 +266,8 @@ def _gaps(seen: Seen, setting: _Setting) -> Gaps:
 def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
     """See the top of the module; reports on the way."""
     E, G, gE, gX = seen.E, seen.G, seen.gE, seen.gX
+    if not setting.forward_mode and is_clear(seen, setting.eps):
+        return ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
     eps, m = torch.finfo(E.dtype).eps, seen.X.shape[-2]
     gaps = _gaps(seen, setting)
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)

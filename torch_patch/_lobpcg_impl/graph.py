@@ -11,6 +11,7 @@ Each operator is the forward of one autograd Function, and the Function has its 
     a graph that runs   the operator -> Function.apply -> forward
 """
 
+import inspect
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
@@ -77,6 +78,8 @@ def in_graphs(
             )
             return made if len(made) > 1 else made[0]
 
+        # An apply asks for the signature of forward; kept here, it is not made anew each time.
+        forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         function.forward = staticmethod(forward)  # type: ignore[method-assign]
         # At the first of these keys no level of torch.func has been taken yet: the Function takes them all.
         kernels = dict.fromkeys(("FuncTorchDynamicLayerFrontMode", "Autograd"), apply)

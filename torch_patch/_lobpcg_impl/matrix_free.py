@@ -12,7 +12,6 @@ substitution   Inside torch.func the parameters that a formula sees are other ob
 """
 
 import contextlib
-import copy
 import functools
 import warnings
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -20,10 +19,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.blocks import gram, largest_entries
-from torch._lobpcg_impl.operand import Operand
+from torch._lobpcg_impl.operand import Operand, Probe
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     in_transform,
+    twin,
     without_autocast,
 )
 from torch.autograd import forward_ad, Function
@@ -57,11 +57,11 @@ class MatrixFree(Operand):
         return self.values
 
     def with_parameters(self, *parameters: Tensor) -> "MatrixFree":
-        same = copy.copy(self)
+        same = twin(self)
         same.values = parameters
         return same
 
-    def with_gradient(self, probe: Callable[[], Tensor]) -> Operand:
+    def with_gradient(self, probe: Probe) -> Operand:
         """The operand with its parameters, found by one product; nothing is done where nothing is differentiated."""
         transform = in_transform()
         if not transform and not torch.is_grad_enabled():
@@ -73,7 +73,7 @@ class MatrixFree(Operand):
             with seen:
                 U = self.function((), V)
         self._check_block(U, V)
-        same = copy.copy(self)
+        same = twin(self)
         if transform:
             # Values cannot be looked at here: `_probed` checks them below the transforms.
             found = list(seen.found.values())
@@ -88,7 +88,7 @@ class MatrixFree(Operand):
 
     def mapped(self, size: int, in_dims: Sequence[Optional[int]]) -> "MatrixFree":
         """The operand of a batch of `size`, whose parameters have the batch dimensions in_dims, or None."""
-        same = copy.copy(self)
+        same = twin(self)
         same.function, same.batch = (
             _Mapped(self.function, tuple(in_dims)),
             (size, *self.batch),
@@ -227,20 +227,20 @@ class MatrixFree(Operand):
     def scaled(self, scale: Tensor) -> Operand:
         if bool((scale == 1.0).all()):
             return self
-        same = copy.copy(self)
+        same = twin(self)
         same.scale = scale if self.scale is None else self.scale * scale
         if self._probe is not None:
             V, U = self._probe
             same._probe = V, U * scale[..., None, None]
         return same
 
-    def _probed(self, V: Tensor) -> Tuple[Tensor, Tensor]:
+    def _probed(self, probe: Probe) -> Tuple[Tensor, Tensor]:
         """A block of three fixed vectors, the last made of the others, and its product, made once.
 
         Where the parameters are substituted this is the check that none was missed: see `_check_reached`.
         """
         if self._probe is None:
-            V = _three(V)
+            V = _three(probe())
             before = V.clone()
             if not self.function.as_it_is:
                 self._check_reached(V)
@@ -249,11 +249,11 @@ class MatrixFree(Operand):
             self._probe = V, U
         return self._probe
 
-    def largest(self, V: Tensor) -> Tensor:
-        return largest_entries(self._probed(V)[1]).amax(-1).to(torch.float64)
+    def largest(self, probe: Probe) -> Tensor:
+        return largest_entries(self._probed(probe)[1]).amax(-1).to(torch.float64)
 
-    def mean_square(self, V: Tensor) -> Tensor:
-        V, U = self._probed(V)
+    def mean_square(self, probe: Probe) -> Tensor:
+        V, U = self._probed(probe)
         length = torch.linalg.vector_norm(V, dim=(-2, -1))
         return (torch.linalg.vector_norm(U, dim=(-2, -1)) / length).square()
 
@@ -263,7 +263,7 @@ class MatrixFree(Operand):
     def member(self, position: Tuple[int, ...]) -> Operand:
         if not self.batch:
             return self
-        same = copy.copy(self)
+        same = twin(self)
         same.function, same.batch = _Member(self.function, self.batch, position), ()
         same.scale = (
             None if self.scale is None else self.scale.expand(self.batch)[position]
@@ -271,7 +271,7 @@ class MatrixFree(Operand):
         same._probe = None
         return same
 
-    def check_hermitian(self, V: Tensor) -> None:
+    def check_hermitian(self, probe: Probe) -> None:
         """ValueError where the callable is not linear, a warning where it is not Hermitian, by the products with fixed
         u, v and u + v (complex: u + i v).
 
@@ -279,9 +279,9 @@ class MatrixFree(Operand):
         several steps.  A deviation up to sqrt(eps), the default tolerance of the pairs, may be that of a product which
         is itself the result of an iteration: a warning, too.
         """
-        V, U = self._probed(V)
+        V, U = self._probed(probe)
         eps, name = torch.finfo(V.dtype).eps, self.name
-        rms = self.mean_square(V).sqrt().to(V.dtype.to_real())
+        rms = self.mean_square(probe).sqrt().to(V.dtype.to_real())
         limit = 64.0 * eps * V.shape[-2] * rms
         u, v, both = U.unbind(-1)
         apart = (u + (1j * v if V.is_complex() else v) - both).abs().amax(-1)

@@ -9,7 +9,6 @@ converted once for products stays with it.
 To add a kind of operand, write a subclass and name it in `operand`.
 """
 
-import copy
 import itertools
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -17,7 +16,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl import arguments
-from torch._lobpcg_impl.blocks import fixed_block, gram, largest_entries, safe_scale
+from torch._lobpcg_impl.blocks import (
+    all_finite,
+    fixed_block,
+    gram,
+    largest_entries,
+    safe_scale,
+    UNSCALED,
+)
 from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
 from torch._lobpcg_impl.sparse import (
     block_diagonal,
@@ -39,6 +45,7 @@ from torch._lobpcg_impl.transforms import (
     in_transform,
     is_traced,
     sum_to,
+    twin,
 )
 
 
@@ -47,6 +54,10 @@ _ROWS_AT_A_TIME = 256
 # Cholesky (m^3 / 3) costs as much as a few dozen iterations; above this order the iteration is left to meet a
 # direction along which B is negative.
 _CHOLESKY_CHECK_BELOW = 4097
+
+
+# A function that makes a block (*, m, 2) of fixed numbers, or returns the one it made before.
+Probe = Callable[[], Tensor]
 
 
 def operand(M: Any, name: str, batch: Sequence[int] = ()) -> "Operand":
@@ -81,7 +92,7 @@ class Operand:
     def with_parameters(self, *parameters: Tensor) -> "Operand":
         return self
 
-    def with_gradient(self, probe: Callable[[], Tensor]) -> "Operand":
+    def with_gradient(self, probe: Probe) -> "Operand":
         """The operand in a form in which gradients of any order exist; probe(): a block of fixed numbers."""
         return self
 
@@ -111,14 +122,14 @@ class Operand:
         parts; differentiable."""
         return torch.zeros_like(V)
 
-    def largest(self, V: Tensor) -> Tensor:
+    def largest(self, probe: Probe) -> Tensor:
         """The size of the largest entry of each matrix, NaN or infinite if any entry is: (*) or ().
 
-        V, here and below: a block (*, m, 2) of fixed numbers, from whose product an operand without entries knows.
+        probe(), here and below: a block (*, m, 2) of fixed numbers, from whose product an operand without entries knows.
         """
         raise NotImplementedError
 
-    def mean_square(self, V: Tensor) -> Tensor:
+    def mean_square(self, probe: Probe) -> Tensor:
         """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
         raise NotImplementedError
 
@@ -146,17 +157,17 @@ class Operand:
         """The operand of one matrix of the batch; a batch dimension of size 1, or none, serves all positions."""
         return self
 
-    def check_finite(self, V: Tensor) -> Tensor:
-        """largest(V); ValueError where it is not finite."""
-        largest = self.largest(V)
-        if not bool(torch.isfinite(largest).all()):
+    def check_finite(self, probe: Probe) -> Tensor:
+        """largest(); ValueError where it is not finite."""
+        largest = self.largest(probe)
+        if not all_finite(largest):
             raise ValueError(
                 f"lobpcg: {self.name} has NaN or infinite entries; every entry must be finite: check what produced "
                 f"{self.name}"
             )
         return largest
 
-    def check_hermitian(self, V: Tensor) -> None:
+    def check_hermitian(self, probe: Probe) -> None:
         """ValueError where the matrix is seen not to be Hermitian."""
 
     def check_positive(self) -> None:
@@ -172,10 +183,10 @@ class Identity(Operand):
     def product(self, V: Tensor) -> Tensor:
         return V
 
-    def mean_square(self, V: Tensor) -> Tensor:
+    def mean_square(self, probe: Probe) -> Tensor:
         return torch.ones([], dtype=torch.float64)
 
-    def largest(self, V: Tensor) -> Tensor:
+    def largest(self, probe: Probe) -> Tensor:
         return torch.ones([], dtype=torch.float64)
 
     def scaled(self, scale: Tensor) -> Operand:
@@ -201,7 +212,7 @@ class _Matrix(Operand):
         return () if self.tensor is None else tuple(self.tensor.shape[:-2])
 
     def with_parameters(self, *parameters: Tensor) -> "_Matrix":
-        same = copy.copy(self)
+        same = twin(self)
         (same.tensor,) = parameters
         return same
 
@@ -265,14 +276,14 @@ class Dense(_Matrix):
             else (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
         )
 
-    def largest(self, V: Tensor) -> Tensor:
+    def largest(self, probe: Probe) -> Tensor:
         if self.tensor.shape[-1] == 0:
             return self.tensor.new_zeros(self.tensor.shape[:-2], dtype=torch.float64)
         return largest_entries(self.tensor.flatten(-2).unsqueeze(-1))[..., 0].to(
             torch.float64
         )
 
-    def mean_square(self, V: Tensor) -> Tensor:
+    def mean_square(self, probe: Probe) -> Tensor:
         return (
             torch.linalg.vector_norm(self.tensor, dim=(-2, -1)).square()
             / self.tensor.shape[-1]
@@ -336,7 +347,7 @@ class Sparse(_Matrix):
             )
         self.made: Dict[str, Any] = {}  # shared by all copies with other parameters
 
-    def with_gradient(self, probe: Callable[[], Tensor]) -> Operand:
+    def with_gradient(self, probe: Probe) -> Operand:
         """ValueError where a position (r, c) is stored without (c, r): the gradient has no place there."""
         M = self.tensor
         if not M.requires_grad:
@@ -420,7 +431,7 @@ class Sparse(_Matrix):
             .reshape(batch)
         )
 
-    def largest(self, V: Tensor) -> Tensor:
+    def largest(self, probe: Probe) -> Tensor:
         values = self.rows.values().abs().to(torch.float64)
         batch = self.tensor.shape[:-2]
         if not batch:
@@ -432,7 +443,7 @@ class Sparse(_Matrix):
             .reshape(batch)
         )
 
-    def mean_square(self, V: Tensor) -> Tensor:
+    def mean_square(self, probe: Probe) -> Tensor:
         values, m = self.rows.values(), max(1, self.tensor.shape[-1])
         if self.tensor.dim() == 2:
             return torch.linalg.vector_norm(values).square() / m
@@ -451,7 +462,7 @@ class Sparse(_Matrix):
         )
 
     def row_squares(self, d: Tensor) -> Tensor:
-        squares = copy.copy(self)
+        squares = twin(self)
         M = self.rows
         values = M.values().abs().to(torch.float64).square()
         rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
@@ -489,20 +500,19 @@ class Sparse(_Matrix):
             ),
         )
 
-    def check_hermitian(self, V: Tensor) -> None:
+    def check_hermitian(self, probe: Probe) -> None:
         """By |u^H M v - conj(v^H M u)| for fixed random u, v: a single unequal pair of entries shows with probability
         one, at the cost of one product with two columns.
 
         The rounding error of the two forms is at most 2 m eps ||M||_F / sqrt(m) |u| |v|, and sqrt(m) times smaller as a
         rule.
         """
-        forms = gram(
-            V, self._multiply(V)
-        )  # (*, 2, 2): entry (i, j) is u_i . M u_j, for real u
+        V = probe()
+        # (*, 2, 2): entry (i, j) is u_i . M u_j, for real u
+        forms = gram(V, self._multiply(V))
         skew = (forms - forms.mH).abs().amax((-2, -1))
-        limit = (
-            8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * self.mean_square(V).sqrt()
-        )
+        size = self.mean_square(probe).sqrt()
+        limit = 8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * size
         if bool((skew > limit).any()):
             name = self.name
             raise ValueError(
@@ -607,7 +617,7 @@ class Pencil:
             like.device,
             batch,
         )
-        self.scale_A = self.scale_B = torch.ones([], dtype=torch.float64)
+        self.scale_A = self.scale_B = UNSCALED
         self.rescaled = False
 
     @classmethod
@@ -642,7 +652,6 @@ class Pencil:
             tuple(itertools.islice(given, len(M.parameters))) for M in self.operands
         ]
 
-    @property
     def probe(self) -> Tensor:
         """Two fixed vectors, (*, m, 2), of which no start block has one."""
         return fixed_block(self.m, 2, 1 << 20, self.empty()).expand(
@@ -706,10 +715,10 @@ class Pencil:
     def with_gradients(self) -> "Pencil":
         """The pencil in a form in which gradients of any order exist.  ValueError where they do not."""
         A, B, iK = self.A, self.B, self.iK
-        A, B = (M.with_gradient(lambda: self.probe) for M in (A, B))
+        A, B = (M.with_gradient(self.probe) for M in (A, B))
         if iK is not None and in_transform():
             # A constant, whose tensors a transform has wrapped all the same.
-            iK = iK.with_gradient(lambda: self.probe)
+            iK = iK.with_gradient(self.probe)
         return self.of_operands(A, B, iK)
 
     def bare(self) -> "Pencil":
@@ -717,7 +726,7 @@ class Pencil:
         return self.with_parameters([None] * len(self.parameters))
 
     def of_operands(self, A: Operand, B: Operand, iK: Optional[Operand]) -> "Pencil":
-        same = copy.copy(self)
+        same = twin(self)
         same.A, same.B, same.iK = A, B, iK
         return same
 
@@ -727,18 +736,21 @@ class Pencil:
         Raises ValueError unless A, B and iK are finite, A and B Hermitian where they are sparse and linear where they
         are callables, and B positive definite as far as that shows at once.
         """
-        probe = self.probe
         same = self.of_operands(self.A, self.B, self.iK)
-        same.scale_A = safe_scale(self.A.check_finite(probe), self.dtype)
-        same.scale_B = safe_scale(self.B.check_finite(probe), self.dtype)
-        same.A, same.B = self.A.scaled(same.scale_A), self.B.scaled(same.scale_B)
+        same.A, same.scale_A = self._near_one(self.A)
+        if self.generalized:
+            same.B, same.scale_B = self._near_one(self.B)
         same.rescaled = same.A is not self.A or same.B is not self.B
         for M in (same.A, same.B):
-            M.check_hermitian(probe)
+            M.check_hermitian(self.probe)
         same.B.check_positive()
         if isinstance(self.iK, _Matrix):  # the products of a callable are checked, each
-            self.iK.check_finite(probe)
+            self.iK.check_finite(self.probe)
         return same
+
+    def _near_one(self, M: Operand) -> Tuple[Operand, Tensor]:
+        scale = safe_scale(M.check_finite(self.probe), self.dtype)
+        return (M if scale is UNSCALED else M.scaled(scale)), scale
 
     def member(self, position: Tuple[int, ...]) -> "Pencil":
         """The pencil of one matrix of the batch."""

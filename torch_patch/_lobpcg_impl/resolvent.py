@@ -86,7 +86,9 @@ class ReducedResolvent(Function):
         residual: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        tol = system_tolerance(E, X, T, residual[..., : E.shape[-1]], options.tol)
+        k, tol = E.shape[-1], options.tol
+        if k + T.shape[-1] < X.shape[-2]:
+            tol = system_tolerance(E, X, T, residual[..., :k], tol)
         with without_autocast(X):
             return solve_on_complement(
                 pencil.with_parameters(parameters),

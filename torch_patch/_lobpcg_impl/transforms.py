@@ -45,7 +45,10 @@ def is_traced(*operands: Any) -> bool:
 def without_autocast(like: Tensor) -> ContextManager[Any]:
     """Products inside run in the dtype of the input: an autocast half-precision product would lose the derivative."""
     device = like.device.type
-    if not torch.amp.is_autocast_available(device):  # meta tensors, for one
+    # Of some devices, meta tensors for one, autocast knows nothing.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(
+        device
+    ):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
 
@@ -58,6 +61,13 @@ def broadcast(*shapes: Sequence[int]) -> List[int]:
     ):
         out.append(next((size for size in sizes if size != 1), 1))
     return out[::-1]
+
+
+def twin(thing: Any) -> Any:
+    """A shallow copy; copy.copy asks the class how, which takes several times as long."""
+    same = object.__new__(type(thing))
+    same.__dict__.update(thing.__dict__)
+    return same
 
 
 def sum_to(g: Tensor, shape: Sequence[int]) -> Tensor:
