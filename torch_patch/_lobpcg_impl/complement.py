@@ -86,7 +86,11 @@ def solve_on_complement(
     "probe" they are divided by that rounding.  A probe and a "step" of Newton's report nothing.
     """
     eps = torch.finfo(E.dtype).eps
-    if eps > 1e-10 and is_small_and_dense(pencil):
+    m, k = X.shape[-2:]
+    small = is_small_and_dense(pencil)
+    if further is not None and further[0].shape[-1] == m - k and pencil.is_known():
+        small = small or m < _SMALL_BELOW  # a dense solve, of sparse matrices
+    if eps > 1e-10 and small:
         z = _solve_in_double(pencil, X, b, largest, tol, use)
     else:
         z = _solve(pencil, E, X, b, largest, tol, further, use, eps)
