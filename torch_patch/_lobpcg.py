@@ -17,8 +17,7 @@ from torch._lobpcg_impl.graph import (
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
-from torch._lobpcg_impl.report import members, warn
-from torch._lobpcg_impl.solver import solve
+from torch._lobpcg_impl.solver import solve, warn_unconverged
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     refuse_nested_forward_mode,
@@ -297,7 +296,7 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     """
     k = options.k
     found = solve(pencil, X, options)
-    _warn_unconverged(found.residual[..., :k], found.scale[..., :k], options)
+    warn_unconverged(found, pencil, options)
     last = found.E.shape[-1] if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
     pairs = corrected(
@@ -320,22 +319,6 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         for T in pairs.tensors
     )
     return Pairs(pencil, options, *copies)
-
-
-def _warn_unconverged(residual: Tensor, scale: Tensor, options: Options) -> None:
-    """One warning if a wanted pair has not converged."""
-    if residual.numel() == 0:
-        return
-    missed = residual > options.tol * scale
-    if bool(missed.any()):
-        rerr = (residual / torch.where(scale > 0, scale, torch.ones_like(scale))).max()
-        where = members(missed.any(-1), missed.dim() - 1)
-        warn(
-            f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged{where}: relative residual "
-            f"{float(rerr)}, tolerance {options.tol}, niter={options.niter}; raise niter or tol, pass a larger n or a "
-            "preconditioner iK",
-            UserWarning,
-        )
 
 
 define_operators(lobpcg, _find_pairs, LOBPCGAutogradFunction)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 
+# Fewer iterations than these ask for a truncated solve.
+FEW_ITERATIONS = 200
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -82,6 +84,16 @@ def options_of(
             raise TypeError(
                 f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)"
             )
+    if isinstance(k, Tensor) and k.dim() > 0:
+        raise TypeError(
+            f"lobpcg: k is a tensor of shape {list(k.shape)}; it must be an int, the number of pairs: pass a start block "
+            "as X="
+        )
+    if largest is not None and not isinstance(largest, bool):
+        raise TypeError(
+            f"lobpcg: largest is {type(largest).__name__} ({largest}); it must be True for the largest eigenvalues or "
+            "False for the smallest"
+        )
     for number, name in ((k, "k"), (n, "n"), (niter, "niter")):
         if number is not None and (
             isinstance(number, bool) or not hasattr(number, "__index__")
@@ -117,7 +129,12 @@ def options_of(
             check_alike(T, other, model, name)
     batch_shape(A=A, B=B, X=X, iK=iK)
     columns = None if X is None else X.shape[-1]
-    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, **others)
+    # Where a polynomial takes the place of iK, a guard column costs many products; in a truncated solve it is an
+    # expense and no gain.
+    truncated = niter is not None and 0 <= niter < FEW_ITERATIONS
+    sparse = isinstance(A, Tensor) and A.layout != torch.strided
+    few_guards = iK is None and (truncated or sparse and B is None)
+    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, few_guards, **others)
 
 
 def settle(
@@ -130,6 +147,7 @@ def settle(
     tol: Optional[float],
     largest: Optional[bool],
     method: Optional[str],
+    few_guards: bool = False,
     tracker: Optional[Callable[[Any], Any]] = None,
     **ortho: Any,
 ) -> Options:
@@ -141,7 +159,7 @@ def settle(
         if columns is not None
         else n
         if n is not None
-        else _default_block(m, wanted)
+        else _default_block(m, wanted, few_guards)
     )
     steps = 1000 if niter is None else niter
     check_counts(m, wanted, block, steps)
@@ -174,10 +192,11 @@ def settle(
     )
 
 
-def _default_block(m: int, wanted: int) -> int:
+def _default_block(m: int, wanted: int, few: bool) -> int:
     """Guard columns separate the wanted pairs from the rest: as many again, four at least, halve the iterations, and
-    the time.  Branches, not min and max: a traced m then leaves a bound on m behind and n a number."""
-    block = wanted + max(4, wanted)
+    the time; four are enough for a large block where `few` says that they are dear.  Branches, not min and max: a
+    traced m then leaves a bound on m behind and n a number."""
+    block = wanted + (4 if few and wanted >= 20 else max(4, wanted))
     if m // 3 < block:
         block = max(wanted, m // 3)
     return block
@@ -261,6 +280,10 @@ def _broadcast(shape: Sequence[int], batch: Sequence[int], name: str) -> List[in
 def check_counts(m: int, k: int, n: int, niter: int) -> None:
     if k < 1:
         raise ValueError(f"lobpcg: k={k} pairs asked for; k must be at least 1")
+    if k > m:
+        raise ValueError(
+            f"lobpcg: k={k} pairs asked for of a matrix of size m={m}; k <= m is needed: reduce k"
+        )
     if k > n:
         raise ValueError(
             f"lobpcg: k={k} pairs asked for with a block of n={n} columns; k <= n is needed: raise n or pass more "

@@ -19,20 +19,26 @@ class Measures(NamedTuple):
     """How good the pairs of an iteration are.
 
     e: (*, n) eigenvalues.  rerr: (*, n) residuals relative to (|A| + |E| |B|) |x|.  rho: (*, n) norms of D^-1/2 r, D =
-    diag(B), and size N: (*, n) the pencil's size in the same scale, neither of which changes when unknowns are scaled.
-    eps: unit rounding of the blocks.
+    diag(B); size N and noise: (*, n), what rounding by a relative eps changes in rho and in E, over eps.  None of these
+    three changes when unknowns are scaled.  eps: unit rounding of the blocks.
     """
 
     e: Tensor
     rerr: Tensor
     rho: Tensor
     size: Tensor
+    noise: Tensor
     eps: float
 
     @property
     def floor(self) -> Tensor:
         """rho below which rounding allows no better: (*, n)."""
         return 2.0 * self.eps * self.size
+
+    @property
+    def level(self) -> Tensor:
+        """rho / N: eps is rounding level; (*, n)."""
+        return self.rho / self.size
 
     def gap(self, k: int) -> Tensor:
         """Distances of the first k eigenvalues to those of the guards, the columns behind them: (*, k); 0 without
@@ -59,13 +65,14 @@ class Measures(NamedTuple):
     def accurate(self, k: int, tol: float, vectors: bool) -> Tensor:
         """Whether the first k pairs are as accurate as a call without tol asks for: (*, k).
 
-        The eigenvalue to tol relative to itself, a third of what is promised, or to 10 eps N; with `vectors` the vector
-        too, if guards tell its gap.  Or rounding allows no better.
+        The eigenvalue to tol relative to itself, a third of what is promised, or to ten times its noise; with `vectors`
+        the vector too, if guards tell its gap.  Or rounding allows no better.
         """
         rho, floor = self.rho[..., :k], self.floor[..., :k]
         if self.e.shape[-1] == k:
             return torch.ones_like(rho, dtype=torch.bool)
-        allowed = torch.maximum(tol * self.e[..., :k].abs(), 5.0 * floor)
+        noise = 10.0 * self.eps * self.noise[..., :k]
+        allowed = torch.maximum(tol * self.e[..., :k].abs(), noise)
         good = self.value_error(k) <= allowed
         if vectors:
             good = good & (rho <= _VECTOR_ERROR[self.eps > 1e-10] * self.gap(k))
@@ -92,7 +99,8 @@ class Verdict(NamedTuple):
 
     worst: largest rerr of a wanted pair that has not converged; level: largest rho / N of one; total: sum of all rerr
     (NaN where one is); least: the smallest kept squared sine of Ritz.d; losses: whether one lies under the bound asked
-    about; least_B, least_K: smallest w^H B w and r^H K r met.
+    about; least_B, least_K: smallest w^H B w and r^H K r met; nearest: least rho / N over a batch of the worst wanted
+    pair.
     """
 
     lead: int
@@ -104,6 +112,7 @@ class Verdict(NamedTuple):
     losses: bool
     least_B: float
     least_K: float
+    nearest: float
     index: Tensor  # type: ignore[assignment]  # tuple's method of this name is not called
     valid: Tensor
 
@@ -143,7 +152,7 @@ def judge_one(
         lead, candidates = k - 1, rules.more
     running: List[int] = []
     total, worst, level = 0.0, 0.0, 0.0
-    levels: List[float] = (measures.rho / measures.size).tolist()
+    levels: List[float] = measures.level.tolist()
     for i in range(n):
         total += values[i]
         if i < candidates and lead < k and not is_locked[i]:
@@ -170,6 +179,7 @@ def judge_one(
         losses,
         least_B,
         least_K,
+        max(levels[:k]),
         index,
         rerr,
     )
@@ -208,10 +218,11 @@ def judge_batch(
     count = awaited.shape[-1]
     sizes = [
         (rerr[..., :count] * awaited).max(),
-        (measures.rho[..., :count] / measures.size[..., :count] * awaited).max(),
+        (measures.level[..., :count] * awaited).max(),
         rerr.sum(),
         least,
         losses,
+        measures.level[..., :k].amax(-1).min(),
     ]
     values: List[float] = torch.cat([torch.stack(counts + sizes), definite]).tolist()
     active = int(values[0])
@@ -226,8 +237,9 @@ def judge_batch(
         values[4],
         values[5],
         values[6] > 0.0,
-        values[7],
         values[8],
+        values[9],
+        values[7],
         index,
         valid,
     )

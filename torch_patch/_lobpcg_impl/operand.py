@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._lobpcg_impl import arguments
 from torch._lobpcg_impl.blocks import fixed_block, gram, largest_entries, safe_scale
 from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
+from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.sparse import (
     block_diagonal,
     by_rows,
@@ -102,13 +103,17 @@ class Operand:
         """
         raise NotImplementedError
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
-        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or (); with s (*, m) of S M S, S =
-        diag(s)."""
+    def mean_square(self, V: Tensor) -> Tensor:
+        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
         raise NotImplementedError
 
     def diagonal(self) -> Optional[Tensor]:
         """The diagonal, real, (*, m); None where it is not known."""
+        return None
+
+    def row_squares(self, d: Tensor) -> Optional[Tensor]:
+        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None where
+        entries are not known."""
         return None
 
     def scaled(self, scale: Tensor) -> "Operand":
@@ -129,10 +134,11 @@ class Operand:
     def check_finite(self, V: Tensor) -> Tensor:
         """largest(V); ValueError where it is not finite."""
         largest = self.largest(V)
-        if not bool(torch.isfinite(largest).all()):
+        bad = ~torch.isfinite(largest)
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} has NaN or infinite entries; every entry must be finite: check what produced "
-                f"{self.name}"
+                f"lobpcg: {self.name}{members(bad, bad.dim())} has NaN or infinite entries; every entry must be finite: "
+                f"check what produced {self.name}"
             )
         return largest
 
@@ -152,9 +158,8 @@ class Identity(Operand):
     def product(self, V: Tensor) -> Tensor:
         return V
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
-        one = torch.ones([], dtype=torch.float64)
-        return one if s is None else s.square().square().mean(-1)
+    def mean_square(self, V: Tensor) -> Tensor:
+        return torch.ones([], dtype=torch.float64)
 
     def largest(self, V: Tensor) -> Tensor:
         return torch.ones([], dtype=torch.float64)
@@ -248,15 +253,20 @@ class Dense(_Matrix):
             torch.float64
         )
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
-        M = self.tensor
-        if s is not None:
-            M = M * (s.unsqueeze(-1) * s.unsqueeze(-2))
-        return torch.linalg.vector_norm(M, dim=(-2, -1)).square() / M.shape[-1]
+    def mean_square(self, V: Tensor) -> Tensor:
+        return (
+            torch.linalg.vector_norm(self.tensor, dim=(-2, -1)).square()
+            / self.tensor.shape[-1]
+        )
 
     def diagonal(self) -> Tensor:
         d = self.tensor.diagonal(dim1=-2, dim2=-1)
         return d.real if d.is_complex() else d
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        s = d.rsqrt()
+        M = self.tensor * (s.unsqueeze(-1) * s.unsqueeze(-2))
+        return torch.linalg.vector_norm(M, dim=-1).square()
 
     def _times(self, scale: Tensor) -> Tensor:
         return self.tensor * scale[..., None, None]
@@ -269,23 +279,17 @@ class Dense(_Matrix):
 
     def check_positive(self) -> None:
         d = self.diagonal()
-        bad = bool((d <= 0).any())
-        if not bad and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
+        bad = (d <= 0).any(-1)
+        if not bool(bad.any()) and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
             # Scaled to a unit diagonal the factorisation neither overflows nor mistakes a graded matrix for a singular
             # one.
             s = d.rsqrt()
-            bad = bool(
-                (
-                    torch.linalg.cholesky_ex(
-                        self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
-                    )[1]
-                    > 0
-                ).any()
-            )
-        if bad:
+            scaled = self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
+            bad = torch.linalg.cholesky_ex(scaled)[1] > 0
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite (its Cholesky factorisation fails); {self.name} must be "
-                "Hermitian positive definite"
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())} (its Cholesky factorisation "
+                f"fails); {self.name} must be Hermitian positive definite"
             )
 
 
@@ -403,14 +407,8 @@ class Sparse(_Matrix):
             .reshape(batch)
         )
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
+    def mean_square(self, V: Tensor) -> Tensor:
         values, m = self.rows.values(), max(1, self.tensor.shape[-1])
-        if s is not None:
-            batch = self.tensor.shape[:-2]
-            if s.dim() > 1 and s.shape[:-1] != batch:
-                return _mean_square_of_products(s.unsqueeze(-1) * self.apply(s.unsqueeze(-1) * V), V)
-            s = s.expand(batch + s.shape[-1:]).reshape(-1)
-            values = values * (s[row_indices(self.rows)] * s[self.rows.col_indices()])
         if self.tensor.dim() == 2:
             return torch.linalg.vector_norm(values).square() / m
         return self._per_matrix(values.abs().square()) / m
@@ -426,6 +424,15 @@ class Sparse(_Matrix):
             .index_add(0, row, values)
             .reshape(self.tensor.shape[:-2] + (m,))
         )
+
+    def row_squares(self, d: Tensor) -> Tensor:
+        squares = copy.copy(self)
+        M = self.rows
+        values = M.values().abs().to(torch.float64).square()
+        rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
+        squares.made = {"rows": rows}
+        d = d.unsqueeze(-1)
+        return (squares._multiply(1.0 / d) / d)[..., 0]
 
     def _times(self, scale: Tensor) -> Tensor:
         M, m = self.rows, self.tensor.shape[-1]
@@ -471,18 +478,20 @@ class Sparse(_Matrix):
         limit = (
             8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * self.mean_square(V).sqrt()
         )
-        if bool((skew > limit).any()):
+        bad = skew > limit
+        if bool(bad.any()):
             name = self.name
             raise ValueError(
-                f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
+                f"lobpcg: sparse {name} is not Hermitian{members(bad, bad.dim())}: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
                 f"fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian "
                 f"matrix, such as ({name} + {name}^H) / 2"
             )
 
     def check_positive(self) -> None:
-        if bool((self.diagonal() <= 0).any()):
+        bad = (self.diagonal() <= 0).any(-1)
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite: a diagonal entry is not positive; {self.name} must be "
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())}: a diagonal entry is not positive; {self.name} must be "
                 "Hermitian positive definite"
             )
 
@@ -536,23 +545,14 @@ class MatrixFree(Operand):
     def largest(self, V: Tensor) -> Tensor:
         return largest_entries(self._probed(V)).amax(-1).to(torch.float64)
 
-    def mean_square(self, V: Tensor, s: Optional[Tensor] = None) -> Tensor:
-        U = self._probed(V)
-        if s is not None:
-            s = s.unsqueeze(-1)
-            U = s * self.apply(s * V)
-        return _mean_square_of_products(U, V)
+    def mean_square(self, V: Tensor) -> Tensor:
+        ratio = torch.linalg.vector_norm(
+            self._probed(V), dim=(-2, -1)
+        ) / torch.linalg.vector_norm(V, dim=(-2, -1))
+        return ratio.square()
 
     def in_double(self) -> Operand:
         return self
-
-
-def _mean_square_of_products(U: Tensor, V: Tensor) -> Tensor:
-    """||M||_F^2 / m of each matrix, estimated from U = M V for a random block V."""
-    ratio = torch.linalg.vector_norm(U, dim=(-2, -1)) / torch.linalg.vector_norm(
-        V, dim=(-2, -1)
-    )
-    return ratio.square()
 
 
 def _adjoint(M: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import fixed_block, norms
 from torch._lobpcg_impl.iteration import EigenPairs, LOBPCG
 from torch._lobpcg_impl.operand import operand, Pencil
+from torch._lobpcg_impl.report import members, warn
 from torch._lobpcg_impl.ritz import hermitian
 
 
@@ -40,12 +41,11 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
     # One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order.
     positions = itertools.product(*(range(size) for size in batch))
     pairs = [iterate(pencil.member(p), start[p], options) for p in positions]
-    return EigenPairs(
-        *(
-            torch.stack(field).reshape([*batch, *field[0].shape])
-            for field in zip(*pairs)
-        )
+    stacked = (
+        torch.stack(field).reshape([*batch, *field[0].shape])
+        for field in list(zip(*pairs))[:-1]
     )
+    return EigenPairs(*stacked, at_rounding=all(one.at_rounding for one in pairs))
 
 
 def iterate(pencil: Pencil, X: Tensor, options: Options) -> EigenPairs:
@@ -118,8 +118,8 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         L, info = torch.linalg.cholesky_ex(B)
         if bool((info > 0).any()):
             raise ValueError(
-                "lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive "
-                "definite"
+                f"lobpcg: B is not positive definite{members(info > 0, info.dim())} (its Cholesky factorisation "
+                "fails); B must be Hermitian positive definite"
             )
         half = torch.linalg.solve_triangular(L, A, upper=False)
         C = torch.linalg.solve_triangular(L, half.mH, upper=False)
@@ -144,7 +144,41 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         residual, scale = residual * up * root, scale * up * root
     shapes = ([m], [m, m], [n], [n])
     return EigenPairs(
-        *(T.expand(batch + shape) for T, shape in zip((E, X, residual, scale), shapes))
+        *(T.expand(batch + shape) for T, shape in zip((E, X, residual, scale), shapes)),
+        at_rounding=True,
+    )
+
+
+def warn_unconverged(found: EigenPairs, pencil: Pencil, options: Options) -> None:
+    """One warning if a wanted pair falls short of what was asked for."""
+    k, tol = options.k, options.tol
+    residual, scale = found.residual[..., :k], found.scale[..., :k]
+    if residual.numel() == 0:
+        return
+    missed = residual > tol * scale if found.missed is None else found.missed
+    if not bool(missed.any()):
+        return
+    rerr = residual / torch.where(scale > 0, scale, torch.ones_like(scale))
+    rerr = rerr.masked_fill(~missed.to(rerr.device), 0.0).max()
+    where = members(missed.any(-1), len(pencil.batch))
+    reached = f"relative residual {float(rerr):.2e}, tolerance {tol:.2g}"
+    if options.accurate and found.error is not None:
+        error = found.error.masked_fill(~missed.to(found.error.device), 0.0).max()
+        reached += f", eigenvalues to a relative {float(error):.1e}"
+    # All m vectors: a dense solve.
+    if found.X.shape[-1] == pencil.m and found.error is None:
+        cause = "by a dense factorisation, whose rounding allows no better"
+        remedy = "raise tol, rescale or regularise B, or pass double precision"
+    elif found.at_rounding:
+        cause = f"and rounding in {str(pencil.dtype)[6:]} allows no better"
+        remedy = "raise tol, pass a preconditioner iK, or double precision"
+    else:
+        cause = f"niter={options.niter}"
+        remedy = "raise niter or tol, pass a larger n or a preconditioner iK"
+    warn(
+        f"lobpcg: {int(missed.sum())} of {missed.numel()} eigenpairs have not converged{where}: {reached}, {cause}; "
+        f"{remedy}",
+        UserWarning,
     )
 
 

@@ -159,9 +159,8 @@ class Pattern:
             return batch * self.block_rows + index[-2], batch * self.block_rows + index[
                 -1
             ]
-        if start == end:  # nothing is stored
-            none = self.plain.new_zeros(0, dtype=torch.int64)
-            return none, none
+        if start == end:
+            return (self.plain.new_empty(0, dtype=torch.int64),) * 2
         lines = self.compressed.shape[-1] - 1
         ends = self._line_ends()
         bounds = torch.tensor([start, end - 1], device=ends.device, dtype=ends.dtype)

@@ -1,0 +1,413 @@
+"""Chebyshev iteration in place of a preconditioner: q(C) ~ (C - s)^-1 where the spectrum of C = +-D^-1 A is unwanted.
+
+C is A (its negative where the largest pairs are wanted), measured in D: the identity, or B where B is diagonal, or
+diag(A) where B is any other matrix, for then a positive definite A is all that is asked of it.  With T_d the Chebyshev
+polynomial of degree d, x(t) = (c - t) / e the map of the interval [a, up], center c and half width e, to [-1, 1] and s
+a shift before the wanted end of the spectrum,
+
+    q(t) = (1 - T_d(x(t)) / T_d(x(s))) / (t - s),
+
+so q(t) (t - s) is 1 up to 1 / T_d(x(s)) on the interval, and q is positive on all of the spectrum: it is a legitimate
+preconditioner, of which LOBPCG loses no pair (Golub and Varga 1961 for the iteration; Knyazev 2001, section 4, for what
+is asked of a preconditioner).  In each iteration q costs d - 1 products with A and nothing else but updates of two
+blocks; inner products, which are what dominates an iteration without it, are needed d times less often.
+"""
+
+import math
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch._lobpcg_impl.blocks import columns, fixed_block, inner, norms
+from torch._lobpcg_impl.operand import Dense, Identity, Operand, Pencil, Sparse
+from torch._lobpcg_impl.sparse import csr_matrix, row_indices
+
+
+# Lanczos steps for the bound of the spectrum: with ten and a full residual the bound was below the largest eigenvalue
+# in none of 180 random matrices.
+_LANCZOS_STEPS = 10
+# |q(t) (t - s) - 1| on the interval is at most the inverse of this.
+_DAMPING = 30.0
+# Above this degree a product more gains less than a product of another iteration.
+_MOST = 60
+# A dense product costs as much as all the rest of an iteration, so that a higher degree only adds to the time.
+_MOST_DENSE = 2
+# diag(A) is tried as a measure where it varies by more than this: the degree falls by at most the square root.
+_GRADED = 4.0
+# Numbers of a block that is updated at a time: two blocks and the result stay in the cache.
+_BLOCK = 1 << 17
+
+
+class Interval(NamedTuple):
+    """[a, up] of one matrix, where q damps, and the shift s < a."""
+
+    s: float
+    a: float
+    up: float
+
+    def at(self, t: float) -> float:
+        """x(t): above 1 for t < a."""
+        return (self.a + self.up - 2.0 * t) / (self.up - self.a)
+
+
+class Chebyshev:
+    """q for one matrix or a batch, in the measure that serves best at the time."""
+
+    def __init__(self, choices: List["Polynomial"]) -> None:
+        self.choices, self.chosen = choices, choices[0]
+
+    def aim(self, E: Tensor, X: Tensor) -> None:
+        """Set measure, interval and degree from the Ritz pairs E (*, n), X (*, m, n), wanted ones first."""
+        first, *others = self.choices
+        first.aim(E, X)
+        self.chosen = first
+        for other in others:
+            other.aim(E, X)
+            # An inverse at zero tells a from l by their ratio alone.
+            if other.serves and 1.5 * other.degree < first.degree:
+                self.chosen = other
+        self.chosen.settle()
+
+    def __call__(self, R: Tensor) -> Tensor:
+        """q(C) D^-1 R, R (*, m, p); R itself where q is one."""
+        return self.chosen(R)
+
+    def learn(self, W: Tensor, of_A: Tensor, of_B: Tensor) -> None:
+        """Raise a bound of the spectrum that a direction's Rayleigh quotient exceeds.
+
+        W (*, m, p), of_A and of_B (*, p): w^H A w and w^H B w.
+        """
+        self.chosen.learn(W, of_A, of_B)
+
+    def widen(self) -> None:
+        """Raise the bounds of the spectrum by a fifth of the width."""
+        self.chosen.widen()
+
+
+class Polynomial:
+    """q in one measure D, (*, m) or None for the identity; definite: whether D is diag(A).
+
+    The interval follows the Ritz values of the iteration (`aim`), its end `up` what is learned of the other end of the
+    spectrum (`learn`).  bounds: for each matrix (lowest, up), as far as known.
+    """
+
+    def __init__(
+        self, pencil: Pencil, sign: float, most: int, D: Optional[Tensor], definite: bool
+    ) -> None:
+        self.A, self.sign, self.most = pencil.A, sign, most
+        self.D, self.definite = D, definite
+        self.batch, self.m = pencil.batch, pencil.m
+        # Where A has no batch of its own, one interval serves all.
+        self.count = math.prod(self.batch) if _has_batch(self.A) else 1
+        self.wide: Optional[_Wide] = None
+        like = pencil.empty()
+        self.eps = torch.finfo(like.dtype).eps
+        self.bounds = self._bounds(like)
+        self.intervals: List[Interval] = []
+        self.degree = 1
+        self.serves = True
+
+    # -- the spectrum ---------------------------------------------------------------------------------------------
+
+    def _bounds(self, like: Tensor) -> List[Tuple[float, float]]:
+        """For each matrix the least Ritz value of a few Lanczos steps, and a bound of the spectrum: the greatest one,
+        the norm of the last residual and a hundredth of the width on top.
+
+        The eigenvalue that the residual belongs to lies within its norm of the Ritz value, and one that is farther out
+        has at this point a hardly smaller residual, so that bound is safe in practice; `learn` mends it.
+        """
+        batch = self.batch if _has_batch(self.A) else []
+        steps = min(_LANCZOS_STEPS, self.m)
+        v = fixed_block(self.m, 1, 1 << 21, like).expand([*batch, self.m, 1])
+        v = v / norms(v, keepdim=True)
+        half = None if self.D is None else self.D.rsqrt().unsqueeze(-1)
+        Q = v.mH
+        diagonal, off = [], []
+        for _ in range(steps):
+            u = v if half is None else v * half
+            u = self.A.apply(u) * self.sign
+            u = u if half is None else u * half
+            diagonal.append(inner(v, u))  # (*, 1)
+            u = u - Q.mH @ (Q @ u)
+            size = norms(u, keepdim=True)
+            # An invariant subspace ends the recurrence: zeros follow.
+            going = size > 8 * self.eps * self.m**0.5 * diagonal[0].abs().unsqueeze(-1)
+            size = size.where(going, torch.zeros_like(size))
+            v = torch.where(going, u / size, torch.zeros_like(u))
+            off.append(size[..., 0])
+            Q = torch.cat([Q, v.mH], -2)
+        a, b = torch.cat(diagonal, -1).double(), torch.cat(off, -1).double()
+        over = torch.cumsum((b == 0).to(torch.int8), -1)[..., :-1] > 0
+        a[..., 1:] = torch.where(over, a[..., :1], a[..., 1:])
+        T = torch.diag_embed(a)
+        if steps > 1:
+            T = T + torch.diag_embed(b[..., :-1], -1)
+        ritz = torch.linalg.eigvalsh(T)
+        low, top, last = ritz[..., 0], ritz[..., -1], b[..., -1]
+        up = top + last + 0.01 * (top - low + 2 * last)
+        return list(
+            zip(low.reshape(-1).tolist(), up.reshape(-1).tolist())
+        )
+
+    def learn(self, W: Tensor, of_A: Tensor, of_B: Tensor) -> None:
+        """Chebyshev.learn: of (sign A, D), by a fifth of the width."""
+        if self.definite and self.D is not None:
+            of_B = inner(W, W * self.D.unsqueeze(-1)).to(of_A.device, of_A.dtype)
+        # A masked direction is zero.
+        quotient = (of_A * self.sign / of_B).nan_to_num(-math.inf, -math.inf, -math.inf)
+        seen = self._each(quotient.amax(-1))
+        for i, value in enumerate(seen):
+            low, up = self.bounds[i]
+            if value > up + 64.0 * self.eps * abs(up):
+                self.bounds[i] = (low, value + 0.2 * (value - min(low, value)))
+
+    def widen(self) -> None:
+        """Chebyshev.widen."""
+        self.bounds = [(low, up + 0.2 * (up - low)) for low, up in self.bounds]
+
+    def _each(self, values: Tensor) -> List[float]:
+        """The largest of values (*) for each matrix that has an interval of its own."""
+        numbers: List[float] = values.reshape(-1).tolist()
+        return [max(numbers)] if self.count == 1 else numbers
+
+    # -- the polynomial -------------------------------------------------------------------------------------------
+
+    def aim(self, E: Tensor, X: Tensor) -> None:
+        """Set interval and degree; whether q serves: it tells wanted from unwanted, and A is positive definite where
+        it must be."""
+        E = E * self.sign
+        far = E.amax(-1) - E.amin(-1) > 0.5 * E.amin(-1).abs()
+        if self.definite and self.D is not None:
+            E = E / inner(X, X * self.D.unsqueeze(-1)).to(E.device, E.dtype)
+        low = [-t for t in self._each(-E.amin(-1))]
+        high = self._each(E.amax(-1))
+        self.intervals = [
+            self._interval(l, a, bound) for l, a, bound in zip(low, high, self.bounds)
+        ]
+        degrees = [self._degree(l, i) for l, i in zip(low, self.intervals)]
+        self.degree = max(1, min(max(degrees), self.most))
+        positive = not self.definite or min(low) > 0.0
+        self.serves = positive and bool(far.all())
+        if not positive:
+            self.degree = 1
+
+    def settle(self) -> None:
+        """Prepare for products."""
+        if self.degree > 1 and isinstance(self.A, Sparse):
+            if self.wide is None:
+                self.wide = _Wide(self.A, self.D, self.sign)
+            self.wide.center(self.intervals)
+
+    def _interval(self, l: float, a: float, bound: Tuple[float, float]) -> Interval:
+        """l, a: first and last Ritz value."""
+        # A multiple of the identity has no width.
+        width = max(bound[1] - l, 64.0 * self.eps * abs(l), 1e-290)
+        # Where all columns share an eigenvalue, nothing says how far the next is.
+        a = min(max(a, l + 1e-4 * width), l + 0.9 * width)
+        # Before the wanted eigenvalues, so that q is positive there.
+        return Interval(0.0 if self.definite else l - 1e-3 * (a - l), a, l + width)
+
+    def _degree(self, l: float, interval: Interval) -> int:
+        # Rounding may put l on the interval, of which no polynomial tells it apart.
+        x = max(interval.at(l), 1.0 + self.eps)
+        d = math.ceil(math.acosh(_DAMPING) / math.acosh(x))
+        # Single precision cannot tell what is wanted from what is not.
+        unclear = self.eps > 1e-10 and interval.a - l < 100.0 * self.eps * abs(l)
+        return min(d, 20) if unclear else d
+
+    def coefficients(self) -> List[List[float]]:
+        """For each matrix c_0 ... c_(d-1) of q = c_0 T_0 / 2 + c_1 T_1 + ... in x: c_j = 2 U_(d-1-j)(x(s)) / (e
+        T_d(x(s))), from (T_d(x) - T_d(y)) / (x - y) as a sum of products U T."""
+        d, result = self.degree, []
+        for interval in self.intervals:
+            x, e = interval.at(interval.s), 0.5 * (interval.up - interval.a)
+            U = [1.0, 2.0 * x]
+            while len(U) < d:
+                U.append(2.0 * x * U[-1] - U[-2])
+            T = x * U[d - 1] - (U[d - 2] if d > 1 else 0.0)
+            result.append([2.0 * u / (e * T) for u in reversed(U[:d])])
+        return result
+
+    def __call__(self, R: Tensor) -> Tensor:
+        """Chebyshev.__call__."""
+        if self.definite and self.degree == 1:
+            return R
+        if self.D is not None:
+            R = R / self.D.unsqueeze(-1)
+        if self.degree == 1:
+            return R
+        if self.wide is not None:
+            self.A.columns += (self.degree - 1) * R.shape[-1]
+            return self.wide.sum(self.coefficients(), R)
+        return self._sum(R)
+
+    def _sum(self, R: Tensor) -> Tensor:
+        """q R by Clenshaw's recurrence from products of the operand."""
+        shape = self.batch if _has_batch(self.A) else []
+
+        def numbers(values: List[float]) -> Tensor:
+            T = torch.tensor(values, dtype=torch.float64).to(R.device, R.dtype.to_real())
+            return T.reshape([*shape, 1, 1])
+
+        c = [numbers(list(values)) for values in zip(*self.coefficients())]
+        center = numbers([0.5 * (i.a + i.up) for i in self.intervals])
+        half = numbers([0.5 * (i.up - i.a) for i in self.intervals])
+        b, before = R * c[-1], torch.zeros_like(R)
+        for j in range(self.degree - 2, -1, -1):
+            factor = 1.0 if j == 0 else 2.0
+            image = self.A.apply(b)
+            if self.D is not None:
+                image = image / self.D.unsqueeze(-1)
+            y = (b * center - image * self.sign) * (factor / half)
+            y = y - before + R * (c[j] * (0.5 * factor))
+            b, before = y, b
+        return b
+
+
+def is_diagonal(M: Operand) -> bool:
+    """Whether a sparse matrix holds its diagonal alone."""
+    if not isinstance(M, Sparse):
+        return False
+    rows = M.rows
+    return rows.values().numel() == rows.shape[0] and bool(
+        (row_indices(rows) == rows.col_indices()).all()
+    )
+
+
+def _has_batch(A: Operand) -> bool:
+    return not isinstance(A, (Sparse, Dense)) or A.tensor.dim() > 2
+
+
+def polynomial(pencil: Pencil, sign: float, most: int = _MOST) -> Optional[Chebyshev]:
+    """The polynomial of a checked pencil, of degree `most` at most; None where none serves.
+
+    Measures are the identity, or B where it is diagonal, and diag(A), where that differs from them and A is positive
+    definite and its smallest pairs are wanted.
+    """
+    A, B = pencil.A, pencil.B
+    if pencil.iK is not None or not isinstance(A, (Sparse, Dense)):
+        return None
+    most = min(most, _MOST if isinstance(A, Sparse) else _MOST_DENSE)
+    if most < 2:
+        return None
+    choices = []
+    exact = not pencil.generalized or is_diagonal(B)
+    D = None if not pencil.generalized else B.diagonal()
+    if exact and (D is None or D.dim() == A.tensor.dim() - 1):
+        choices.append(Polynomial(pencil, sign, most, D, False))
+    if sign > 0:
+        d = A.diagonal()
+        ratio = d if D is None else d / D
+        low, high = ratio.amin(-1), ratio.amax(-1)
+        if bool((low > 0).all()) and (not exact or bool((high > _GRADED * low).any())):
+            q = Polynomial(pencil, sign, most, d, True)
+            if min(low for low, _ in q.bounds) > 0.0:
+                choices.append(q)
+    return Chebyshev(choices) if choices else None
+
+
+class _Wide:
+    """X = (c - C) / e of a sparse A, whose spectrum is [-1, 1] where C's is the interval, and sums over T_j(X).
+
+    A batch is one block-diagonal matrix.  Blocks are held by rows here, (m, p) contiguous, which is what sparse
+    products take.
+    """
+
+    def __init__(self, A: Sparse, D: Optional[Tensor], sign: float) -> None:
+        rows, m = A.rows, A.rows.shape[0]
+        row = row_indices(rows)
+        self.order = A.tensor.shape[-1]
+        on = (row == rows.col_indices()).nonzero()[:, 0]
+        if on.numel() != m or not bool((row[on] == torch.arange(m, device=on.device)).all()):
+            rows = _with_diagonal(rows)
+            row = row_indices(rows)
+            on = (row == rows.col_indices()).nonzero()[:, 0]
+        self.on, self.rows = on, rows
+        values = rows.values() * -sign
+        self.values = values if D is None else values / D.reshape(-1)[row]
+        self.which = row // self.order if m > self.order else None
+        self.X = rows
+
+    def center(self, intervals: List[Interval]) -> None:
+        """Set the interval.  Cost: one pass over the stored elements."""
+        if len(intervals) == 1:
+            half = 0.5 * (intervals[0].up - intervals[0].a)
+            values = self.values * (1.0 / half)
+            values[self.on] += 0.5 * (intervals[0].a + intervals[0].up) / half
+        else:
+            real = self.values.dtype.to_real()
+            numbers = torch.tensor(
+                [[0.5 * (i.up - i.a), 0.5 * (i.up + i.a)] for i in intervals],
+                dtype=torch.float64,
+            ).to(self.values.device)
+            half, middle = numbers.unbind(-1)
+            values = self.values / half[self.which].to(real)
+            values[self.on] += (middle / half)[self.which[self.on]].to(real)
+        self.X = csr_matrix(
+            self.rows.crow_indices(), self.rows.col_indices(), values, self.rows.shape[0]
+        )
+
+    def sum(self, coefficients: List[List[float]], R: Tensor) -> Tensor:
+        """c_0 / 2 T_0(X) R + c_1 T_1(X) R + ..., R (*, m, p)."""
+        shape = R.shape
+        if len(coefficients) > 1:
+            each = torch.tensor(coefficients, dtype=torch.float64)
+            each = each.to(R.device, R.dtype.to_real()).mT[..., None, None]
+            return self._sum(list(each), R.reshape(-1, shape[-1])).reshape(shape)
+        c = coefficients[0]
+        if R.dim() > 2:
+            # One matrix and many blocks are a wide block.
+            R = R.movedim(-2, 0)
+            wide = self._pieces(c, R.reshape(R.shape[0], -1))
+            return wide.reshape(R.shape).movedim(0, -2)
+        return self._pieces(c, R)
+
+    def _pieces(self, c: List[float], R: Tensor) -> Tensor:
+        """The sum, some columns at a time, so that three blocks fit into a cache; with contiguous columns."""
+        width = max(8, _BLOCK // R.shape[0])
+        if R.shape[-1] <= width or R.device.type != "cpu":
+            return self._sum(c, R)
+        Z = columns(torch.empty_like(R))
+        for i in range(0, R.shape[-1], width):
+            Z[:, i : i + width] = self._sum(c, R[:, i : i + width])
+        return Z
+
+    def _sum(self, c: Sequence[Any], R: Tensor) -> Tensor:
+        """The sum by Clenshaw's recurrence."""
+        R = R.contiguous()
+        b, before = _scaled(R, c[-1]), torch.zeros_like(R)
+        for j in range(len(c) - 2, -1, -1):
+            factor = 1.0 if j == 0 else 2.0
+            torch.addmm(before, self.X, b, beta=-1.0, alpha=factor, out=before)
+            _add(before, R, c[j] * (0.5 * factor))
+            b, before = before, b
+        return b
+
+
+def _scaled(R: Tensor, c: Any) -> Tensor:
+    """c R, (m, p), for a number c or one for each matrix of a batch, (b, 1, 1)."""
+    if isinstance(c, float):
+        return R * c
+    return (R.view(c.shape[0], -1, R.shape[-1]) * c).view(R.shape)
+
+
+def _add(V: Tensor, R: Tensor, c: Any) -> None:
+    """V += c R."""
+    if isinstance(c, float):
+        V.add_(R, alpha=c)
+    else:
+        shape = (c.shape[0], -1, R.shape[-1])
+        V.view(shape).addcmul_(R.view(shape), c.to(R.dtype))
+
+
+def _with_diagonal(M: Tensor) -> Tensor:
+    """CSR M with every diagonal element stored, once."""
+    m = M.shape[0]
+    i = torch.arange(m, device=M.device)
+    index = torch.stack(
+        [torch.cat([row_indices(M), i]), torch.cat([M.col_indices().to(torch.int64), i])]
+    )
+    values = torch.cat([M.values(), M.values().new_zeros(m)])
+    M = torch.sparse_coo_tensor(index, values, (m, m), check_invariants=False)
+    M = M.coalesce().to_sparse_csr()
+    return csr_matrix(M.crow_indices(), M.col_indices(), M.values(), m)
