@@ -1,9 +1,9 @@
 # Owner(s): ["module: linear algebra"]
 """torch.lobpcg without gradients: right pairs, honest convergence, start blocks, preconditioners, batches, errors."""
 
+import io
 import itertools
 import math
-import warnings
 
 import torch
 from torch.testing._internal.common_device_type import (
@@ -12,128 +12,12 @@ from torch.testing._internal.common_device_type import (
     onlyCPU,
     onlyNativeDeviceTypes,
 )
-from torch.testing._internal.common_utils import run_tests, TestCase
-
-
-class LobpcgTestCase(TestCase):
-    """What the classes below share: one way to call the solver, one way to judge what it returned."""
-
-    def setUp(self):
-        super().setUp()
-        if not torch._C.has_lapack:
-            self.skipTest("torch was built without LAPACK")
-
-    @property
-    def problems(self):
-        from torch.testing._internal import lobpcg_problems
-
-        return lobpcg_problems
-
-    @property
-    def full(self):
-        """Long sweeps are asked for by LOBPCG_TEST_FULL=1."""
-        import os
-
-        return os.environ.get("LOBPCG_TEST_FULL", "0") == "1"
-
-    def solve(self, *args, solver=None, **kwargs):
-        """E, X and the warnings that lobpcg gave."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            E, X = (solver or torch.lobpcg)(*args, **kwargs)
-        return E, X, [str(w.message) for w in caught if "lobpcg" in str(w.message)]
-
-    def default_tol(self, dtype):
-        """A relative residual that every problem of the catalogue can reach: 100 eps, rounded up."""
-        return {torch.float64: 1e-9, torch.float32: 2e-5}[
-            torch.zeros((), dtype=dtype).abs().dtype
-        ]
-
-    def assert_pairs(self, A, B, E, X, exact, tol, condition=1.0, rounding=0.0):
-        """E, X are the wanted pairs: B-orthonormal, small residuals, E within the residual of the exact values.
-
-        A Hermitian pencil has an eigenvalue within ||r|| / sqrt(smallest eigenvalue of B) of a Ritz value, for X
-        B-normalised. Everything is judged in double precision and, against overflow, after division by the norm of A.
-        """
-        eps, m = torch.finfo(E.dtype).eps, X.size(-2)
-        wide = torch.complex128 if X.is_complex() else torch.float64
-        A, X = (M.detach().to_dense().to(wide) for M in (A, X))
-        I = torch.eye(X.size(-1), dtype=wide, device=X.device)
-        B = (
-            torch.eye(m, dtype=wide, device=X.device)
-            if B is None
-            else B.detach().to_dense().to(wide)
-        )
-        self.assertFalse(E.is_complex())
-        self.assertEqual(E.shape, exact.shape)
-        self.assertEqual(X.shape, exact.shape[:-1] + (m, exact.shape[-1]))
-        if E.numel() == 0:
-            return
-        scale = A.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(wide).tiny)
-        A, E = A / scale, E.detach().double() / scale[..., 0].real
-        exact = exact.to(E.device) / scale[..., 0].real
-        orthogonal = (X.mH @ B @ X - I).abs().amax()
-        self.assertLessEqual(
-            orthogonal, 10 * m * eps * condition, "X is not B-orthonormal"
-        )
-        norm_A, norm_B = (torch.linalg.matrix_norm(M)[..., None] for M in (A, B))
-        bound = (
-            (tol * 1.1 + 10 * m * eps)
-            * (norm_A + E.abs() * norm_B)
-            * torch.linalg.vector_norm(X, dim=-2)
-        )
-        residual = torch.linalg.vector_norm(A @ X - B @ X * E.unsqueeze(-2), dim=-2)
-        self.assertLessEqual(
-            (residual / bound.clamp_min(1e-300)).max(),
-            1.0,
-            "residual above the tolerance",
-        )
-        smallest = torch.linalg.eigvalsh(B)[..., :1]
-        off = (
-            (E - exact).abs()
-            - residual / smallest.sqrt()
-            - rounding / scale[..., 0].real
-        )
-        slack = (
-            10
-            * m
-            * eps
-            * condition
-            * norm_A
-            / torch.linalg.matrix_norm(B, 2)[..., None]
-        )
-        self.assertLessEqual(
-            (off - slack).max(), 0.0, f"not the wanted eigenvalues: {E} against {exact}"
-        )
-
-    def run_problem(
-        self, p, dtype, k=3, largest=False, layout=torch.strided, device="cpu", **kwargs
-    ):
-        """Solve p and judge; a warning excuses the residual, never wrong orthogonality or shapes."""
-        A, B = p.build(dtype, layout, device)
-        tol = kwargs.setdefault("tol", self.default_tol(dtype))
-        E, X, messages = self.solve(A, k=k, B=B, largest=largest, **kwargs)
-        self.assertLessEqual(len(messages), 1)
-        self.assertEqual(messages, [])
-        self.assert_pairs(
-            A, B, E, X, p.extreme(k, largest), tol, p.condition, p.error(dtype)
-        )
-        return E, X
-
-    def start(self, m, n, dtype=torch.float64, seed=0, batch=()):
-        return torch.randn(
-            *batch, m, n, dtype=dtype, generator=torch.Generator().manual_seed(seed)
-        )
-
-    def counting(self, M):
-        """M as a callable on blocks, and the list of the numbers of columns it was applied to."""
-        columns = []
-
-        def apply(V):
-            columns.append(V.size(-1))
-            return M @ V
-
-        return apply, columns
+from torch.testing._internal.common_utils import (
+    instantiate_parametrized_tests,
+    parametrize,
+    run_tests,
+)
+from torch.testing._internal.lobpcg_oracles import LobpcgTestCase
 
 
 class TestLobpcgSolver(LobpcgTestCase):
@@ -1010,6 +894,214 @@ class TestLobpcgProducts(LobpcgTestCase):
         )
 
 
+class TestLobpcgPolynomial(LobpcgTestCase):
+    """The Chebyshev iteration that gives the directions where no iK does."""
+
+    def steps_and_products(self, A, **kwargs):
+        """E, iterations, columns that A was applied to."""
+        seen = []
+        E, _, messages = self.solve(
+            A,
+            tracker=lambda w: seen.append((w.ivars["istep"], w.pencil.A.columns)),
+            **kwargs,
+        )
+        self.assertEqual(messages, [])
+        return (E, *seen[-1])
+
+    def directions(self, A, B, sign, E, R, most=60):
+        """q(C) D^-1 R from the polynomial aimed by eigenvalues E, and the polynomial."""
+        from torch._lobpcg_impl.chebyshev import polynomial
+        from torch._lobpcg_impl.operand import Pencil
+
+        q = polynomial(Pencil.of(A, B, None, R), sign, most)
+        X = torch.zeros(*E.shape[:-1], R.shape[-2], E.shape[-1], dtype=R.dtype)
+        q.aim(E, X)
+        return q(R), q.chosen
+
+    def exact_directions(self, A, D, sign, q, R):
+        """The same from the definition of q, by all eigenpairs."""
+        root = torch.ones(A.shape[-1], dtype=torch.float64) if D is None else D.sqrt()
+        e, V = torch.linalg.eigh(sign * A / root / root.unsqueeze(-1))
+
+        def T(t):
+            x = i.at(t)
+            if abs(x) <= 1:
+                return math.cos(q.degree * math.acos(x))
+            sign = 1 if x > 0 else (-1) ** q.degree
+            return sign * math.cosh(q.degree * math.acosh(abs(x)))
+
+        (i,) = q.intervals
+        values = [(1 - T(t) / T(i.s)) / (t - i.s) for t in e.tolist()]
+        f = torch.tensor(values, dtype=V.dtype)
+        return ((V * f) @ (V.mH @ (R / root.unsqueeze(-1)))) / root.unsqueeze(-1)
+
+    def test_polynomial_is_its_definition(self):
+        for p in (
+            self.problems.laplacian(9, 8),
+            self.problems.ring(45, 1.0),
+            self.problems.indefinite(60),
+        ):
+            dtype = torch.complex128 if p.is_complex else torch.float64
+            for sign in (1.0, -1.0):
+                with self.subTest(problem=p.name, sign=sign):
+                    A, _ = p.build(dtype, torch.sparse_csr)
+                    R = self.start(p.m, 3, dtype)
+                    Z, q = self.directions(A, None, sign, p.extreme(4, sign < 0), R)
+                    self.assertGreater(q.degree, 1)
+                    exact = self.exact_directions(A.to_dense(), None, sign, q, R)
+                    self.assertEqual(Z, exact, atol=1e-10, rtol=1e-10)
+
+    def test_diagonal_mass_is_the_measure(self):
+        p = self.problems.diagonal_mass(self.problems.indefinite(60), 50.0)
+        A, B = p.build(layout=torch.sparse_csr)
+        d = B.to_dense().diagonal()
+        R = self.start(p.m, 3)
+        for sign in (1.0, -1.0):
+            E = p.extreme(4, sign < 0)
+            Z, q = self.directions(A, B.to_dense().diag().diag().to_sparse_csr(), sign, E, R)
+            exact = self.exact_directions(A.to_dense(), d, sign, q, R)
+            self.assertEqual(Z, exact, atol=1e-10, rtol=1e-10)
+
+    def test_batch_is_its_members(self):
+        A, _, spectrum = self.problems.batch(self.problems.laplacian(7, 5), (3,))
+        E, R = spectrum[:, :4], self.start(35, 3, batch=(3,))
+        Z, q = self.directions(A.to_sparse(), None, 1.0, E, R)
+        for i in range(3):
+            alone, own = self.directions(A[i].to_sparse(), None, 1.0, E[i], R[i], q.degree)
+            self.assertEqual(own.degree, q.degree)
+            self.assertEqual(Z[i], alone, atol=1e-10, rtol=1e-10)
+
+    def test_pairs_of_grids(self):
+        p = self.problems.laplacian(23, 19)
+        for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+            for k, largest in itertools.product((1, 5, 24), (False, True)):
+                with self.subTest(dtype=dtype, k=k, largest=largest):
+                    self.run_problem(p, dtype, k, largest, torch.sparse_csr)
+
+    def test_pairs_of_pencils(self):
+        for p in (
+            self.problems.laplacian_mass(31, 28),
+            self.problems.diagonal_mass(self.problems.laplacian(31, 28), 1e4),
+            self.problems.path_graph(300, normalized=True),
+            self.problems.mikota(200),
+            self.problems.rod(150),
+        ):
+            for largest in (False, True):
+                with self.subTest(problem=p.name, largest=largest):
+                    self.run_problem(p, torch.float64, 4, largest, torch.sparse_csr)
+
+    def test_every_copy_of_an_eigenvalue(self):
+        one = self.problems.laplacian(19, 16)
+        A, _ = one.build(layout=torch.sparse_coo)
+        index = A.coalesce().indices()
+        for copies, k in itertools.product((6, 12), (4, 7, 26)):
+            many = torch.cat([index + i * one.m for i in range(copies)], 1)
+            values = A.coalesce().values().repeat(copies)
+            size = (copies * one.m,) * 2
+            M = torch.sparse_coo_tensor(many, values, size).to_sparse_csr()
+            E, _, messages = self.solve(M, k=k, largest=False)
+            exact = one.spectrum.repeat_interleave(copies)[:k]
+            self.assertEqual(messages, [])
+            self.assertEqual(E, exact, atol=1e-9, rtol=0)
+
+    def test_fewer_iterations(self):
+        """The iteration count falls by the degree, and products do not double."""
+        A, _ = self.problems.laplacian(60, 53).build(layout=torch.sparse_csr)
+        for k in (4, 24):
+            ask = {"k": k, "n": k + 4, "largest": False}
+            E, steps, products = self.steps_and_products(A, **ask)
+            plain, more, fewer = self.steps_and_products(A, iK=lambda R: R, **ask)
+            self.assertEqual(E, plain, atol=1e-9, rtol=0)
+            self.assertLess(5 * steps, more)
+            self.assertLess(products, 2 * fewer)
+
+    def test_graded_pencils(self):
+        """diag(A) measures what B does not: condition 1e8 and more, without a preconditioner."""
+        p = self.problems.diagonal_mass(self.problems.laplacian(31, 28), 1e8)
+        A, B = p.build(layout=torch.sparse_csr)
+        for M in (B, B.to_dense().to_sparse_csr()):
+            E, steps, _ = self.steps_and_products(A, k=4, B=M, largest=False)
+            self.assertEqual(E, p.extreme(4), atol=1e-8, rtol=1e-6)
+            self.assertLess(steps, 60)
+        # The same without B: most rows of a graded diagonal are far from the wanted end.
+        d = torch.logspace(0, 4, 1000, dtype=torch.float64)
+        off = torch.ones(999, dtype=torch.float64)
+        A = ((d + 2).diag() - off.diag(1) - off.diag(-1)).to_sparse_csr()
+        E, steps, _ = self.steps_and_products(A, k=3, largest=False)
+        self.assertEqual(E, torch.linalg.eigvalsh(A.to_dense())[:3], atol=1e-7, rtol=0)
+        self.assertLess(steps, 60)
+
+    def test_bound_that_is_too_low(self):
+        """An end of the spectrum that the bound misses costs iterations and nothing else."""
+        from unittest import mock
+
+        from torch._lobpcg_impl.chebyshev import Polynomial
+
+        bounds = Polynomial._bounds
+        p = self.problems.laplacian(23, 19)
+        for share in (0.9, 0.5, 0.1):
+            with mock.patch.object(
+                Polynomial,
+                "_bounds",
+                lambda q, like: [(low, share * up) for low, up in bounds(q, like)],
+            ):
+                for dtype in (torch.float32, torch.float64):
+                    self.run_problem(p, dtype, 4, False, torch.sparse_csr)
+
+    def test_degenerate_spectra(self):
+        """Nothing to tell apart, or nothing to tell it by."""
+        for p in (
+            self.problems.diagonal(torch.ones(60), "identity"),
+            self.problems.diagonal(torch.zeros(60), "zero"),
+            self.problems.star_graph(60),
+            self.problems.complete_graph(60),
+        ):
+            for largest in (False, True):
+                with self.subTest(problem=p.name, largest=largest):
+                    self.run_problem(p, torch.float64, 3, largest, torch.sparse_csr)
+
+    def test_off(self):
+        """Where iK is given, degree is 0, the solve truncated or A a callable, an iteration costs one product."""
+        A, _ = self.problems.laplacian(20, 17).build(layout=torch.sparse_csr)
+        X = self.start(340, 5)
+        for M, given in (
+            (A.to_dense(), {}),
+            (A, {"iK": lambda R: R}),
+            (A, {"ortho_iparams": {"degree": 0}}),
+            (A, {"ortho_iparams": {"degree": 1}}),
+            (A, {"niter": 199}),
+            (lambda V: A @ V, {}),
+        ):
+            seen = []
+            self.solve(
+                M,
+                X=X,
+                k=3,
+                largest=False,
+                tol=0.0,
+                tracker=lambda w: seen.append((w.pencil.A.columns, w.n)),
+                **given,
+            )
+            for (before, _), (after, n) in zip(seen[1:10], seen[2:11]):
+                self.assertLessEqual(after - before, n)
+
+    def test_guards(self):
+        """Four guard columns for twenty pairs or more where each costs a polynomial, or iterations are few."""
+        A, _ = self.problems.laplacian(20, 17).build(layout=torch.sparse_csr)
+        for M, given, k, n in (
+            (A, {}, 19, 38),
+            (A, {}, 20, 24),
+            (A, {"iK": lambda R: R}, 20, 40),
+            (A.to_dense(), {}, 20, 40),
+            (A.to_dense(), {"niter": 5}, 20, 24),
+        ):
+            seen = []
+            self.solve(
+                M, k=k, largest=False, tracker=lambda w: seen.append(w.n), **given
+            )
+            self.assertEqual(seen[0], n)
+
+
 class TestLobpcgBatches(LobpcgTestCase):
     """A batch is solved as its members are, whatever is broadcast."""
 
@@ -1382,17 +1474,40 @@ class TestLobpcgWorker(LobpcgTestCase):
                         msg=str((name, layout, method)),
                     )
 
-    def test_torchscript_inside_a_scripted_function(self):
-        def spectral_gap(A: torch.Tensor):
-            E, _X = torch.lobpcg(A, k=2, largest=False, method="ortho")
-            return E[1] - E[0]
+    @staticmethod
+    def spectral_gap(A: torch.Tensor):
+        E, _X = torch.lobpcg(A, k=2, largest=False, method="ortho")
+        return E[1] - E[0]
 
+    def test_torchscript_inside_a_scripted_function(self):
+        """Scripted, and stored and loaded: value and gradient x_1 x_1^T - x_0 x_0^T."""
         p = self.problems.laplacian(40)
         A, _ = p.build()
         exact = p.extreme(2)
-        self.assertEqual(
-            torch.jit.script(spectral_gap)(A), exact[1] - exact[0], atol=1e-7, rtol=0
-        )
+        _, X = torch.linalg.eigh(A)
+        x, y = X[:, 0], X[:, 1]
+        scripted, stored = torch.jit.script(self.spectral_gap), io.BytesIO()
+        torch.jit.save(scripted, stored)
+        stored.seek(0)
+        for function in (scripted, torch.jit.load(stored)):
+            leaf = A.clone().requires_grad_()
+            gap = function(leaf)
+            self.assertEqual(gap, exact[1] - exact[0], atol=1e-7, rtol=0)
+            (gA,) = torch.autograd.grad(gap, leaf)
+            self.assertEqual(
+                gA, torch.outer(y, y) - torch.outer(x, x), atol=1e-5, rtol=0
+            )
+
+    @parametrize("name", ["A", "B", "iK", "tracker"])
+    def test_torchscript_takes_no_callables(self, name):
+        """TorchScript itself compares types, before anything of lobpcg runs: the error says what it got for what."""
+        A, _ = self.problems.laplacian(40).build()
+        X = self.start(40, 2, A.dtype)
+        arguments = {"A": A, "X": X, name: lambda V: V}
+        with self.assertRaisesRegex(
+            RuntimeError, f"for argument '{name}' but instead found type 'function'"
+        ):
+            torch.jit.script(torch.lobpcg)(**arguments)
 
     def test_torchscript_has_gradients(self):
         p = self.problems.laplacian(40)
@@ -1407,6 +1522,9 @@ class TestLobpcgWorker(LobpcgTestCase):
         self.assertEqual(
             gA, torch.outer(x, x) + 3 * torch.outer(y, y), atol=1e-12, rtol=0
         )
+
+
+instantiate_parametrized_tests(TestLobpcgWorker)
 
 
 class TestLobpcgBadInput(LobpcgTestCase):

@@ -8,18 +8,22 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options, options_of
 from torch._lobpcg_impl.derivative import corrected, forward_mode, reverse_mode
 from torch._lobpcg_impl.graph import (
-    define_operators,
-    eigenpairs_in_graph,
-    is_traced,
-    mapped_matrices,
-    may_be_differentiated,
+    define_for_torchscript,
+    hold_pencil,
+    in_graphs,
+    MATRICES,
+    NUMBERS,
+    refuse_in_graph,
+    restore_pencil,
 )
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
-from torch._lobpcg_impl.solver import solve, warn_unconverged
+from torch._lobpcg_impl.solver import pair_shapes, solve, warn_unconverged
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
+    is_traced,
+    may_be_differentiated,
     refuse_nested_forward_mode,
     without_autocast,
 )
@@ -55,7 +59,8 @@ def lobpcg(
 
     where :math:`A` is Hermitian (real: symmetric), not necessarily definite, and :math:`B` Hermitian positive definite.
     Only products with blocks of vectors are needed, so :attr:`A` may be large and sparse. Differentiable in
-    :attr:`A` and :attr:`B`, dense and sparse, to any order and in both modes; see :ref:`lobpcg-gradient`.
+    :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
+    :ref:`lobpcg-gradient`.
 
     Where the matrices are dense and small (m up to 512; 128 if :attr:`iK` is given), or too small for the method
     (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
@@ -74,6 +79,10 @@ def lobpcg(
     .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`\frac12 (A + A^H)`, so gradients
         are Hermitian. A sparse one must be Hermitian, and its gradient lives on the stored entries.
 
+    .. note:: To TorchScript the whole of it is one operator, registered when torch is imported into Python: a scripted
+        function has gradients, and a module saved with :func:`torch.jit.save` needs a process with Python to run in.
+        Callables and :attr:`tracker` are refused there by type, with a RuntimeError.
+
     .. warning:: Eigenvectors are determined up to a factor of modulus one (real: a sign), inside a repeated eigenvalue
         up to a unitary matrix, and a gradient exists only for a loss that does not see that freedom, such as one of
         :math:`|x|` or :math:`x x^H`. One that sees it is an error or a warning that names the eigenvalues; only a
@@ -86,7 +95,9 @@ def lobpcg(
     Args:
         A (Tensor): :math:`(*, m, m)`, float32, float64, complex64 or complex128; strided, COO, CSR, CSC, BSR or BSC
             (batches: strided, COO or CSR). Outside TorchScript also a callable that maps blocks :math:`(*, m, p)` to
-            their products, a constant to autograd; then :attr:`X` gives size, dtype and device.
+            their products, out of place, or an object with ``matmul`` or ``@``, such as SciPy's LinearOperator; then
+            :attr:`X`, or its attributes ``shape`` and ``dtype``, give size and dtype. Gradients reach the tensors that
+            a callable reads; see :ref:`lobpcg-callable`.
         k (int, optional): number of pairs. Default: the columns of :attr:`X`, or 1.
         B (Tensor, optional): :math:`(*, m, m)`, as :attr:`A`. Default: the identity.
         X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
@@ -95,7 +106,10 @@ def lobpcg(
             returned; they speed up the iteration and the gradient. Default: max(4, k) more, if m >= 3 n allows.
         iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
             :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
-            outside TorchScript, a callable on blocks. Used in backward as well; not differentiated.
+            outside TorchScript, a callable on blocks. Used in backward as well; not differentiated. Default: where
+            :attr:`A` is sparse, a Chebyshev polynomial in :attr:`A` that approximates :math:`(A - \sigma)^{-1}`, at up
+            to 60 products an iteration; ``ortho_iparams={"degree": 0}``, a callable that returns its argument, or
+            :attr:`niter` below 200 switch it off.
         niter (int, optional): most iterations. 0: Rayleigh-Ritz on the start block alone; -1: until the residual
             cannot improve any more. Default: 1000.
         tol (float, optional): a pair has converged when
@@ -111,7 +125,8 @@ def lobpcg(
             basis), iparams, fparams, bparams, ivars, fvars, bvars, tvars; ``worker.bvars["force_stop"] = True`` stops
             it. Not in TorchScript.
         ortho_iparams (dict, optional): entries join the worker's iparams under names that begin with ``ortho_``.
-            ``ortho_iparams={"i_max": 2}`` sets how often "ortho" projects; other entries have no effect.
+            ``ortho_iparams={"i_max": 2}`` sets how often "ortho" projects, ``{"degree": 60}`` the largest degree of
+            the polynomial that stands in for :attr:`iK`; other entries have no effect.
         ortho_fparams (dict, optional): the same for fparams; without effect.
         ortho_bparams (dict, optional): the same for bparams; without effect.
 
@@ -198,15 +213,20 @@ def _lobpcg(
             lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, **named, **others
         )
     options = options_of(A, B, X, iK, *numbers, **others)
-    if is_traced(A, B, X, iK):
-        return eigenpairs_in_graph(A, B, X, iK, options)
+    traced = is_traced(A, B, X, iK)
+    if traced:
+        refuse_in_graph(A, B, X, iK, options)
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
     pencil = Pencil.of(hermitian_part(A), hermitian_part(B), iK, X).with_gradients()
-    if may_be_differentiated(*pencil.parameters):
+    differentiated = may_be_differentiated(*pencil.parameters)
+    if differentiated:
         options = dataclasses.replace(options, differentiated=True)
-        outputs = LOBPCGAutogradFunction.apply(
-            pencil.bare(), X, options, *pencil.parameters
-        )
+    arguments = (pencil.bare(), options, X, *pencil.parameters)
+    if traced:
+        tensors, held = hold_pencil(*arguments)
+        outputs = torch.ops._lobpcg.solve(*tensors, **held)
+    elif differentiated:
+        outputs = LOBPCGAutogradFunction.apply(*arguments)
     else:
         # A Function with nothing to record costs a fifth of a small solve.
         with torch.no_grad(), without_autocast(pencil.empty()):
@@ -214,8 +234,17 @@ def _lobpcg(
     return outputs[0], outputs[1]
 
 
+@in_graphs(
+    "solve",
+    f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda A, B, iK, X, **numbers: pair_shapes(
+        Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
+    ),
+    hold_pencil,
+    restore_pencil,
+)
 class LOBPCGAutogradFunction(Function):
-    """(pencil, X, options, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
+    """(pencil, options, X, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
     solve: further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n).
 
     A and B are differentiated in their parameters, the tensors that autograd sees: in the matrix itself, if it is one.
@@ -225,7 +254,7 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     def forward(
-        pencil: Pencil, X: Optional[Tensor], options: Options, *parameters: Tensor
+        pencil: Pencil, options: Options, X: Optional[Tensor], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         with without_autocast(pencil.empty()):
             return _find_pairs(
@@ -234,7 +263,7 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.pencil, _, ctx.options, *parameters = inputs
+        ctx.pencil, ctx.options, _, *parameters = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *parameters)
@@ -257,7 +286,7 @@ class LOBPCGAutogradFunction(Function):
     @staticmethod
     @accepts_legacy_vmap
     def jvp(
-        ctx: Any, _pencil: Any, _X: Any, _options: Any, *tangents: Optional[Tensor]
+        ctx: Any, _pencil: Any, _options: Any, _X: Any, *tangents: Optional[Tensor]
     ) -> Any:
         refuse_nested_forward_mode()
         pairs = _saved_pairs(ctx)
@@ -274,13 +303,15 @@ class LOBPCGAutogradFunction(Function):
         info: Any,
         in_dims: Any,
         pencil: Pencil,
-        X: Any,
         options: Options,
+        X: Any,
         *parameters: Any,
     ) -> Any:
-        tensors, dims = (*parameters, X), (*in_dims[3:], in_dims[1])
-        *parameters, X = mapped_matrices(info.batch_size, dims, tensors)
-        return LOBPCGAutogradFunction.apply(pencil, X, options, *parameters), (0,) * 6
+        size = info.batch_size
+        pencil, parameters, (X,), _ = pencil.mapped(
+            size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
+        )
+        return LOBPCGAutogradFunction.apply(pencil, options, X, *parameters), (0,) * 6
 
 
 def _saved_pairs(ctx: Any) -> Pairs:
@@ -301,17 +332,16 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     warn_unconverged(found, pencil, options)
     last = found.E.shape[-1] if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
-    pairs = corrected(
-        Pairs(
-            pencil,
-            options,
-            found.E[..., :k],
-            found.X[..., :k],
-            *further,
-            found.residual,
-            found.scale,
-        )
+    pairs = Pairs(
+        pencil,
+        options,
+        found.E[..., :k],
+        found.X[..., :k],
+        *further,
+        found.residual,
+        found.scale,
     )
+    pairs = corrected(pairs)
     copies = (
         T.detach().to(
             pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),
@@ -323,4 +353,4 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     return Pairs(pencil, options, *copies)
 
 
-define_operators(lobpcg, _find_pairs, LOBPCGAutogradFunction)
+define_for_torchscript(lobpcg)
