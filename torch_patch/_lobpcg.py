@@ -114,7 +114,9 @@ def lobpcg(
             cannot improve any more. Default: 1000.
         tol (float, optional): a pair has converged when
             :math:`\|A x - \lambda B x\|_2 \le tol (\|A\| + |\lambda| \|B\|) \|x\|_2`, norms being the root mean square
-            of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1.
+            of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1, and then a pair
+            has converged when besides its eigenvalue is accurate to tol relative to itself and, where a derivative may
+            follow, its eigenvector to 1e-3 (single precision) or 1e-6 (double), or when rounding allows no better.
         largest (bool, optional): the largest (in descending order) or the smallest (ascending). Default: True.
         method (str, optional): "ortho" orthogonalises the new directions explicitly where digits would be lost
             otherwise, "basic" never. Default: "ortho".
