@@ -1,5 +1,5 @@
 # Owner(s): ["module: linear algebra"]
-"""torch.lobpcg with matrices known by their products: gradients in what the callables read, and what they must not do."""
+"""torch.lobpcg with matrices known by their products: gradients in what callables read, and what they must not do."""
 
 import itertools
 import math
@@ -20,7 +20,11 @@ def random(*shape, dtype=REAL, seed=0):
     """Numbers of size one without a pattern, and without a generator, which torch.vmap refuses."""
     t = torch.arange(1.0, math.prod(shape) + 1, dtype=REAL).reshape(shape)
     T = 1.5 * torch.sin((t + 1000 * seed).square())
-    return torch.complex(T, 1.5 * torch.cos((t + seed).square())) if dtype == COMPLEX else T
+    return (
+        torch.complex(T, 1.5 * torch.cos((t + seed).square()))
+        if dtype == COMPLEX
+        else T
+    )
 
 
 def hermitian(T):
@@ -116,8 +120,9 @@ class CallableCase(unittest.TestCase):
                 g = torch.autograd.grad(value, leaves, create_graph=True)
                 orders.append([x.detach() for x in g])
                 value = sum(
-                    (x * (1 + torch.arange(x.numel()).reshape(x.shape).sin()))
-                    .real.sum()
+                    (
+                        x * (1 + torch.arange(x.numel()).reshape(x.shape).sin())
+                    ).real.sum()
                     for x in g
                 )
             found.append(orders)
@@ -188,7 +193,7 @@ class TestLobpcgCallable(CallableCase):
         self.assert_orders(ours, oracle, self.leaves(), (1e-8, 1e-6))
 
     def test_gradient_of_a_result_itself(self):
-        T, w = self.leaves()
+        T, _ = self.leaves()
         S = T * 1.5
         value = loss_of(*self.solve(lambda V: products_of_A(S, V)))
         got = torch.autograd.grad(value, (S, T))
@@ -262,6 +267,19 @@ class TestLobpcgCallable(CallableCase):
         self.assertEqual(len(seen), 1)
         self.assertLess((w.grad - 2 * seen[0]).abs().max().item(), 1e-15)
         self.assertLess((w.grad - 2 * (1 + w.cos()) * v.grad).abs().max().item(), 1e-8)
+
+    def test_sparse_parameter(self):
+        """A sparse matrix that the callable multiplies by: right on the stored entries."""
+        shift = torch.eye(M, dtype=REAL).roll(1, 0)
+        D = torch.diag(ladder()) + 0.1 * (shift + shift.mT)
+        for S in (D.to_sparse_coo(), D.to_sparse_csr()):
+            S.requires_grad_()
+            (g,) = torch.autograd.grad(loss_of(*self.solve(lambda V: S @ V)), S)
+            F = D.clone().requires_grad_()
+            pairs = dense_eigenpairs(hermitian(F), torch.eye(M, dtype=REAL))
+            (right,) = torch.autograd.grad(loss_of(*pairs), F)
+            g = hermitian(g.to_dense() * (D != 0))
+            self.assert_close((g,), (right * (D != 0),), 1e-8)
 
     def test_checkpoint(self):
         from torch.utils.checkpoint import checkpoint
@@ -423,7 +441,7 @@ class TestLobpcgCallableInside(CallableCase):
     def test_hessian_products_under_func_grad(self):
         for products in (
             lambda t, s: self.by_func(t.clone(), s),
-            lambda t, s: self.by_autograd(t, s),
+            self.by_autograd,
         ):
             ours = lambda t, s: loss_of(*self.solve(products(t, s)))
             leaves = (self.theta.detach(), self.scale.detach())
@@ -518,7 +536,9 @@ class TestLobpcgCallableTransforms(CallableCase):
 
     def test_vjp(self):
         self.assert_same(
-            lambda f: torch.func.vjp(f, self.T, self.w)[1](torch.tensor(0.3, dtype=REAL))
+            lambda f: torch.func.vjp(f, self.T, self.w)[1](
+                torch.tensor(0.3, dtype=REAL)
+            )
         )
 
     def test_jvp(self):

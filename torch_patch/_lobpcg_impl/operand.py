@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._lobpcg_impl import arguments
 from torch._lobpcg_impl.abstract_operand import Operand, Probe
 from torch._lobpcg_impl.blocks import (
-    all_finite,
     fixed_block,
     gram,
     largest_entries,
