@@ -144,12 +144,13 @@ def test_pages_build_without_warnings(tmp_path, markup):
 
 
 def test_features_are_there(monkeypatch, capsys):
-    """The column of torch.lobpcg in the README's table, measured."""
+    """The column of torch.lobpcg in the table of features, measured."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     features = importlib.import_module("features")
     assert features.main(["--peer", "lobpcg"]) == 0
     rows = re.findall(r"^\| (\w[\w-]*) \| (.*?) \| ", capsys.readouterr().out, re.MULTILINE)
-    shown = re.findall(r"^\| `(\w[\w-]*)` \| (.*?) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Features beside others")[1]
+    shown = re.findall(r"^\| `(\w[\w-]*)` \| (.*?) \| ", table, re.MULTILINE)
     names = {name for name, _ in rows}
     assert [row for row in shown if row[0] in names] == rows
 
@@ -199,10 +200,10 @@ def test_named_files_exist(page):
 
 
 def test_table_of_transforms():
-    """The README's cells are the tests that are there, and those that expect a result."""
+    """The cells are the tests that are there, and those that expect a result."""
     from test_lobpcg_transforms import TestLobpcgTransformTable as Table
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Transforms")[1].split("\n## ")[0]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Transforms")[1].split("\n## ")[0]
     head, _, *rows = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|"))
     assert [row[0].strip("`") for row in rows] == list(Table.transforms)
     for name, *cells in rows:

@@ -404,7 +404,7 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
 
 
 class TestLobpcgTransformTable(LobpcgGradientCase):
-    """Transform x layout x field x what is differentiated: one test for each cell of the table in the README.
+    """Transform x layout x field x what is differentiated: one test for each combination.
 
     Oracles: the gradient g as a sum over all pairs, Re <g, t> for a tangent t, and differences of g for second
     derivatives.  A sparse gradient is compared on the stored positions.

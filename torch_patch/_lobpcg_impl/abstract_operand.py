@@ -5,6 +5,7 @@ from typing import Callable, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.blocks import all_finite
+from torch._lobpcg_impl.report import members
 
 
 # A function that makes a block (*, m, 2) of fixed numbers, or returns the one it made before.
@@ -98,9 +99,10 @@ class Operand:
         """largest(); ValueError where it is not finite."""
         largest = self.largest(probe)
         if not all_finite(largest):
+            where = members(~torch.isfinite(largest), largest.dim())
             raise ValueError(
-                f"lobpcg: {self.name} has NaN or infinite entries; every entry must be finite: check what produced "
-                f"{self.name}"
+                f"lobpcg: {self.name}{where} has NaN or infinite entries; every entry must be finite: check what "
+                f"produced {self.name}"
             )
         return largest
 

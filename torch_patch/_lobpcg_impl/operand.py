@@ -26,6 +26,7 @@ from torch._lobpcg_impl.blocks import (
 )
 from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
 from torch._lobpcg_impl.matrix_free import MatrixFree
+from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.sparse import (
     block_diagonal,
     by_rows,
@@ -204,23 +205,17 @@ class Dense(_Matrix):
 
     def check_positive(self) -> None:
         d = self.diagonal()
-        bad = bool((d <= 0).any())
-        if not bad and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
+        bad = (d <= 0).any(-1)
+        if not bool(bad.any()) and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
             # Scaled to a unit diagonal the factorisation neither overflows nor mistakes a graded matrix for a singular
             # one.
             s = d.rsqrt()
-            bad = bool(
-                (
-                    torch.linalg.cholesky_ex(
-                        self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
-                    )[1]
-                    > 0
-                ).any()
-            )
-        if bad:
+            scaled = self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
+            bad = torch.linalg.cholesky_ex(scaled)[1] > 0
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite (its Cholesky factorisation fails); {self.name} must be "
-                "Hermitian positive definite"
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())} (its Cholesky factorisation "
+                f"fails); {self.name} must be Hermitian positive definite"
             )
 
 
@@ -408,18 +403,20 @@ class Sparse(_Matrix):
         skew = (forms - forms.mH).abs().amax((-2, -1))
         size = self.mean_square(probe).sqrt()
         limit = 8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * size
-        if bool((skew > limit).any()):
+        bad = skew > limit
+        if bool(bad.any()):
             name = self.name
             raise ValueError(
-                f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
+                f"lobpcg: sparse {name} is not Hermitian{members(bad, bad.dim())}: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
                 f"fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian "
                 f"matrix, such as ({name} + {name}^H) / 2"
             )
 
     def check_positive(self) -> None:
-        if bool((self.diagonal() <= 0).any()):
+        bad = (self.diagonal() <= 0).any(-1)
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite: a diagonal entry is not positive; {self.name} must be "
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())}: a diagonal entry is not positive; {self.name} must be "
                 "Hermitian positive definite"
             )
 
