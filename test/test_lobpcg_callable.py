@@ -7,6 +7,7 @@ import unittest
 import warnings
 
 import torch
+from torch._lobpcg_impl.operand import operand
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.testing._internal.common_utils import run_tests
@@ -387,6 +388,23 @@ class HiddenProduct(torch.autograd.Function):
         return (g * V.conj()).sum(-1).real, d[:, None] * g
 
 
+class HiddenInTransforms(torch.autograd.Function):
+    """d V in the newer style, which torch.func takes."""
+
+    @staticmethod
+    def forward(d, V):
+        return d[:, None] * V
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        d, V = ctx.saved_tensors
+        return (g * V).sum(-1), d[:, None] * g
+
+
 class TestLobpcgCallableInside(CallableCase):
     """Callables that use autograd themselves."""
 
@@ -491,12 +509,34 @@ class TestLobpcgCallableInside(CallableCase):
         right = loss_of(*dense_eigenpairs(A, torch.eye(M, dtype=REAL)))
         self.assert_close((d.grad,), torch.autograd.grad(right, d), 1e-8)
 
-    def test_older_functions_under_func_grad_are_an_error(self):
-        def ours(d):
-            return self.solve(lambda V: HiddenProduct.apply(d, V))[0].sum()
+    def test_functions_under_func_grad_are_an_error(self):
+        """Nothing can be put in the place of what an autograd.Function reads; operations beside it do not help."""
+        for hidden in (HiddenProduct, HiddenInTransforms):
 
-        with self.assertRaises(RuntimeError):
+            def ours(d):
+                A = lambda V: hidden.apply(d, V) + d[:, None] * V
+                return self.solve(A)[0].sum()
+
+            with self.assertRaises(RuntimeError):
+                torch.func.grad(ours)(ladder())
+        with self.assertRaisesRegex(
+            RuntimeError, r"A depends on a tensor.*\(24,.*closure"
+        ):
             torch.func.grad(ours)(ladder())
+
+    def test_functions_of_copies_under_func_grad(self):
+        """A copy made inside is seen."""
+        d = ladder() + random(M, seed=4) / 5
+
+        def ours(d):
+            E, X = self.solve(lambda V: HiddenInTransforms.apply(d.clone(), V))
+            return loss_of(E, X)
+
+        def right(d):
+            return loss_of(*dense_eigenpairs(torch.diag(d), torch.eye(M, dtype=REAL)))
+
+        got = torch.func.grad(ours)(d)
+        self.assert_close((got,), (torch.func.grad(right)(d),), 1e-8)
 
 
 class TestLobpcgCallableTransforms(CallableCase):
@@ -746,6 +786,9 @@ class TestLobpcgCallableContract(CallableCase):
         for identity in (lambda V: V, lambda V: V[:], lambda V: V.mT.mT):
             E, _ = self.solve(self.A, identity)
             self.assertLess((E - ladder()[:K]).abs().max().item(), 1e-10)
+            X = self.start()
+            operand(identity, "B").apply(X).zero_()
+            self.assertTrue(torch.equal(X, self.start()))
 
     def test_not_linear(self):
         wrong = {
