@@ -62,7 +62,8 @@ def lobpcg(
     :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
     :ref:`lobpcg-gradient`.
 
-    Where the matrices are dense and small (m up to 512; 128 if :attr:`iK` is given), or too small for the method
+    Where the matrices are dense and small (m up to about 800 + 15 k; 512 on a
+    device or with :attr:`X`, 128 with :attr:`iK`), or too small for the method
     (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
     :attr:`tracker` asks for them.
 
