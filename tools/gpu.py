@@ -57,7 +57,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="interpreter whose torch is measured (%(default)s)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what is not timed by then is left out (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="what is not timed by then is left out")
     parser.add_argument("--tiny", action="store_true", help="small matrices: a test of the script, not a measurement")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write checks and table there, too")
     return parser.parse_args(argv)

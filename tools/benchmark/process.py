@@ -20,7 +20,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXP
 
 
 class Row:
-    """The parent's end of a row. `error` is None while the row lives. `say` is called with what goes on while it does."""
+    """The parent's end of a row. `error` is None while the row lives; `say` is told now and then that it runs."""
 
     def __init__(self, case: Case, peer: str, options: Options, say: Callable[[str], None] = lambda text: None):
         self.case, self.peer, self.options = case, peer, options
