@@ -84,6 +84,28 @@ def test_examples_of_a_note(page):
     assert report == ""
 
 
+def names_of(note):
+    """What the examples of a note have defined."""
+    text = (SOURCE / "notes" / f"{note}.rst").read_text(encoding="utf-8")
+    test = doctest.DocTestParser().get_doctest(text, {"torch": torch}, note, note, 0)
+    doctest.DocTestRunner(verbose=False).run(test, out=silent, clear_globs=False)
+    return test.globs
+
+
+@pytest.mark.parametrize("name", ["sharpness", "ground_energy", "frequencies"])
+def test_gradients_of_the_examples_with_callables(name):
+    """Against central differences, in a direction, at a point without symmetry."""
+    names = names_of("lobpcg_callable")
+    size = {"sharpness": (48,), "ground_energy": (8,), "frequencies": (14, 10)}[name]
+    t = torch.arange(1.0, math.prod(size) + 1, dtype=torch.float64).reshape(size)
+    point, direction = 1 + t.square().sin() / 4, t.square().cos()
+    value = lambda s: names[name](point + s * direction).sum()
+    step = 1e-5
+    exact = (value(step) - value(-step)) / (2 * step)
+    (g,) = torch.autograd.grad(names[name](point.requires_grad_()).sum(), point)
+    assert abs((g * direction).sum() / exact - 1) < 1e-7
+
+
 def test_examples_of_the_reference():
     text = torch.lobpcg.__doc__
     report, count = failures(text, "lobpcg")

@@ -894,6 +894,214 @@ class TestLobpcgProducts(LobpcgTestCase):
         )
 
 
+class TestLobpcgPolynomial(LobpcgTestCase):
+    """The Chebyshev iteration that gives the directions where no iK does."""
+
+    def steps_and_products(self, A, **kwargs):
+        """E, iterations, columns that A was applied to."""
+        seen = []
+        E, _, messages = self.solve(
+            A,
+            tracker=lambda w: seen.append((w.ivars["istep"], w.pencil.A.columns)),
+            **kwargs,
+        )
+        self.assertEqual(messages, [])
+        return (E, *seen[-1])
+
+    def directions(self, A, B, sign, E, R, most=60):
+        """q(C) D^-1 R from the polynomial aimed by eigenvalues E, and the polynomial."""
+        from torch._lobpcg_impl.chebyshev import polynomial
+        from torch._lobpcg_impl.operand import Pencil
+
+        q = polynomial(Pencil.of(A, B, None, R), sign, most)
+        X = torch.zeros(*E.shape[:-1], R.shape[-2], E.shape[-1], dtype=R.dtype)
+        q.aim(E, X)
+        return q(R), q.chosen
+
+    def exact_directions(self, A, D, sign, q, R):
+        """The same from the definition of q, by all eigenpairs."""
+        root = torch.ones(A.shape[-1], dtype=torch.float64) if D is None else D.sqrt()
+        e, V = torch.linalg.eigh(sign * A / root / root.unsqueeze(-1))
+
+        def T(t):
+            x = i.at(t)
+            if abs(x) <= 1:
+                return math.cos(q.degree * math.acos(x))
+            sign = 1 if x > 0 else (-1) ** q.degree
+            return sign * math.cosh(q.degree * math.acosh(abs(x)))
+
+        (i,) = q.intervals
+        values = [(1 - T(t) / T(i.s)) / (t - i.s) for t in e.tolist()]
+        f = torch.tensor(values, dtype=V.dtype)
+        return ((V * f) @ (V.mH @ (R / root.unsqueeze(-1)))) / root.unsqueeze(-1)
+
+    def test_polynomial_is_its_definition(self):
+        for p in (
+            self.problems.laplacian(9, 8),
+            self.problems.ring(45, 1.0),
+            self.problems.indefinite(60),
+        ):
+            dtype = torch.complex128 if p.is_complex else torch.float64
+            for sign in (1.0, -1.0):
+                with self.subTest(problem=p.name, sign=sign):
+                    A, _ = p.build(dtype, torch.sparse_csr)
+                    R = self.start(p.m, 3, dtype)
+                    Z, q = self.directions(A, None, sign, p.extreme(4, sign < 0), R)
+                    self.assertGreater(q.degree, 1)
+                    exact = self.exact_directions(A.to_dense(), None, sign, q, R)
+                    self.assertEqual(Z, exact, atol=1e-10, rtol=1e-10)
+
+    def test_diagonal_mass_is_the_measure(self):
+        p = self.problems.diagonal_mass(self.problems.indefinite(60), 50.0)
+        A, B = p.build(layout=torch.sparse_csr)
+        d = B.to_dense().diagonal()
+        R = self.start(p.m, 3)
+        for sign in (1.0, -1.0):
+            E = p.extreme(4, sign < 0)
+            Z, q = self.directions(A, B.to_dense().diag().diag().to_sparse_csr(), sign, E, R)
+            exact = self.exact_directions(A.to_dense(), d, sign, q, R)
+            self.assertEqual(Z, exact, atol=1e-10, rtol=1e-10)
+
+    def test_batch_is_its_members(self):
+        A, _, spectrum = self.problems.batch(self.problems.laplacian(7, 5), (3,))
+        E, R = spectrum[:, :4], self.start(35, 3, batch=(3,))
+        Z, q = self.directions(A.to_sparse(), None, 1.0, E, R)
+        for i in range(3):
+            alone, own = self.directions(A[i].to_sparse(), None, 1.0, E[i], R[i], q.degree)
+            self.assertEqual(own.degree, q.degree)
+            self.assertEqual(Z[i], alone, atol=1e-10, rtol=1e-10)
+
+    def test_pairs_of_grids(self):
+        p = self.problems.laplacian(23, 19)
+        for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+            for k, largest in itertools.product((1, 5, 24), (False, True)):
+                with self.subTest(dtype=dtype, k=k, largest=largest):
+                    self.run_problem(p, dtype, k, largest, torch.sparse_csr)
+
+    def test_pairs_of_pencils(self):
+        for p in (
+            self.problems.laplacian_mass(31, 28),
+            self.problems.diagonal_mass(self.problems.laplacian(31, 28), 1e4),
+            self.problems.path_graph(300, normalized=True),
+            self.problems.mikota(200),
+            self.problems.rod(150),
+        ):
+            for largest in (False, True):
+                with self.subTest(problem=p.name, largest=largest):
+                    self.run_problem(p, torch.float64, 4, largest, torch.sparse_csr)
+
+    def test_every_copy_of_an_eigenvalue(self):
+        one = self.problems.laplacian(19, 16)
+        A, _ = one.build(layout=torch.sparse_coo)
+        index = A.coalesce().indices()
+        for copies, k in itertools.product((6, 12), (4, 7, 26)):
+            many = torch.cat([index + i * one.m for i in range(copies)], 1)
+            values = A.coalesce().values().repeat(copies)
+            size = (copies * one.m,) * 2
+            M = torch.sparse_coo_tensor(many, values, size).to_sparse_csr()
+            E, _, messages = self.solve(M, k=k, largest=False)
+            exact = one.spectrum.repeat_interleave(copies)[:k]
+            self.assertEqual(messages, [])
+            self.assertEqual(E, exact, atol=1e-9, rtol=0)
+
+    def test_fewer_iterations(self):
+        """The iteration count falls by the degree, and products do not double."""
+        A, _ = self.problems.laplacian(60, 53).build(layout=torch.sparse_csr)
+        for k in (4, 24):
+            ask = {"k": k, "n": k + 4, "largest": False}
+            E, steps, products = self.steps_and_products(A, **ask)
+            plain, more, fewer = self.steps_and_products(A, iK=lambda R: R, **ask)
+            self.assertEqual(E, plain, atol=1e-9, rtol=0)
+            self.assertLess(5 * steps, more)
+            self.assertLess(products, 2 * fewer)
+
+    def test_graded_pencils(self):
+        """diag(A) measures what B does not: condition 1e8 and more, without a preconditioner."""
+        p = self.problems.diagonal_mass(self.problems.laplacian(31, 28), 1e8)
+        A, B = p.build(layout=torch.sparse_csr)
+        for M in (B, B.to_dense().to_sparse_csr()):
+            E, steps, _ = self.steps_and_products(A, k=4, B=M, largest=False)
+            self.assertEqual(E, p.extreme(4), atol=1e-8, rtol=1e-6)
+            self.assertLess(steps, 60)
+        # The same without B: most rows of a graded diagonal are far from the wanted end.
+        d = torch.logspace(0, 4, 1000, dtype=torch.float64)
+        off = torch.ones(999, dtype=torch.float64)
+        A = ((d + 2).diag() - off.diag(1) - off.diag(-1)).to_sparse_csr()
+        E, steps, _ = self.steps_and_products(A, k=3, largest=False)
+        self.assertEqual(E, torch.linalg.eigvalsh(A.to_dense())[:3], atol=1e-7, rtol=0)
+        self.assertLess(steps, 60)
+
+    def test_bound_that_is_too_low(self):
+        """An end of the spectrum that the bound misses costs iterations and nothing else."""
+        from unittest import mock
+
+        from torch._lobpcg_impl.chebyshev import Polynomial
+
+        bounds = Polynomial._bounds
+        p = self.problems.laplacian(23, 19)
+        for share in (0.9, 0.5, 0.1):
+            with mock.patch.object(
+                Polynomial,
+                "_bounds",
+                lambda q, like: [(low, share * up) for low, up in bounds(q, like)],
+            ):
+                for dtype in (torch.float32, torch.float64):
+                    self.run_problem(p, dtype, 4, False, torch.sparse_csr)
+
+    def test_degenerate_spectra(self):
+        """Nothing to tell apart, or nothing to tell it by."""
+        for p in (
+            self.problems.diagonal(torch.ones(60), "identity"),
+            self.problems.diagonal(torch.zeros(60), "zero"),
+            self.problems.star_graph(60),
+            self.problems.complete_graph(60),
+        ):
+            for largest in (False, True):
+                with self.subTest(problem=p.name, largest=largest):
+                    self.run_problem(p, torch.float64, 3, largest, torch.sparse_csr)
+
+    def test_off(self):
+        """Where iK is given, degree is 0, the solve truncated or A a callable, an iteration costs one product."""
+        A, _ = self.problems.laplacian(20, 17).build(layout=torch.sparse_csr)
+        X = self.start(340, 5)
+        for M, given in (
+            (A.to_dense(), {}),
+            (A, {"iK": lambda R: R}),
+            (A, {"ortho_iparams": {"degree": 0}}),
+            (A, {"ortho_iparams": {"degree": 1}}),
+            (A, {"niter": 199}),
+            (lambda V: A @ V, {}),
+        ):
+            seen = []
+            self.solve(
+                M,
+                X=X,
+                k=3,
+                largest=False,
+                tol=0.0,
+                tracker=lambda w: seen.append((w.pencil.A.columns, w.n)),
+                **given,
+            )
+            for (before, _), (after, n) in zip(seen[1:10], seen[2:11]):
+                self.assertLessEqual(after - before, n)
+
+    def test_guards(self):
+        """Four guard columns for twenty pairs or more where each costs a polynomial, or iterations are few."""
+        A, _ = self.problems.laplacian(20, 17).build(layout=torch.sparse_csr)
+        for M, given, k, n in (
+            (A, {}, 19, 38),
+            (A, {}, 20, 24),
+            (A, {"iK": lambda R: R}, 20, 40),
+            (A.to_dense(), {}, 20, 40),
+            (A.to_dense(), {"niter": 5}, 20, 24),
+        ):
+            seen = []
+            self.solve(
+                M, k=k, largest=False, tracker=lambda w: seen.append(w.n), **given
+            )
+            self.assertEqual(seen[0], n)
+
+
 class TestLobpcgBatches(LobpcgTestCase):
     """A batch is solved as its members are, whatever is broadcast."""
 

@@ -689,5 +689,254 @@ class TestLobpcgCallableTransforms(CallableCase):
             self.assert_close((transform(ours),), (transform(dense),), 1e-8)
 
 
+class TestLobpcgCallableContract(CallableCase):
+    """What a callable must not do is named, with the matrix whose callable does it."""
+
+    def A(self, V):
+        return ladder(V.dtype)[:, None] * V
+
+    def refused(self, error, fact, A=None, **options):
+        with self.assertRaisesRegex(error, fact):
+            self.solve(A or self.A, **options)
+
+    def test_writes_to_the_block(self):
+        def by_numpy(V):
+            V.numpy()[...] *= 2
+            return V.clone()
+
+        for write in (lambda V: V.mul_(2.0), lambda V: V.sub_(1).add(V), by_numpy):
+            for name in ("A", "B"):
+                self.refused(ValueError, rf"lobpcg: {name} wrote", **{name: write})
+
+    def test_writes_later(self):
+        """Not only the first product is looked at."""
+        calls = []
+
+        def late(V):
+            calls.append(V)
+            return V.mul_(2.0) if len(calls) > 3 else 2.0 * self.A(V)
+
+        self.refused(ValueError, "lobpcg: A wrote", late)
+
+    def test_preconditioner_that_writes(self):
+        self.refused(ValueError, "lobpcg: iK wrote", iK=lambda R: R.div_(2.0))
+
+    def test_views_of_the_block(self):
+        """The identity may be returned as it is, and as a view."""
+        for identity in (lambda V: V, lambda V: V[:], lambda V: V.mT.mT):
+            E, _ = self.solve(self.A, identity)
+            self.assertLess((E - ladder()[:K]).abs().max().item(), 1e-10)
+
+    def test_not_linear(self):
+        wrong = {
+            "affine": lambda V: self.A(V) + 1e-3,
+            "absolute": lambda V: self.A(V.abs()),
+            "normalised": lambda V: self.A(V / V.norm(dim=0)),
+        }
+        for A in wrong.values():
+            for name in ("A", "B"):
+                self.refused(ValueError, rf"{name} is not linear.*\d", **{name: A})
+
+    def test_conjugates(self):
+        self.refused(
+            ValueError, "A is not linear", lambda V: self.A(V).conj(), dtype=COMPLEX
+        )
+
+    def test_not_hermitian(self):
+        def skew(V):
+            return self.A(V) + 1e-6 * (V.roll(1, 0) - V.roll(-1, 0))
+
+        for name in ("A", "B"):
+            with self.assertWarnsRegex(UserWarning, rf"{name} is not Hermitian.*\d"):
+                self.solve(**{"A": self.A, name: skew}, tol=1e-5)
+
+    def test_products_of_limited_accuracy(self):
+        """A product that is the result of an iteration itself is warned of, not refused."""
+
+        def rounded(V):
+            return self.A(V.float()).to(REAL)
+
+        with self.assertWarnsRegex(UserWarning, "lobpcg: the callable A is .* only"):
+            self.solve(rounded, tol=1e-5)
+
+    def test_rounding_is_not_reported(self):
+        """Products in several steps, of single precision and badly scaled, pass in silence."""
+        T = random(M, M, seed=1)
+        for dtype, size in itertools.product((torch.float32, REAL), (1e-8, 1.0, 1e8)):
+            S = (T * size).to(dtype)
+            X = self.start().to(dtype)
+            torch.lobpcg(lambda V: S @ (S.mH @ V), K, X=X, tol=1e-4)
+
+    def test_shape_dtype_values(self):
+        wrong = {
+            "shape": lambda V: self.A(V)[:-1],
+            "dtype": lambda V: self.A(V).float(),
+            "device": lambda V: self.A(V).to("meta"),
+            "NaN": lambda V: self.A(V) * math.nan,
+            "tensor": lambda V: None,
+        }
+        for (fact, A), grad in itertools.product(wrong.items(), (True, False)):
+            with torch.set_grad_enabled(grad):
+                self.refused((ValueError, TypeError), f"lobpcg: A returned .*{fact}", A)
+        w = random(M, seed=2)
+        for fact in ("shape", "dtype", "tensor"):
+            f = lambda w: self.solve(lambda V: wrong[fact](V * w[:, None]))[0].sum()
+            with self.assertRaisesRegex((ValueError, TypeError), "lobpcg: A returned"):
+                torch.func.grad(f)(w)
+
+    def test_errors_and_interrupts_pass_through(self):
+        """No mode stays behind, so what follows runs as before."""
+        w = random(M, seed=2).requires_grad_()
+
+        class Stop(Exception):
+            pass
+
+        for error in (Stop, KeyboardInterrupt):
+            for after in (0, 1, 5):
+                calls = []
+
+                def A(V):
+                    calls.append(V)
+                    if len(calls) > after:
+                        raise error
+                    return (ladder() + w)[:, None] * V
+
+                with self.assertRaises(error):
+                    self.solve(A)
+                with self.assertRaises(error):
+                    torch.func.grad(lambda w: self.solve(A)[0].sum())(w)
+                self.assertEqual(_get_current_function_mode_stack(), [])
+                self.assertTrue(torch.is_grad_enabled())
+
+    def test_parameter_changed_before_backward(self):
+        w = random(M, seed=2).requires_grad_()
+        v = w * 1.0
+        E, _ = self.solve(lambda V: (ladder() + v)[:, None] * V)
+        v.mul_(2.0)
+        with self.assertRaisesRegex(RuntimeError, "modified by an inplace operation"):
+            E.sum().backward()
+
+    def test_a_stored_result_is_found_where_it_ends(self):
+        """A callable that keeps what it computed in its first call: its parameter is the one behind it."""
+        w = random(M, seed=2).requires_grad_()
+        kept = []
+
+        def A(V):
+            if not kept:
+                kept.append(ladder() + w.square())
+            return kept[0][:, None] * V
+
+        E, X = self.solve(A)
+        loss_of(E, X).backward()
+        D = torch.diag(ladder() + w.square())
+        right = loss_of(*dense_eigenpairs(D, torch.eye(M, dtype=REAL)))
+        self.assert_close((w.grad,), torch.autograd.grad(right, w), 1e-8)
+
+    def test_blocks_of_any_rank(self):
+        """A callable that knows (m, p) alone serves derivatives whose blocks have further dimensions."""
+        w = random(M, seed=2)
+
+        def ours(w):
+            def A(V):
+                m, p = V.shape
+                return ((ladder() + w)[:, None] * V).reshape(4, 6, p).reshape(m, p)
+
+            return loss_of(*self.solve(A))
+
+        def dense(w):
+            D = torch.diag(ladder() + w)
+            return loss_of(*dense_eigenpairs(D, torch.eye(M, dtype=REAL)))
+
+        for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+            self.assert_close((jacobian(ours)(w),), (jacobian(dense)(w),), 1e-8)
+        got, right = (torch.func.hessian(f)(w) for f in (ours, dense))
+        self.assert_close((got,), (right,), 1e-6)
+
+
+class Declared:
+    """Products of a diagonal matrix by @ or matmul, with shape and dtype."""
+
+    def __init__(self, d, dtype=None):
+        self.d, self.shape, self.dtype = d, (len(d), len(d)), dtype or d.dtype
+
+    def __matmul__(self, V):
+        return self.d[:, None] * V
+
+
+class TestLobpcgObjects(CallableCase):
+    """Objects that multiply, and callables that say how large they are."""
+
+    def check(self, A, **options):
+        E, X = torch.lobpcg(A, K, largest=False, tol=1e-10, **options)
+        self.assertEqual(X.shape, (M, K))
+        self.assertLess((E - ladder()[:K]).abs().max().item(), 1e-8)
+
+    def test_shape_and_dtype_take_the_place_of_X(self):
+        def A(V):
+            return ladder()[:, None] * V
+
+        A.shape, A.dtype = (M, M), REAL
+        self.check(A)
+        self.check(Declared(ladder()))
+        self.check(Declared(ladder()), B=Declared(torch.ones(M, dtype=REAL)))
+        self.check(torch.diag(ladder()), iK=Declared(1 / ladder()))
+
+    def test_gradient_through_an_object(self):
+        w = random(M, seed=2).requires_grad_()
+        E, _ = torch.lobpcg(Declared(ladder() + w / 9), K, largest=False)
+        E.sum().backward()
+        right = torch.cat([torch.ones(K), torch.zeros(M - K)]).to(REAL)
+        self.assertLess((9 * w.grad - right).abs().max().item(), 1e-6)
+
+    def test_what_does_not_fit(self):
+        A, X = Declared(ladder()), self.start()
+        bad = {
+            "A has dtype torch.float64, X has torch.float32": dict(A=A, X=X.float()),
+            r"A has shape \[24, 24\]": dict(A=A, X=X[:-1]),
+            "B has shape": dict(A=A, B=Declared(ladder()[:-1])),
+            "A is 24 x 3": dict(A=type("Tall", (Declared,), {})(ladder())),
+            "A has dtype torch.int64": dict(A=Declared(torch.arange(1, M + 1))),
+            "size is unknown": dict(A=lambda V: V),
+            "A is list": dict(A=[[1.0]]),
+        }
+        bad["A is 24 x 3"]["A"].shape = (24, 3)
+        for fact, arguments in bad.items():
+            with self.assertRaisesRegex((ValueError, TypeError), f"lobpcg: .*{fact}"):
+                torch.lobpcg(k=1, **arguments)
+
+    def test_scipy(self):
+        try:
+            import numpy
+            import scipy.sparse
+            from scipy.sparse.linalg import aslinearoperator
+        except ImportError:
+            self.skipTest("SciPy is not installed")
+        D = scipy.sparse.diags_array(numpy.arange(1.0, M + 1), format="csr")
+        inverse = scipy.sparse.diags_array(1 / numpy.arange(1.0, M + 1), format="csr")
+        for A in (D, aslinearoperator(D), D.toarray()):
+            self.check(A)
+        one = aslinearoperator(scipy.sparse.eye_array(M, format="csr"))
+        self.check(aslinearoperator(D), B=one)
+        self.check(torch.diag(ladder()), B=one, iK=aslinearoperator(inverse))
+        X = self.start(batch=(2,))
+        E, _ = torch.lobpcg(aslinearoperator(D), K, X=X, largest=False, tol=1e-10)
+        self.assertLess((E - ladder()[:K]).abs().max().item(), 1e-8)
+
+    def test_tensor_beside_an_operator_of_arrays(self):
+        """The operator is a constant; the tensor keeps its gradient."""
+        try:
+            from scipy.sparse.linalg import aslinearoperator
+        except ImportError:
+            self.skipTest("SciPy is not installed")
+        B = matrix_B(random(M, seed=2))
+        A = torch.diag(ladder()).requires_grad_()
+        E, X = torch.lobpcg(
+            A, K, B=aslinearoperator(B.numpy()), largest=False, tol=1e-12
+        )
+        (g,) = torch.autograd.grad(loss_of(E, X), A)
+        (right,) = torch.autograd.grad(loss_of(*dense_eigenpairs(hermitian(A), B)), A)
+        self.assert_close((g,), (right,), 1e-8)
+
+
 if __name__ == "__main__":
     run_tests()

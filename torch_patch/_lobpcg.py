@@ -13,14 +13,13 @@ from torch._lobpcg_impl.graph import (
     in_graphs,
     MATRICES,
     NUMBERS,
-    Outputs,
     refuse_in_graph,
     restore_pencil,
 )
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
-from torch._lobpcg_impl.solver import dense_is_cheaper, solve, warn_unconverged
+from torch._lobpcg_impl.solver import pair_shapes, solve, warn_unconverged
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     is_traced,
@@ -60,7 +59,8 @@ def lobpcg(
 
     where :math:`A` is Hermitian (real: symmetric), not necessarily definite, and :math:`B` Hermitian positive definite.
     Only products with blocks of vectors are needed, so :attr:`A` may be large and sparse. Differentiable in
-    :attr:`A` and :attr:`B`, dense and sparse, to any order and in both modes; see :ref:`lobpcg-gradient`.
+    :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
+    :ref:`lobpcg-gradient`.
 
     Where the matrices are dense and small (m up to 512; 128 if :attr:`iK` is given), or too small for the method
     (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
@@ -95,7 +95,9 @@ def lobpcg(
     Args:
         A (Tensor): :math:`(*, m, m)`, float32, float64, complex64 or complex128; strided, COO, CSR, CSC, BSR or BSC
             (batches: strided, COO or CSR). Outside TorchScript also a callable that maps blocks :math:`(*, m, p)` to
-            their products, a constant to autograd; then :attr:`X` gives size, dtype and device.
+            their products, out of place, or an object with ``matmul`` or ``@``, such as SciPy's LinearOperator; then
+            :attr:`X`, or its attributes ``shape`` and ``dtype``, give size and dtype. Gradients reach the tensors that
+            a callable reads; see :ref:`lobpcg-callable`.
         k (int, optional): number of pairs. Default: the columns of :attr:`X`, or 1.
         B (Tensor, optional): :math:`(*, m, m)`, as :attr:`A`. Default: the identity.
         X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
@@ -104,7 +106,10 @@ def lobpcg(
             returned; they speed up the iteration and the gradient. Default: max(4, k) more, if m >= 3 n allows.
         iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
             :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
-            outside TorchScript, a callable on blocks. Used in backward as well; not differentiated.
+            outside TorchScript, a callable on blocks. Used in backward as well; not differentiated. Default: where
+            :attr:`A` is sparse, a Chebyshev polynomial in :attr:`A` that approximates :math:`(A - \sigma)^{-1}`, at up
+            to 60 products an iteration; ``ortho_iparams={"degree": 0}``, a callable that returns its argument, or
+            :attr:`niter` below 200 switch it off.
         niter (int, optional): most iterations. 0: Rayleigh-Ritz on the start block alone; -1: until the residual
             cannot improve any more. Default: 1000.
         tol (float, optional): a pair has converged when
@@ -118,7 +123,8 @@ def lobpcg(
             basis), iparams, fparams, bparams, ivars, fvars, bvars, tvars; ``worker.bvars["force_stop"] = True`` stops
             it. Not in TorchScript.
         ortho_iparams (dict, optional): entries join the worker's iparams under names that begin with ``ortho_``.
-            ``ortho_iparams={"i_max": 2}`` sets how often "ortho" projects; other entries have no effect.
+            ``ortho_iparams={"i_max": 2}`` sets how often "ortho" projects, ``{"degree": 60}`` the largest degree of
+            the polynomial that stands in for :attr:`iK`; other entries have no effect.
         ortho_fparams (dict, optional): the same for fparams; without effect.
         ortho_bparams (dict, optional): the same for bparams; without effect.
 
@@ -226,35 +232,14 @@ def _lobpcg(
     return outputs[0], outputs[1]
 
 
-def _solve_outputs(*tensors: Any, **numbers: Any) -> Outputs:
-    A, B, iK, X = tensors
-    pencil, options = Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
-    batch, m, k, dense = pencil.batch, pencil.m, options.k, False
-    if 0 not in batch:
-        dense = dense_is_cheaper(pencil, options)
-    found, n = (m, k) if dense else (options.n, options.n)
-    further = found - k if options.differentiated else 0
-    real, dtype = A.dtype.to_real(), A.dtype
-    vectors = [([*batch, m, p], dtype) for p in (k, further)]
-    E, T, residual, scale = [([*batch, p], real) for p in (k, further, n, n)]
-    return [E, vectors[0], T, vectors[1], residual, scale]
-
-
-def _restore_solve(A: Tensor, B: Any, iK: Any, X: Any, **numbers: Any) -> Any:
-    """A graph may be run where a derivative is wanted although it was traced where none was."""
-    pencil = Pencil.of(A, B, iK, X).with_gradients()
-    options = Options.of_numbers(**numbers)
-    if may_be_differentiated(*pencil.parameters):
-        options = dataclasses.replace(options, differentiated=True)
-    return (pencil.bare(), options, X, *pencil.parameters)
-
-
 @in_graphs(
     "solve",
     f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _solve_outputs,
+    lambda A, B, iK, X, **numbers: pair_shapes(
+        Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
+    ),
     hold_pencil,
-    _restore_solve,
+    restore_pencil,
 )
 class LOBPCGAutogradFunction(Function):
     """(pencil, options, X, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
@@ -345,17 +330,16 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     warn_unconverged(found, pencil, options)
     last = found.E.shape[-1] if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
-    pairs = corrected(
-        Pairs(
-            pencil,
-            options,
-            found.E[..., :k],
-            found.X[..., :k],
-            *further,
-            found.residual,
-            found.scale,
-        )
+    pairs = Pairs(
+        pencil,
+        options,
+        found.E[..., :k],
+        found.X[..., :k],
+        *further,
+        found.residual,
+        found.scale,
     )
+    pairs = corrected(pairs)
     copies = (
         T.detach().to(
             pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),

@@ -84,6 +84,16 @@ def options_of(
             raise TypeError(
                 f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)"
             )
+    if isinstance(k, Tensor) and k.dim() > 0:
+        raise TypeError(
+            f"lobpcg: k is a tensor of shape {list(k.shape)}; it must be an int, the number of pairs: pass a start block "
+            "as X="
+        )
+    if largest is not None and not isinstance(largest, bool):
+        raise TypeError(
+            f"lobpcg: largest is {type(largest).__name__} ({largest}); it must be True for the largest eigenvalues or "
+            "False for the smallest"
+        )
     for number, name in ((k, "k"), (n, "n"), (niter, "niter")):
         if number is not None and (
             isinstance(number, bool) or not hasattr(number, "__index__")
@@ -320,6 +330,10 @@ def _broadcast(shape: Sequence[int], batch: Sequence[int], name: str) -> List[in
 def check_counts(m: int, k: int, n: int, niter: int) -> None:
     if k < 1:
         raise ValueError(f"lobpcg: k={k} pairs asked for; k must be at least 1")
+    if k > m:
+        raise ValueError(
+            f"lobpcg: k={k} pairs asked for of a matrix of size m={m}; k <= m is needed: reduce k"
+        )
     if k > n:
         raise ValueError(
             f"lobpcg: k={k} pairs asked for with a block of n={n} columns; k <= n is needed: raise n or pass more "

@@ -57,21 +57,25 @@ from torch._lobpcg_impl.transforms import in_transform
 
 
 def corrected(pairs: Pairs) -> Pairs:
-    """Pairs fit for a derivative, where one may follow: a Newton step if the pencil is small and dense, a generic basis of
-    vectors that rounding leaves undetermined (see `generic_basis`) and residuals in the scale of module pairs.
+    """Pairs fit for a derivative, where one may follow: a generic basis of vectors that rounding leaves undetermined (see
+    `generic_basis`), residuals in the scale of module pairs, and, as for every small dense pencil, a Newton step.
 
     Derivatives take the pairs as exact, so their error is |r| / gap.  The step x_j - R_j r_j, then Rayleigh-Ritz, makes
     that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Single precision is corrected in
     double, which leaves the rounding of the result: at m = 100, gap 1e-3, the gradient's error fell from 2e-4 to 1e-6.
     Pairs that have not converged stay as they are, to be reported as such.
     """
-    if not pairs.options.differentiated or not pairs.X.numel():
+    wanted = pairs.options.differentiated
+    # Without B a dense solve is as good as the step.
+    if not (wanted or pairs.pencil.generalized) or not pairs.X.numel():
         return pairs
     k, n = pairs.E.shape[-1], pairs.residual.shape[-1]
     late = missed(pairs)
     E, X, residual = _newton_step(pairs, late)
     residual = torch.cat([residual, pairs.residual[..., k:]], -1)
     pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
+    if not wanted:
+        return pairs
     size = pencil_size(pairs)
     X = generic_basis(E, X, size[..., :k].to(E.dtype), torch.finfo(E.dtype).eps)
     if pairs.pencil.generalized:
@@ -94,7 +98,9 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     eps = torch.finfo(E.dtype).eps
     if k == m or not is_small_and_dense(pencil) or bool(late.any()):
         return E, X, residual
-    # A dense forward is at rounding level already: nothing to win.
+    # A dense forward in double is at rounding level already: nothing to win.
+    if eps < 1e-10 and pairs.all_known and not pencil.generalized:
+        return E, X, residual
     if eps < 1e-10 and bool((residual <= math.sqrt(m) * eps * scale).all()):
         return E, X, residual
     pencil, e, x = pencil.in_double(), in_double(E), in_double(X)

@@ -11,6 +11,7 @@ Each operator is the forward of one autograd Function, and the Function has its 
     a graph that runs   the operator -> Function.apply -> forward
 """
 
+import dataclasses
 import inspect
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
@@ -19,12 +20,12 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.sparse import is_sparse
-from torch._lobpcg_impl.transforms import is_traced
+from torch._lobpcg_impl.transforms import is_traced, may_be_differentiated
 from torch.autograd import Function
 from torch.library import Library
 
 
-_library = Library("_lobpcg", "DEF")
+_library = Library("_lobpcg", "DEF")  # noqa: TOR901
 _WITHOUT_VALUES = ("Meta", "SparseMeta", "SparseCsrMeta")
 
 MATRICES = "Tensor A, Tensor? B, Tensor? iK"
@@ -67,7 +68,7 @@ def in_graphs(
             return function.apply(*restore(*tensors, **numbers))
 
         def values(*tensors: Any, **numbers: Any) -> Any:
-            with torch.no_grad(), _conjugates():
+            with torch.no_grad(), _from_the_start():
                 return _contiguous(compute(*restore(*tensors, **numbers)))
 
         def without_values(*tensors: Any, **numbers: Any) -> Any:
@@ -99,18 +100,19 @@ def _define(schema: str, kernels: Dict[str, Callable[..., Any]]) -> None:
         _library.impl(schema[: schema.index("(")], kernel, key)
 
 
-def _conjugates() -> Any:
-    """Conjugate views as they are everywhere else.
+# What the dispatcher leaves out where nothing has been dispatched yet.
+_EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
+
+
+def _from_the_start() -> Any:
+    """The dispatcher at its beginning, as in an eager call.
 
     PyTorch runs a kernel that a dispatch mode calls, such as that of make_fx on tensors with values, without the keys that
     stand above the mode.  One of them resolves M.mH before a factorisation that knows no conjugate views: without it
-    torch.linalg.solve_triangular(M.mH, ...) solves with M^T.
+    torch.linalg.solve_triangular(M.mH, ...) solves with M^T.  Without others, results differ by rounding.
     """
-    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.Conjugate, keys.Negative):
-        excluded = excluded.remove(key)
     included = torch._C._dispatch_tls_local_include_set()
-    return torch._C._ForceDispatchKeyGuard(included, excluded)
+    return torch._C._ForceDispatchKeyGuard(included, _EXCLUDED)
 
 
 def _contiguous(outputs: Any) -> Any:
@@ -131,8 +133,11 @@ def hold_pencil(pencil: Pencil, options: Options, *tensors: Any) -> Held:
 def restore_pencil(
     A: Tensor, B: Optional[Tensor], iK: Optional[Tensor], *tensors: Any, **numbers: Any
 ) -> Sequence[Any]:
-    pencil = Pencil.of(A, B, iK, None)
+    """A graph may run where a derivative is wanted although none was wanted where it was traced."""
+    pencil = Pencil.of(A, B, iK, None).with_gradients()
     options = Options.of_numbers(**numbers)
+    if may_be_differentiated(*pencil.parameters):
+        options = dataclasses.replace(options, differentiated=True)
     return [pencil.bare(), options, *tensors, *pencil.parameters]
 
 

@@ -42,6 +42,7 @@ from torch._lobpcg_impl.convergence import (
     Verdict,
 )
 from torch._lobpcg_impl.operand import Pencil
+from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.ritz import (
     hermitian,
     real_diagonal,
@@ -50,6 +51,10 @@ from torch._lobpcg_impl.ritz import (
     ritz_step,
     whiten_scaled,
 )
+
+
+# Fresh columns that join a caller's block: a second one saves a third of the iterations and none of the products.
+_FRESH = 1
 
 
 class EigenPairs(NamedTuple):
@@ -167,11 +172,8 @@ class LOBPCG:
         self.drift = (
             0.0  # bound on the loss of the invariants since they were last enforced
         )
-        # X0 was almost invariant: a wrong invariant subspace looks the same.
-        self.suspicious = False
-        # Columns that no caller chose have to settle before the run ends.
-        self.guarded = False
-        self.joined = 0
+        self.guarded = False  # fresh columns join the block and have to settle
+        self.joined = 0  # how many did, last
         self.best = self.best_rerr = self.level = float("inf")
         self.best_step = 0
         self.active = 0
@@ -221,6 +223,7 @@ class LOBPCG:
         )
         self.w_valid = self.E
         self.forms_K: Optional[Tensor] = None  # r^H K r of the last W, where W is
+        self.forms_B = self.e  # w^H B w, where small matrices are
         self.least_B = self.least_K = self.e.new_ones(())
         self.d = self.e[..., :0]  # of the last Ritz step
         self.least = 1.0
@@ -290,8 +293,8 @@ class LOBPCG:
                 self.refresh()
                 self.update_residual()
                 self.update_converged_count()
-        if self.suspicious and self.joined and self.converged():
-            self.search_again()
+        if self.guarded and self.converged() and self.n < self.m:
+            self.search()
 
     def orthonormality_loss(self) -> float:
         """max |X^H B X - I|. Cost: n^2 inner products and a transfer."""
@@ -367,9 +370,10 @@ class LOBPCG:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
         self.complete_start(columns(self.W), 0)
-        most, niter = self.iparams.get("ortho_degree", 60), self.iparams["niter"]
+        niter = self.iparams["niter"]
         # A solve of few iterations is cut short on purpose: it takes the products that these cost without q.
         if niter < 0 or niter >= FEW_ITERATIONS:
+            most = self.iparams.get("ortho_degree", 60)
             self.polynomial = polynomial(self.pencil, self.sign, most)
 
     def complete_start(self, X: Tensor, first: int) -> None:
@@ -417,28 +421,29 @@ class LOBPCG:
     def check_start(self, X: Tensor, G: Tensor) -> None:
         """Error if B is seen not to be positive definite (X: unit or zero columns, G = X^H B X)."""
         if self.pencil.generalized and bool(
-            ((real_diagonal(G) <= 0) & (norms(X) > 0.5).to(G.device)).any()
+            (bad := (real_diagonal(G) <= 0) & (norms(X) > 0.5).to(G.device)).any()
         ):
-            self.raise_not_positive("B")
+            self.raise_not_positive("B", bad)
 
     def guard_against_missed_pairs(self) -> None:
-        """Join fresh columns to a caller's block: it may lack a wanted vector, and then nothing in it shows that.
+        """Decide when fresh columns join a caller's block, which may lack a wanted vector without anything in it to show
+        that: now if it is almost invariant, else once its pairs have converged (see search()).
 
         An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart
-        by their residuals, nor can vectors of all of a matrix from those of one of its blocks.  The joined columns search
-        what the others cannot see; the run ends when they have settled (see settled()).
+        by their residuals, nor can vectors of all of a matrix from those of one of its blocks.  The joined columns see
+        what the others do not; the run ends when they have settled (see settled()).
         """
         k, niter = self.iparams["k"], self.iparams["niter"]
         rerr = self.tvars["rerr"][..., :k]
         if rerr.numel() == 0 or niter == 0:
             return
-        self.suspicious = bool((rerr < self.eps**0.25).any())
+        suspicious = bool((rerr < self.eps**0.25).any())
         whole = niter < 0 or niter >= FEW_ITERATIONS
-        self.guarded = self.suspicious or whole and self.iparams.get("chosen", 0) > 0
-        if not self.guarded or self.n > max(self.probe, k):
-            return
-        if self.active > 0 or self.n < self.m:
-            self.join(self.n, max(2, k // 4) if self.suspicious else 2)
+        self.guarded = suspicious or whole and self.iparams.get("chosen", 0) > 0
+        # With iK an iteration more is dearer than a column more: there they join at once, too.
+        at_once = suspicious or self.guarded and self.pencil.iK is not None
+        if at_once and self.n < self.m:
+            self.join(self.n, max(_FRESH, k // 4))
 
     def join(self, kept: int, count: int) -> None:
         """Go on with the first `kept` columns of X and `count` fresh ones, P empty."""
@@ -449,27 +454,32 @@ class LOBPCG:
         fresh = fixed_block(self.m, count, first, self.W)
         fresh = fresh.expand(self.batch + fresh.shape)
         X, BX = (V[..., :kept] for V in self.basis.wanted()[::2])
-        self.before, self.joined = self.e[..., : self.iparams["k"]], count
+        k = self.iparams["k"]
+        self.before, self.joined = (self.e[..., :k], self.measures.rho[..., :k]), count
         fresh = deduct(fresh, X, gram(BX, fresh))
         self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, first + 7)
         self.update_residual()
         self.update_converged_count()
 
-    def search_again(self) -> None:
-        """Where the fresh columns of a suspicious start have all found something, join as many more, and more.
+    def search(self) -> None:
+        """At convergence: join fresh columns, unless those that joined before have found less than they might have.
 
         r generic columns find at most r vectors of a repeated eigenvalue; if fewer than r pairs are new, none of their
         eigenvalues has another copy.
         """
         k = self.iparams["k"]
-        gain = (self.before - self.e[..., :k]) * self.sign
-        new = gain > 100.0 * self.eps * self.measures.size[..., :k]
-        if int(new.sum(-1).max()) >= self.joined and self.n < self.m:
+        if not self.joined:
+            # In the place of the caller's guards: only a column that nobody chose has to settle then.
+            self.probe = k
+            self.join(k, max(self.n - k, _FRESH))
+            return
+        e, rho = self.before
+        # More than the eigenvalues could still improve by, and than rounding.
+        known = torch.maximum(rho, 100.0 * self.eps * self.measures.size[..., :k])
+        new = (e - self.e[..., :k]) * self.sign > known
+        if int(new.sum(-1).max()) >= self.joined:
             self.probe = k
             self.join(k, max(self.n - k, 2 * self.joined))
-
-    def incomplete(self) -> bool:
-        return self.n < self.m
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
@@ -563,7 +573,8 @@ class LOBPCG:
             self.host,
         )
         if self.pencil.generalized:
-            self.least_B = real_diagonal(gram_B.narrow(-1, first, self.active)).min()
+            self.forms_B = real_diagonal(gram_B.narrow(-1, first, self.active))
+            self.least_B = self.forms_B.min()
         self.advance(step)
 
     def advance(self, step: Ritz) -> None:
@@ -653,14 +664,13 @@ class LOBPCG:
         done = self.done()
         # Below the floor no direction gains a digit; what it does is noise.
         locked = measures.rho <= measures.floor
-        if not self.searching():
-            locked = locked | done
+        locked = locked | done
         settled: Optional[Tensor] = None
         candidates = self.n if self.small else k
         more = candidates
-        if self.guarded:
+        if self.joined:
             settled = self.settled()
-            candidates, more = self.n, self.n
+            candidates = more = min(self.n, max(self.probe, k) + 2)
         elif self.bparams.get("separate", False) and self.n > k:
             settled, more = self.separated(), max(candidates, k + 1)
         rules = Rules(k, candidates, more, self.eps**0.5, self.loss())
@@ -785,20 +795,16 @@ class LOBPCG:
         small = max(100.0 * self.fparams["tol"], 8.0 * self.eps)
         return settled(self.measures, self.residual, self.norm_B, k, k, small, True)
 
-    def searching(self) -> bool:
-        """After an almost invariant start the directions of small residual are what would reveal a missed pair: keep
-        them at first."""
-        return self.suspicious and self.ivars["istep"] < 5
-
     def check_verdict(self, verdict: Verdict) -> None:
         """Errors that the numbers show; digits lost by the last Ritz step; from a loss on, ten iterations of the
         orthogonal route."""
         if not verdict.total < float("inf"):
             self.raise_not_finite()
         if verdict.least_B < 0.0:
-            self.raise_not_positive("B")
+            self.raise_not_positive("B", self.forms_B < 0.0)
         if verdict.least_K < 0.0:
-            self.raise_not_positive("iK")
+            assert self.forms_K is not None
+            self.raise_not_positive("iK", self.forms_K < 0.0)
         self.drift += 4.0 * self.eps + self.eps / verdict.least
         if self.orthogonal_left > 0:
             self.orthogonal_left -= 1
@@ -810,14 +816,16 @@ class LOBPCG:
         keep."""
         return max(1e-3, self.eps**0.25)
 
-    def raise_not_positive(self, name: str) -> None:
+    def raise_not_positive(self, name: str, bad: Tensor) -> None:
+        where = members(bad.any(-1), len(self.batch))
         raise ValueError(
-            f"lobpcg: {name} is not positive definite: x^H {name} x <= 0 for a vector x met in iteration "
+            f"lobpcg: {name} is not positive definite{where}: x^H {name} x <= 0 for a vector x met in iteration "
             f"{self.ivars['istep']}; {name} must be Hermitian positive definite"
         )
 
     def raise_not_finite(self) -> None:
+        bad = ~torch.isfinite(self.tvars["rerr"]).all(-1)
         raise ValueError(
-            f"lobpcg: a product with A, B or iK is NaN or infinite in iteration {self.ivars['istep']}; "
-            "check the operator, or rescale it"
+            f"lobpcg: a product with A, B or iK is NaN or infinite in iteration {self.ivars['istep']}"
+            f"{members(bad, len(self.batch))}; check the operator, or rescale it"
         )

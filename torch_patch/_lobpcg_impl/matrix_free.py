@@ -18,8 +18,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.abstract_operand import Operand, Probe
 from torch._lobpcg_impl.blocks import gram, largest_entries
-from torch._lobpcg_impl.operand import Operand, Probe
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     in_transform,
@@ -67,21 +67,22 @@ class MatrixFree(Operand):
         if not transform and not torch.is_grad_enabled():
             return self
         V = _three(probe())
-        before = V.clone()
+        block = self._columns(V)
+        before = block.clone()
         seen = _Discovery(self.name, transform)
         with torch.enable_grad(), without_autocast(V):
             with seen:
-                U = self.function((), V)
-        self._check_block(U, V)
+                U = self.function((), block)
+        self._check_block(U, block)
         same = twin(self)
         if transform:
             # Values cannot be looked at here: `_probed` checks them below the transforms.
             found = list(seen.found.values())
         else:
-            self._check_untouched(V, before)
+            self._check_untouched(block, before)
             self._check_finite(U)
             found = _ends(U, seen.found)
-            same._probe = V, U.detach()
+            same._probe = V, self._from_columns(U.detach(), V)
         same.function = _Pure(self.name, self.function.call, found, not transform)
         same.values = tuple(found)
         return same
@@ -103,7 +104,7 @@ class MatrixFree(Operand):
             block = self._columns(V)
             # Tensors of inference mode count no writes; the probe's values are compared there as everywhere.
             version = -1 if block.is_inference() else block._version
-            U = self.function(self.values, block)
+            U = self.function(self._variables(), block)
             self._check_block(U, block)
             if version >= 0 and block._version != version:
                 self._raise_written()
@@ -112,7 +113,7 @@ class MatrixFree(Operand):
             if torch._C._is_alias_of(U, block):
                 U = U.clone()  # whoever gets a product may write to it
             if self.scale is not None:
-                U = U * self.scale[..., None, None]
+                U = _times(U, self.scale)
             return self._from_columns(U, V)
 
     def product(self, V: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class MatrixFree(Operand):
             return self.apply(V)
         block = self._columns(V)
         if self._by_transform():
-            U = self.function(self.values, block)
+            U = self._product_by_transform(block)
         else:
             (U,) = _Recorded.apply(
                 self._product, self._stand_ins, len(self.values), *self.values, block
@@ -165,21 +166,38 @@ class MatrixFree(Operand):
             product = self.function.substituted(parameters, V)
         return _gradients((product,), parameters, (U,))
 
+    def _product_by_transform(self, V: Tensor) -> Tensor:
+        """Detached parameters are variables inside all the same: the callable may differentiate in them itself."""
+        own = [p for p in self.values if _is_differentiable(p)]
+        if not own or any(p.requires_grad for p in own):
+            return self.function(self.values, V)
+        return torch.func.vjp(self._of_varied(V), *own)[0]
+
     def _pull_by_transform(self, V: Tensor) -> Callable[[Tensor], Tuple[Tensor, ...]]:
         """U -> cotangents of the parameters that have one."""
-        values = self.values
-        own = [p for p in values if _is_differentiable(p)]
-
-        def product(*varied: Tensor) -> Tensor:
-            given = iter(varied)
-            return self.function(
-                [next(given) if _is_differentiable(p) else p for p in values], V
-            )
+        own = [p for p in self.values if _is_differentiable(p)]
+        product = self._of_varied(V)
 
         def pull(U: Tensor) -> Tuple[Tensor, ...]:
             return torch.func.vjp(product, *own)[1](U) if own else ()
 
         return pull
+
+    def _of_varied(self, V: Tensor) -> Callable[..., Tensor]:
+        """The product with V as a function of the parameters that a derivative exists in."""
+
+        def product(*varied: Tensor) -> Tensor:
+            own = iter(varied)
+            values = [next(own) if _is_differentiable(p) else p for p in self.values]
+            return self.function(values, V)
+
+        return product
+
+    def _variables(self) -> Sequence[Tensor]:
+        """Values below all transforms, as variables where they are put in the place of the callable's own."""
+        if self.function.as_it_is:
+            return self.values
+        return [p.detach().requires_grad_(_is_differentiable(p)) for p in self.values]
 
     def _with_none(self, given: Sequence[Tensor]) -> Tuple[Optional[Tensor], ...]:
         own = iter(given)
@@ -231,7 +249,7 @@ class MatrixFree(Operand):
         same.scale = scale if self.scale is None else self.scale * scale
         if self._probe is not None:
             V, U = self._probe
-            same._probe = V, U * scale[..., None, None]
+            same._probe = V, _times(U, scale)
         return same
 
     def _probed(self, probe: Probe) -> Tuple[Tensor, Tensor]:
@@ -276,8 +294,8 @@ class MatrixFree(Operand):
         u, v and u + v (complex: u + i v).
 
         Rounding: eight times the bound for a stored matrix (see `Sparse.check_hermitian`), since a product may take
-        several steps.  A deviation up to sqrt(eps), the default tolerance of the pairs, may be that of a product which
-        is itself the result of an iteration: a warning, too.
+        several steps.  Up to 64 eps of single precision what deviates may be a product computed there, or by an inner
+        iteration: a warning, too.
         """
         V, U = self._probed(probe)
         eps, name = torch.finfo(V.dtype).eps, self.name
@@ -285,7 +303,7 @@ class MatrixFree(Operand):
         limit = 64.0 * eps * V.shape[-2] * rms
         u, v, both = U.unbind(-1)
         apart = (u + (1j * v if V.is_complex() else v) - both).abs().amax(-1)
-        if bool((apart > limit.clamp_min(0.0) + eps**0.5 * rms).any()):
+        if bool((apart > limit + 64.0 * torch.finfo(torch.float32).eps * rms).any()):
             raise ValueError(
                 f"lobpcg: {name} is not linear: {name}(u) + {name}(v) and {name}(u + v) differ by "
                 f"{float(apart.max())} for fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} "
@@ -347,9 +365,7 @@ class MatrixFree(Operand):
     def _check_reached(self, V: Tensor) -> None:
         """RuntimeError where the product depends on a variable that substitution does not reach."""
         with torch.enable_grad():
-            own = [
-                p.detach().requires_grad_(_is_differentiable(p)) for p in self.values
-            ]
+            own = self._variables()
             U = self.function(own, self._columns(V))
         if not isinstance(U, Tensor):
             self._check_block(U, V)
@@ -370,6 +386,10 @@ def _three(V: Tensor) -> Tensor:
     """u, v and u + v, or u + i v where that can be told: u + v would not show a callable that conjugates."""
     u, v = V[..., :1], V[..., 1:2]
     return torch.cat([u, v, u + (1j * v if V.is_complex() else v)], -1)
+
+
+def _times(U: Tensor, scale: Tensor) -> Tensor:
+    return U * scale[..., None, None].to(U.dtype.to_real())
 
 
 def _is_differentiable(p: Tensor) -> bool:

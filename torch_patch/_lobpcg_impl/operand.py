@@ -6,7 +6,7 @@ batches are inside.  The parameters of an operand are the tensors that autograd 
 tensor.  `with_parameters` is the same operand on other tensors, live ones in the place of detached ones; what was
 converted once for products stays with it.
 
-To add a kind of operand, write a subclass and name it in `operand`.
+To add a kind of operand, write a subclass of Operand, as in module matrix_free, and name it in `operand`.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl import arguments
+from torch._lobpcg_impl.abstract_operand import Operand, Probe
 from torch._lobpcg_impl.blocks import (
-    all_finite,
     fixed_block,
     gram,
     largest_entries,
@@ -25,6 +25,8 @@ from torch._lobpcg_impl.blocks import (
     UNSCALED,
 )
 from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
+from torch._lobpcg_impl.matrix_free import MatrixFree
+from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.sparse import (
     block_diagonal,
     by_rows,
@@ -56,10 +58,6 @@ _ROWS_AT_A_TIME = 256
 _CHOLESKY_CHECK_BELOW = 4097
 
 
-# A function that makes a block (*, m, 2) of fixed numbers, or returns the one it made before.
-Probe = Callable[[], Tensor]
-
-
 def operand(M: Any, name: str, batch: Sequence[int] = ()) -> "Operand":
     """The operand that M, a tensor, a callable or None for the identity, stands for.
 
@@ -68,110 +66,8 @@ def operand(M: Any, name: str, batch: Sequence[int] = ()) -> "Operand":
     if M is None:
         return Identity(name)
     if not isinstance(M, Tensor):
-        from torch._lobpcg_impl.matrix_free import MatrixFree  # a kind of operand itself
-
         return MatrixFree(name, M, batch)
     return Sparse(name, M) if is_sparse(M) else Dense(name, M)
-
-
-class Operand:
-    """A Hermitian linear map on blocks (*, m, p).
-
-    parameters: the tensors that a derivative is taken in.  batch: the shape (*).  stored: numbers held, 0 if unknown.
-    columns: how many vectors `apply` has multiplied so far.
-    """
-
-    parameters: Tuple[Tensor, ...] = ()
-    batch: Tuple[int, ...] = ()
-    stored = 0
-    columns = 0
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def with_parameters(self, *parameters: Tensor) -> "Operand":
-        return self
-
-    def with_gradient(self, probe: Probe) -> "Operand":
-        """The operand in a form in which gradients of any order exist; probe(): a block of fixed numbers."""
-        return self
-
-    def mapped(self, size: int, in_dims: Sequence[Optional[int]]) -> "Operand":
-        """The operand of a batch of `size`, of whose parameters those with in_dims hold one for each member."""
-        return self
-
-    def apply(self, V: Tensor) -> Tensor:
-        """The product with V (+, *, m, p), same shape and dtype, not recorded by autograd; V is not written to."""
-        self.columns += V.shape[-1]
-        return self._multiply(V)
-
-    def _multiply(self, V: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def product(self, V: Tensor) -> Tensor:
-        """The product with V, differentiable in the parameters and V."""
-        return self.apply(V)
-
-    def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
-        """Cotangents of the parameters for cotangents U of the products with V, summed over the pairs (U, V);
-        differentiable in U and V.  That of a Hermitian matrix is the Hermitian part of sum U V^H."""
-        return ()
-
-    def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
-        """The tangent of the product at fixed V for tangents of the parameters, which act through their Hermitian
-        parts; differentiable."""
-        return torch.zeros_like(V)
-
-    def largest(self, probe: Probe) -> Tensor:
-        """The size of the largest entry of each matrix, NaN or infinite if any entry is: (*) or ().
-
-        probe(), here and below: a block (*, m, 2) of fixed numbers, from whose product an operand without entries knows.
-        """
-        raise NotImplementedError
-
-    def mean_square(self, probe: Probe) -> Tensor:
-        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
-        raise NotImplementedError
-
-    def diagonal(self) -> Optional[Tensor]:
-        """The diagonal, real, (*, m); None where it is not known."""
-        return None
-
-    def row_squares(self, d: Tensor) -> Optional[Tensor]:
-        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None where
-        entries are not known."""
-        return None
-
-    def scaled(self, scale: Tensor) -> "Operand":
-        """scale * M for powers of two (*) or ()."""
-        raise NotImplementedError
-
-    def dense(self) -> Tensor:
-        """The matrix, (*, m, m)."""
-        raise NotImplementedError
-
-    def in_double(self) -> "Operand":
-        raise NotImplementedError
-
-    def member(self, position: Tuple[int, ...]) -> "Operand":
-        """The operand of one matrix of the batch; a batch dimension of size 1, or none, serves all positions."""
-        return self
-
-    def check_finite(self, probe: Probe) -> Tensor:
-        """largest(); ValueError where it is not finite."""
-        largest = self.largest(probe)
-        if not all_finite(largest):
-            raise ValueError(
-                f"lobpcg: {self.name} has NaN or infinite entries; every entry must be finite: check what produced "
-                f"{self.name}"
-            )
-        return largest
-
-    def check_hermitian(self, probe: Probe) -> None:
-        """ValueError where the matrix is seen not to be Hermitian."""
-
-    def check_positive(self) -> None:
-        """ValueError where the matrix is seen at once not to be positive definite."""
 
 
 class Identity(Operand):
@@ -309,23 +205,17 @@ class Dense(_Matrix):
 
     def check_positive(self) -> None:
         d = self.diagonal()
-        bad = bool((d <= 0).any())
-        if not bad and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
+        bad = (d <= 0).any(-1)
+        if not bool(bad.any()) and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
             # Scaled to a unit diagonal the factorisation neither overflows nor mistakes a graded matrix for a singular
             # one.
             s = d.rsqrt()
-            bad = bool(
-                (
-                    torch.linalg.cholesky_ex(
-                        self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
-                    )[1]
-                    > 0
-                ).any()
-            )
-        if bad:
+            scaled = self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
+            bad = torch.linalg.cholesky_ex(scaled)[1] > 0
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite (its Cholesky factorisation fails); {self.name} must be "
-                "Hermitian positive definite"
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())} (its Cholesky factorisation "
+                f"fails); {self.name} must be Hermitian positive definite"
             )
 
 
@@ -513,18 +403,20 @@ class Sparse(_Matrix):
         skew = (forms - forms.mH).abs().amax((-2, -1))
         size = self.mean_square(probe).sqrt()
         limit = 8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * size
-        if bool((skew > limit).any()):
+        bad = skew > limit
+        if bool(bad.any()):
             name = self.name
             raise ValueError(
-                f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
+                f"lobpcg: sparse {name} is not Hermitian{members(bad, bad.dim())}: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
                 f"fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian "
                 f"matrix, such as ({name} + {name}^H) / 2"
             )
 
     def check_positive(self) -> None:
-        if bool((self.diagonal() <= 0).any()):
+        bad = (self.diagonal() <= 0).any(-1)
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite: a diagonal entry is not positive; {self.name} must be "
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())}: a diagonal entry is not positive; {self.name} must be "
                 "Hermitian positive definite"
             )
 

@@ -1,7 +1,7 @@
 """From a pencil to eigenpairs, without autograd: a dense solve or the iteration, batches under a tracker."""
 
 import itertools
-from typing import Optional
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -89,6 +89,21 @@ def dense_is_cheaper(pencil: Pencil, options: Options) -> bool:
     )
 
 
+def pair_shapes(
+    pencil: Pencil, options: Options
+) -> List[Tuple[Sequence[int], torch.dtype]]:
+    """Shape and dtype of what Pairs hold: E, X, T, Y, residual, scale.  No value decides how many pairs are found."""
+    batch, m, k = pencil.batch, pencil.m, options.k
+    dense = 0 not in batch and dense_is_cheaper(pencil, options)
+    found, n = (m, k) if dense else (options.n, options.n)
+    further = found - k if options.differentiated else 0
+    vectors = ([*batch, m, k], [*batch, m, further])
+    values = ([*batch, p] for p in (k, further, n, n))
+    X, Y = ((shape, pencil.dtype) for shape in vectors)
+    E, T, residual, scale = ((shape, pencil.dtype.to_real()) for shape in values)
+    return [E, X, T, Y, residual, scale]
+
+
 def found_in_double(pencil: Pencil) -> bool:
     """Whether a dense solve is in double precision, whatever the precision of the pencil."""
     return pencil.generalized or pencil.m <= _DOUBLE_UP_TO
@@ -114,8 +129,8 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         L, info = torch.linalg.cholesky_ex(B)
         if bool((info > 0).any()):
             raise ValueError(
-                "lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive "
-                "definite"
+                f"lobpcg: B is not positive definite{members(info > 0, info.dim())} (its Cholesky factorisation "
+                "fails); B must be Hermitian positive definite"
             )
         half = torch.linalg.solve_triangular(L, A, upper=False)
         C = torch.linalg.solve_triangular(L, half.mH, upper=False)

@@ -185,7 +185,10 @@ class LobpcgGradientCase(LobpcgTestCase):
         )
         W = V @ T + X * gE
         inside = torch.where(close[:k], (C[:k] + C[:k].mH) / 2, torch.zeros_like(C[:k]))
-        hermitian = lambda M: (M + M.mH) / 2
+
+        def hermitian(M):
+            return (M + M.mH) / 2
+
         gA = hermitian(W @ X.mH)
         gB = (
             None
