@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def plan(first: dict, options: Options, kind: str, calls: int = 1) -> tuple[list
 
 def progress(name: str, peer: str, answer: dict, error: str | None) -> None:
     text = error or f"{answer['seconds']:.3g} s"
+    Row.spoken = time.monotonic()
     print(f"bench.py: {name} {peer}: {text}", file=sys.stderr, flush=True)
 
 

@@ -4,7 +4,7 @@
 usage: python3 tools/gpu.py [--python INTERPRETER] [--device cuda] [--minutes 9] [--output FILE]
        python3 tools/gpu.py --device cpu --tiny        what the tests of this script run
 
-INTERPRETER is one that has PyTorch 2.11 or newer and NumPy; CuPy is compared with if it is there. Its torch is not
+INTERPRETER is one that has PyTorch 2.11 or newer; CuPy is compared with if it is there. Its torch is not
 touched: the patch goes into a copy of it in a temporary folder, which shares all but the Python files by links. Prints
 the checks, then one table. The exit status is 1 where a check fails or a timing raises, 2 where nothing could be run.
 """

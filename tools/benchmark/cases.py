@@ -136,8 +136,8 @@ def _grid_cases() -> list[Case]:
     for side, ks in ((50, (4, 20)), (100, (4, 20, 50, 100)), (400, (4,))):
         for k in ks:
             name, title = f"laplacian-{side}x{side}-k{k}", f"2-D Laplacian, m = {side**2}, k = {k}"
-            more = ("upstream",) if side < 400 else ("upstream", "eigsh", "primme", "scipy")
-            peers = tuple(p for p in _SPARSE if p not in more)
+            peers = {50: _SPARSE + ("upstream",), 100: _SPARSE, 400: ("patched", "shift-invert")}[side]
+            more = tuple(peer for peer in _SPARSE + ("upstream",) if peer not in peers)
             cases.append(Case(name, title, _laplacian(side, side), k, peers, "grid", more=more, niter=_UNTIL, **_CSR))
     amg = [((100, 100), k) for k in (4, 20, 50)] + [((400, 400), k) for k in (4, 20)] + [((50, 50, 50), 10)]
     for sides, k in amg:
