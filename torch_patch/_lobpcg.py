@@ -331,7 +331,9 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     k = options.k
     found = solve(pencil, X, options)
     warn_unconverged(found, pencil, options)
-    last = found.E.shape[-1] if options.differentiated else k
+    # All m, of a dense solve, or as many as were asked for: columns that joined the block on the way are not counted on.
+    n = found.E.shape[-1] if found.E.shape[-1] == pencil.m else options.n
+    last = n if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
     pairs = Pairs(
         pencil,
@@ -339,8 +341,8 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         found.E[..., :k],
         found.X[..., :k],
         *further,
-        found.residual,
-        found.scale,
+        found.residual[..., :n],
+        found.scale[..., :n],
     )
     pairs = corrected(pairs)
     copies = (
