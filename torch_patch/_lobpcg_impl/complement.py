@@ -39,9 +39,9 @@ _MOST_ITERATIONS = 20000
 _SMALL_BELOW = 257
 
 
-def is_small_and_dense(pencil: Pencil) -> bool:
+def is_small(pencil: Pencil) -> bool:
     """Whether a further dense solve, or one in double precision, costs little compared with the forward."""
-    return pencil.is_dense() and pencil.m < _SMALL_BELOW
+    return pencil.is_known() and pencil.m < _SMALL_BELOW
 
 
 def system_tolerance(
@@ -91,11 +91,7 @@ def solve_on_complement(
         z = _by_known_pairs(E, b, *further, eps)
         if z is not None:
             return z.to(b.dtype)
-    m, k = X.shape[-2:]
-    small = is_small_and_dense(pencil)
-    if further is not None and further[0].shape[-1] == m - k and pencil.is_known():
-        small = small or m < _SMALL_BELOW  # a dense solve, of sparse matrices
-    if eps > 1e-10 and small:
+    if eps > 1e-10 and is_small(pencil):
         z = _solve_in_double(pencil, X, b, largest, tol, use)
     else:
         z = _solve(pencil, E, X, b, largest, tol, further, use, eps)
@@ -206,16 +202,31 @@ def _solve_in_double(
     tol: Union[float, Tensor],
     use: str,
 ) -> Tensor:
-    """The same in double precision: eps / gap of single precision would be up to three of its seven digits.
+    """The same in double precision: eps / gap of single precision would be up to three of its seven digits."""
+    eps = torch.finfo(b.dtype).eps
+    pencil, E, X = _pairs_in_double(pencil, X)
+    b = in_double(b)
+    return _solve(pencil, E, X, b, largest, tol, None, use, eps)
 
-    X is orthonormal to single precision; a Newton-Schulz step squares what is missing.  Eigenvalues are the Rayleigh
+
+def _pairs_in_double(pencil: Pencil, X: Tensor) -> Tuple[Pencil, Tensor, Tensor]:
+    """Pencil, E and X in double precision.
+
+    X is orthonormal to its own precision; a Newton-Schulz step squares what is missing.  Eigenvalues are the Rayleigh
     quotients of X, whose error is the square of X's rounding.
     """
-    eps = torch.finfo(b.dtype).eps
-    pencil, X, b = pencil.in_double(), in_double(X), in_double(b)
+    pencil, X = pencil.in_double(), in_double(X)
     X = 1.5 * X - 0.5 * X @ gram(X, pencil.B.apply(X))
     E = inner(X, pencil.A.apply(X)) / inner(X, pencil.B.apply(X))
-    return _solve(pencil, E, X, b, largest, tol, None, use, eps)
+    return pencil, E, X
+
+
+def nearest_on_complement(pencil: Pencil, X: Tensor, largest: bool) -> Tensor:
+    """(*, 1): from E_k to the eigenvalue nearest to the wanted end on the complement, in double precision."""
+    pencil, E, X = _pairs_in_double(pencil, X)
+    op = Complement(pencil, E[..., -1:], X, largest)
+    C = _reduced(op, *op.dense())[0]
+    return torch.linalg.eigvalsh(C)[..., :1] * op.sign
 
 
 def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, Tensor]:
@@ -301,28 +312,35 @@ def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tens
     Components with mu equal to E_j to rounding belong to a cluster cut at k: no derivative exists along them; they
     are left out, with a warning unless b does not see them.
     """
-    m, k = op.X.shape[-2:]
-    Q = torch.linalg.qr(op.BX, mode="complete").Q[
-        ..., k:
-    ]  # (*, m, m - k), spans {z : X^H B z = 0}
     shift = op.shifts[..., :1, None]
-    BQ = Q if B is None else B @ Q
-    # Shifting by one of the E_j first keeps the digits of mu - E_j when the spectrum lies far from zero.
-    C = Q.mH @ ((A @ Q - shift * BQ) * (op.sign / op.scale))
-    C = (C + C.mH) / 2
-    if B is None:
-        mu, U = torch.linalg.eigh(C)
-    else:
-        L = torch.linalg.cholesky(Q.mH @ BQ)
-        C = torch.linalg.solve_triangular(L, C, upper=False)
-        C = torch.linalg.solve_triangular(L, C.mH, upper=False)
-        mu, U = torch.linalg.eigh((C + C.mH) / 2)
+    C, Q, L = _reduced(op, A, B)
+    mu, U = torch.linalg.eigh(C)
+    if L is not None:
         U = torch.linalg.solve_triangular(L.mH, U, upper=True)
     U = Q @ U
     gap = mu.unsqueeze(-1) - (op.shifts.unsqueeze(-2) - shift) * (
         op.sign / op.scale
     )  # (*, m - k, q)
     return _divide(op, b, U, gap, mu.abs().amax(-1))
+
+
+def _reduced(
+    op: Complement, A: Tensor, B: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    """C = L^-1 Q^H s (A - E_1 B) Q L^-H / scale, Q and L: the columns of Q span {z : X^H B z = 0}, Q^H B Q = L L^H.
+
+    Shifting by one of the E_j first keeps the digits of mu - E_j when the spectrum lies far from zero.
+    """
+    k = op.X.shape[-1]
+    Q = torch.linalg.qr(op.BX, mode="complete").Q[..., k:]  # (*, m, m - k)
+    BQ = Q if B is None else B @ Q
+    C = Q.mH @ ((A @ Q - op.shifts[..., :1, None] * BQ) * (op.sign / op.scale))
+    if B is None:
+        return (C + C.mH) / 2, Q, None
+    L = torch.linalg.cholesky(Q.mH @ BQ)
+    C = torch.linalg.solve_triangular(L, (C + C.mH) / 2, upper=False)
+    C = torch.linalg.solve_triangular(L, C.mH, upper=False)
+    return (C + C.mH) / 2, Q, L
 
 
 def _by_all_pairs(op: Complement, b: Tensor, T: Tensor, Y: Tensor) -> Tensor:

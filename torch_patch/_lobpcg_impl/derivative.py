@@ -32,10 +32,10 @@ from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import gram, norms
+from torch._lobpcg_impl.blocks import gram, norms, safe_norms
 from torch._lobpcg_impl.complement import (
     in_double,
-    is_small_and_dense,
+    is_small,
     solve_on_complement,
 )
 from torch._lobpcg_impl.gauge import (
@@ -52,13 +52,19 @@ from torch._lobpcg_impl.resolvent import (
     nearest_outside,
     reduced_resolvent,
 )
-from torch._lobpcg_impl.solver import found_in_double
+from torch._lobpcg_impl.solver import dense_is_cheaper, found_in_double
 from torch._lobpcg_impl.transforms import in_transform
+
+
+# The first searches the span of the pairs and of what the residuals point to, which holds the neighbour that a narrow gap
+# has mixed in; Ritz values of a span that contains X are never farther from the end of the spectrum than those of X, so
+# what follows does not settle on whatever eigenvalue is near.  The others are Newton's: they leave no share of far ones.
+_MOST_STEPS = 3
 
 
 def corrected(pairs: Pairs) -> Pairs:
     """Pairs fit for a derivative, where one may follow: a generic basis of vectors that rounding leaves undetermined (see
-    `generic_basis`), residuals in the scale of module pairs, and, as for every small dense pencil, a Newton step.
+    `generic_basis`), residuals in the scale of module pairs, and, as for every small known pencil, a Newton step.
 
     Derivatives take the pairs as exact, so their error is |r| / gap.  The step x_j - R_j r_j, then Rayleigh-Ritz, makes
     that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Single precision is corrected in
@@ -96,33 +102,65 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     m, k = X.shape[-2:]
     residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
     eps = torch.finfo(E.dtype).eps
-    if k == m or not is_small_and_dense(pencil) or bool(late.any()):
+    if k == m or not is_small(pencil) or bool(late.any()):
         return E, X, residual
     # A dense forward in double is at rounding level already: nothing to win.
-    if eps < 1e-10 and pairs.all_known and not pencil.generalized:
+    if eps < 1e-10 and not pencil.generalized and dense_is_cheaper(pencil, pairs.options):
         return E, X, residual
     if eps < 1e-10 and bool((residual <= math.sqrt(m) * eps * scale).all()):
         return E, X, residual
-    # One step alone: a second one would settle on whatever eigenvalue is near, the next one beyond k for one.
     pencil, E, X = pencil.in_double(), in_double(E), in_double(X)
-    r, largest = _residuals(pencil, E, X), pairs.options.largest
-    before = norms(r)
-    # A relative error of the step is as good as the square of what it corrects.
-    Z = X - solve_on_complement(pencil, E, X, r, largest, 1e-4, use="step")
-    L, info = torch.linalg.cholesky_ex(gram(Z, pencil.B.apply(Z)))
-    Z = torch.linalg.solve_triangular(L, Z.mH, upper=False).mH
-    H = gram(Z, pencil.A.apply(Z))
-    ritz, V = torch.linalg.eigh((H + H.mH) / 2)
-    if largest:
-        ritz, V = ritz.flip(-1), V.flip(-1)
-    Z = Z @ V
-    after = norms(_residuals(pencil, ritz, Z))
-    better = ((after.amax(-1) < before.amax(-1)) & (info == 0)).unsqueeze(-1)
-    return (
-        torch.where(better, ritz, E),
-        torch.where(better.unsqueeze(-1), Z, X),
-        torch.where(better, after, before),
-    )
+    r = _residuals(pencil, E, X)
+    before, rounding = norms(r), math.sqrt(m) * torch.finfo(E.dtype).eps * scale.abs()
+    for step in range(_MOST_STEPS):
+        # A relative error of the step is as good as the square of what it corrects.
+        Z = solve_on_complement(pencil, E, X, r, pairs.options.largest, 1e-4, use="step")
+        V, empty = _joined(pencil, X, Z) if step == 0 else (X - Z, None)
+        ritz, V, there = _extreme_of_span(pairs, pencil, V, empty)
+        moved = _residuals(pencil, ritz, V)
+        after = norms(moved)
+        better = ((after.amax(-1) < before.amax(-1)) & there).unsqueeze(-1)
+        E, before = torch.where(better, ritz, E), torch.where(better, after, before)
+        better = better.unsqueeze(-1)
+        X, r = torch.where(better, V, X), torch.where(better, moved, r)
+        if bool((before <= rounding).all()) or step > 0 and not bool(better.any()):
+            break
+    return E, X, before
+
+
+def _joined(pencil: Pencil, X: Tensor, Z: Tensor) -> Tuple[Tensor, Tensor]:
+    """X beside a basis of span Z, orthonormal in B, and 1 for each column that this basis lacks: (*, 2 k).
+
+    The columns of Z may all point to one neighbour, and those of pairs that are exact are rounding.
+    """
+    tiny = torch.finfo(Z.dtype).tiny
+    Z = Z / safe_norms(Z).clamp_min(tiny)
+    size, U = torch.linalg.eigh(gram(Z, pencil.B.apply(Z)))
+    there = size > 1e-10 * size.amax(-1, keepdim=True).clamp_min(tiny)
+    root = torch.where(there, size, torch.ones_like(size)).rsqrt() * there
+    empty = torch.cat([torch.zeros_like(root), (~there).to(root.dtype)], -1)
+    return torch.cat([X, Z @ (U * root.unsqueeze(-2))], -1), empty
+
+
+def _extreme_of_span(
+    pairs: Pairs, pencil: Pencil, V: Tensor, empty: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The k extreme Ritz pairs of span V, and whether V has full rank but for the columns that are empty, (*)."""
+    k = pairs.E.shape[-1]
+    G, H = gram(V, pencil.B.apply(V)), gram(V, pencil.A.apply(V))
+    if empty is not None:
+        # What is not there gets an eigenvalue beyond the other end.
+        far = 4 * V.shape[-1] * pairs.options.sign * H.abs().amax((-2, -1))
+        G = G + torch.diag_embed(empty)
+        H = H + torch.diag_embed(far.unsqueeze(-1) * empty)
+    L, info = torch.linalg.cholesky_ex(G)
+    H = torch.linalg.solve_triangular(L, (H + H.mH) / 2, upper=False)
+    H = torch.linalg.solve_triangular(L, H.mH, upper=False)
+    ritz, C = torch.linalg.eigh((H + H.mH) / 2)
+    if pairs.options.largest:
+        ritz, C = ritz.flip(-1), C.flip(-1)
+    C = torch.linalg.solve_triangular(L.mH, C[..., :k], upper=True)
+    return ritz[..., :k], V @ C, info == 0
 
 
 def _residuals(pencil: Pencil, E: Tensor, X: Tensor) -> Tensor:
@@ -144,17 +182,19 @@ def _factors(
         b, Z = b.detach(), Z.detach()
         left = norms(b - known.pencil.B.product(known.X) @ (known.X.mH @ b))
     residual = known.residual[..., : known.E.shape[-1]]
+    distance = None
     if not pairs.all_known:
-        T = _with_values_outside(known, Z)
+        distance = _distance_outside(known, Z)
         if Z is not None and pairs.pencil.generalized:
             residual = residual * longer(known, Z)
-    E, eps = pairs.E, torch.finfo(known.E.dtype).eps
+    E, eps, values = pairs.E, torch.finfo(known.E.dtype).eps, known.E
     if eps > 1e-10 and _was_in_double(known):
         values, nearest = _values_in_double(known)
-        first = nearest.shape[-1]
-        nearest = nearest.expand(tuple(T.shape[:-1]) + (first,))
-        E, T = values + (E - known.E), torch.cat([nearest, T[..., first:]], -1)
+        E, T = values + (E - known.E), torch.cat([nearest, T[..., nearest.shape[-1] :]], -1)
         eps = eps * eps
+    if distance is not None:
+        found = values[..., -distance.shape[-1] :] + distance
+        T = torch.cat([T.expand(tuple(found.shape[:-1]) + (T.shape[-1],)), found], -1)
     seen = Seen(
         E, known.X, T, residual, known.late, known.size, G, gE, b, Z, left
     )
@@ -164,7 +204,7 @@ def _factors(
 
 def _was_in_double(pairs: Pairs) -> bool:
     """Whether the pairs have gone through double precision, in `corrected` or in a dense solve."""
-    if is_small_and_dense(pairs.pencil):
+    if is_small(pairs.pencil):
         return True
     return pairs.all_known and pairs.pencil.is_known() and found_in_double(pairs.pencil)
 
@@ -181,20 +221,16 @@ def _values_in_double(pairs: Pairs) -> Tuple[Tensor, Tensor]:
     return values[..., :k], values[..., k:]
 
 
-def _with_values_outside(pairs: Pairs, Z: Optional[Tensor]) -> Tensor:
-    """T with more Ritz values of the complement: guard columns may be missing, or miss an eigenvalue.
+def _distance_outside(pairs: Pairs, Z: Optional[Tensor]) -> Tensor:
+    """(+, *, k) or (*, 1), from E, or E_k, to Ritz values of the complement: guard columns may be missing, or miss an
+    eigenvalue.
 
-    The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum: R_j amplifies that end most.
+    The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum: R_j amplifies that end most.  They lie
+    too far inside where b_j sees little of the nearest vector, so a small pencil gets the eigenvalue itself.
     """
-    if Z is None:
-        distance = nearest_outside(pairs, pairs.late > 0)
-    else:
-        distance = distance_of_quotient(
-            pairs.pencil, pairs.E, Z, pairs.options.largest
-        )
-    found = pairs.E[..., -distance.shape[-1] :] + distance
-    T = pairs.T.expand(tuple(found.shape[:-1]) + (pairs.T.shape[-1],))
-    return torch.cat([T, found], -1)
+    if Z is None or is_small(pairs.pencil):
+        return nearest_outside(pairs, pairs.late > 0)
+    return distance_of_quotient(pairs.pencil, pairs.E, Z, pairs.options.largest)
 
 
 Cotangents = Tuple[Optional[Tensor], ...]

@@ -23,7 +23,12 @@ import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import norms
-from torch._lobpcg_impl.complement import solve_on_complement, system_tolerance
+from torch._lobpcg_impl.complement import (
+    is_small,
+    nearest_on_complement,
+    solve_on_complement,
+    system_tolerance,
+)
 from torch._lobpcg_impl.graph import (
     hold_pencil,
     in_graphs,
@@ -233,7 +238,8 @@ def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
     """(*, 1): distance from E_k to a Ritz value of the complement close to it.  A constant to autograd.
 
     Infinity where that is known: the guard T nearest to E_k, with its residual, shows that none is there, or a pair is
-    late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column.
+    late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column, or, of a small pencil,
+    all eigenvalues on the complement, in double precision.
     """
     tensors = (
         pairs.E,
@@ -277,6 +283,10 @@ class _NearestOutside(Function):
         last, far = E[..., -1:], -math.inf if options.largest else math.inf
         if bool(late.any()):
             return torch.full_like(last, far)
+        if is_small(pencil):
+            pencil = pencil.with_parameters(parameters)
+            with without_autocast(X):
+                return nearest_on_complement(pencil, X, options.largest).to(E.dtype)
         # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
         if 0 < p and 16 * (k + p) <= m:
             nearest, column = (T - last).abs().min(-1, keepdim=True)
