@@ -198,23 +198,20 @@ def pairs_of(case, A, B, V):
 def exact_gradients(case, e, V, X):
     """gA, gB in double precision, for one pencil; X, the vectors returned, gives the signs for a loss that sees them.
 
-    Third, the size of their terms: a tenth of |x|^2 max |d loss / d Q| / gap, where they cancel to less than that.
+    Third, the sizes of the terms of each, which may cancel: a tenth of |x|^2 max |d loss / d Q| / gap, for gB with the
+    eigenvalue as a factor, which may be zero.
     """
     k, E = case.k, e + case.offset
     distance = e.unsqueeze(-1) - e
     wanted = V[:, :k]
     if "values" in case.loss:
         weight = torch.autograd.functional.jacobian(lambda E: s(case, E), E[:k])
-        size = (
-            0.1
-            * (
-                torch.linalg.norm(wanted) ** 2 * weight.abs().max() * E.abs().max()
-            ).item()
-        )
+        size = 0.1 * torch.linalg.norm(wanted).item() ** 2 * weight.abs().max().item()
+        size *= E.abs().max().item()
         return (
             _hermitian(wanted * weight @ wanted.mH),
             -_hermitian(wanted * (weight * E[:k]) @ wanted.mH),
-            size,
+            (size, size),
         )
     if case.loss == "entries":
         overlap = torch.linalg.solve(V, X.to(V.dtype))[:k].diagonal()
@@ -228,7 +225,7 @@ def exact_gradients(case, e, V, X):
         return (
             _hermitian(T @ wanted.mH),
             -_hermitian((T * E[:k] + wanted * half) @ wanted.mH),
-            0.0,
+            (0.0, 0.0),
         )
     values = torch.nn.functional.pad(phi(case, E[:k]), (0, case.m - k))
     alike = values.unsqueeze(-1) == values
@@ -249,16 +246,11 @@ def exact_gradients(case, e, V, X):
     (M,) = torch.autograd.grad(f(case, Q), Q)
     M = V.mH @ _hermitian(M) @ V
     in_B = E.unsqueeze(-1) * difference + values
-    size = (
-        0.1
-        * (
-            torch.linalg.norm(wanted) ** 2 * M.abs().max() * difference.abs().max()
-        ).item()
-    )
+    size = 0.1 * torch.linalg.norm(wanted).item() ** 2 * M.abs().max().item()
     return (
         _hermitian(V @ (M * difference) @ V.mH),
         -_hermitian(V @ (M * in_B) @ V.mH),
-        size,
+        (size * difference.abs().max().item(), size * in_B.abs().max().item()),
     )
 
 
@@ -359,7 +351,7 @@ def outcome(case, lobpcg):
         g = g.to_dense().reshape(-1, case.m, case.m)
         for part, both in zip(g, exact):
             reference = both[0 if M is A else 1]
-            size = max(torch.linalg.norm(reference).item(), both[2])
+            size = max(torch.linalg.norm(reference).item(), both[2][0 if M is A else 1])
             reference = (
                 reference
                 if case.layout == torch.strided

@@ -32,8 +32,8 @@ def check_accuracy(
     share, total = _shares(seen, gaps, skew / width)
     relative = lost / width / total.unsqueeze(-1)
     _check_outside(seen, gaps, options, share, relative)
-    # More than half of the digits: 4e-7 in double precision, 1e-2 in single.
-    bad = relative > 30 * math.sqrt(torch.finfo(seen.X.dtype).eps)
+    # A tenth of what is worth a word in double precision, since terms of several pairs add up; 1e-2 in single.
+    bad = relative > (1e-2 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-4)
     if bool(bad.any()):
         worst = torch.where(bad, relative, torch.zeros_like(relative))
         i, j = first(worst == worst.max(), 2)
@@ -47,7 +47,7 @@ def check_accuracy(
         )
 
 
-def is_clear(seen: Any, eps: float) -> bool:
+def is_clear(seen: Any, options: Options, eps: float) -> bool:
     """Whether one problem has nothing to report, by bounds on what is computed for the report, ten times below it.
 
     Eigenvalues far apart and small residuals are the rule, and a small problem spends its time in kernels: this costs
@@ -60,8 +60,8 @@ def is_clear(seen: Any, eps: float) -> bool:
         return False
     if seen.gE is not None and seen.gE.dim() > 1 or not seen.T.shape[-1]:
         return False
-    sign = torch.sign(seen.T[..., :1] - E[:1])  # the side of the rest
-    rest = ((seen.T.unsqueeze(-2) - E.unsqueeze(-1)) * sign.unsqueeze(-1)).amin(-1)
+    # Negative, where a pair was missed.
+    rest = ((seen.T.unsqueeze(-2) - E.unsqueeze(-1)) * options.sign).amin(-1)
     if rest.dim() > 1:
         return False
     zero = torch.zeros_like(E)
@@ -92,7 +92,7 @@ def _is_clear(rows: List[List[float]], m: int, own: float, eps: float) -> bool:
             mixing = max(blur[i], blur[j]) + 4 * r[i] * r[j] / min(rest[i], rest[j])
             amplitude = (x[i] * g[j] + x[j] * g[i]) / 2
             lost = mixing * (amplitude / gap + abs(gE[i] - gE[j])) + own * amplitude
-            if lost > 3 * own**0.5 * gap * total:
+            if lost > 0.1 * (1e-2 if own > 1e-10 else 1e-4) * gap * total:
                 return False
     return True
 
@@ -137,8 +137,7 @@ def _check_outside(
         # Nothing is known of the rest: the gaps inside stand for it.
         equal = gaps.equal | torch.eye(k, dtype=torch.bool, device=E.device)
         nearest = gaps.gap.masked_fill(equal, math.inf).amin(-2)
-    # A residual may be small by chance; the rounding of the products that it came from is not.
-    residual = torch.maximum(seen.residual, gaps.rounding / 10)
+    residual = _at_least_rounding(seen.residual, gaps.rounding)
     error = residual / torch.where(nearest > 0, nearest, torch.ones_like(nearest))
     error = torch.where(share > 0, error * share, torch.zeros_like(error))
     late = (share > 0) & (seen.late > 0)
@@ -149,16 +148,27 @@ def _check_outside(
     most = 3e-2 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-3
     # In a special basis, as of unit vectors, a gradient may be blind to a cluster that the loss sees.
     seen_at_all = share > 0 if seen.gX is None else (share > 0) | (norms(seen.gX) > 0)
-    cut = seen_at_all & (nearest <= gaps.rounding)
+    width = torch.minimum(gaps.rounding, torch.maximum(100 * residual, gaps.rounding / 10))
+    cut = seen_at_all & (nearest <= width)
     bad = error > most
     if bool(cut.any()):
         report_cut_cluster(cut, nearest, k, E.dim() - 1)
     elif bool(bad.any()):
         _report_near(seen, nearest, bad, error)
-    accuracy = (seen.residual + gaps.rounding).unsqueeze(-1)
+    accuracy = (seen.residual + width).unsqueeze(-1)
     missed = (T.unsqueeze(-2) - E.unsqueeze(-1)) * options.sign < -accuracy
     if bool(missed.any()):
         _report_missed(seen, options, missed)
+
+
+def _at_least_rounding(residual: Tensor, rounding: Tensor) -> Tensor:
+    """The residual, or that of the rounding of the products that it came from, eps N, where it is smaller by chance.
+
+    Smaller by a thousand it is in every one of its entries, which is no chance: the matrix is diagonal, for one.
+    """
+    return torch.where(
+        residual > 1e-4 * rounding, torch.maximum(residual, rounding / 10), residual
+    )
 
 
 def _report_late(seen: Any, options: Options, late: Tensor, error: Tensor) -> None:

@@ -114,9 +114,11 @@ def _by_known_pairs(
     As accurate as a solve: rounding in Y^H b_j is divided by the gap in both.
     """
     m, k = b.shape[-2:]
+    if not T.shape[-1]:
+        return torch.zeros_like(b)
     gap = T.unsqueeze(-1) - E.unsqueeze(-2)  # (*, m - k, k)
     size = torch.maximum(T.abs().amax(-1), E.abs().amax(-1))[..., None, None]
-    if T.numel() == 0 or bool((gap.abs() <= m * eps * size).any()):
+    if bool((gap.abs() <= m * eps * size).any()):
         return None
     c = gram(Y, b)
     # The rule of `_right_hand_side`, with its bound on what rounding leaves of a column inside span X.

@@ -53,13 +53,13 @@ from torch._lobpcg_impl.resolvent import (
     reduced_resolvent,
 )
 from torch._lobpcg_impl.solver import dense_is_cheaper, found_in_double
-from torch._lobpcg_impl.transforms import in_transform
+from torch._lobpcg_impl.transforms import broadcast, in_transform
 
 
 # The first searches the span of the pairs and of what the residuals point to, which holds the neighbour that a narrow gap
 # has mixed in; Ritz values of a span that contains X are never farther from the end of the spectrum than those of X, so
 # what follows does not settle on whatever eigenvalue is near.  The others are Newton's: they leave no share of far ones.
-_MOST_STEPS = 3
+_MOST_STEPS = 4
 
 
 def corrected(pairs: Pairs) -> Pairs:
@@ -78,6 +78,10 @@ def corrected(pairs: Pairs) -> Pairs:
     k, n = pairs.E.shape[-1], pairs.residual.shape[-1]
     late = missed(pairs)
     E, X, residual = _newton_step(pairs, late)
+    if X.dtype != pairs.pencil.dtype:
+        # What is left of entries that are zero: products of two would leave the range of single precision.
+        least = torch.finfo(pairs.pencil.dtype).tiny ** 0.5 * X.abs().amax(-2, keepdim=True)
+        X = X.masked_fill(X.abs() < least, 0.0)
     residual = torch.cat([residual, pairs.residual[..., k:]], -1)
     pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
     if not wanted:
@@ -182,19 +186,15 @@ def _factors(
         b, Z = b.detach(), Z.detach()
         left = norms(b - known.pencil.B.product(known.X) @ (known.X.mH @ b))
     residual = known.residual[..., : known.E.shape[-1]]
-    distance = None
-    if not pairs.all_known:
-        distance = _distance_outside(known, Z)
-        if Z is not None and pairs.pencil.generalized:
-            residual = residual * longer(known, Z)
     E, eps, values = pairs.E, torch.finfo(known.E.dtype).eps, known.E
     if eps > 1e-10 and _was_in_double(known):
         values, nearest = _values_in_double(known)
         E, T = values + (E - known.E), torch.cat([nearest, T[..., nearest.shape[-1] :]], -1)
         eps = eps * eps
-    if distance is not None:
-        found = values[..., -distance.shape[-1] :] + distance
-        T = torch.cat([T.expand(tuple(found.shape[:-1]) + (T.shape[-1],)), found], -1)
+    if not pairs.all_known:
+        T = _with_values_outside(known, Z, values, T)
+        if Z is not None and pairs.pencil.generalized:
+            residual = residual * longer(known, Z)
     seen = Seen(
         E, known.X, T, residual, known.late, known.size, G, gE, b, Z, left
     )
@@ -221,16 +221,26 @@ def _values_in_double(pairs: Pairs) -> Tuple[Tensor, Tensor]:
     return values[..., :k], values[..., k:]
 
 
-def _distance_outside(pairs: Pairs, Z: Optional[Tensor]) -> Tensor:
-    """(+, *, k) or (*, 1), from E, or E_k, to Ritz values of the complement: guard columns may be missing, or miss an
-    eigenvalue.
+def _with_values_outside(
+    pairs: Pairs, Z: Optional[Tensor], E: Tensor, T: Tensor
+) -> Tensor:
+    """T with more Ritz values of the complement: guard columns may be missing, or miss an eigenvalue.
 
     The Rayleigh quotients of Z = [R_j b_j] lie at the near end of the spectrum: R_j amplifies that end most.  They lie
-    too far inside where b_j sees little of the nearest vector, so a small pencil gets the eigenvalue itself.
+    too far inside where b_j sees little of the nearest vector, so a small pencil gets the eigenvalue itself, but not
+    where pairs are late: what is orthogonal to those is not what is beyond them.
     """
+    late, found = pairs.late > 0, []
+    if Z is not None:
+        quotients = distance_of_quotient(pairs.pencil, pairs.E, Z, pairs.options.largest)
+        if is_small(pairs.pencil):
+            far = pairs.options.sign * math.inf
+            quotients = quotients.masked_fill(~late.any(-1, keepdim=True), far)
+        found.append(E + quotients)
     if Z is None or is_small(pairs.pencil):
-        return nearest_outside(pairs, pairs.late > 0)
-    return distance_of_quotient(pairs.pencil, pairs.E, Z, pairs.options.largest)
+        found.append(E[..., -1:] + nearest_outside(pairs, late))
+    lead = broadcast(*(V.shape[:-1] for V in found))
+    return torch.cat([V.expand(*lead, V.shape[-1]) for V in (T, *found)], -1)
 
 
 Cotangents = Tuple[Optional[Tensor], ...]

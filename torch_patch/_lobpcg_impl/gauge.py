@@ -263,7 +263,7 @@ def _gaps(seen: Seen, setting: _Setting) -> Gaps:
 def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
     """See the top of the module; reports on the way."""
     E, G, gE, gX = seen.E, seen.G, seen.gE, seen.gX
-    if not setting.forward_mode and is_clear(seen, setting.eps):
+    if not setting.forward_mode and is_clear(seen, setting.options, setting.eps):
         return ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
     eps, m = torch.finfo(seen.X.dtype).eps, seen.X.shape[-2]
     gaps = _gaps(seen, setting)
@@ -299,6 +299,10 @@ def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
         mask = mask & ~(close & (skew <= noise))
     # What rounding and residuals change in the numerators of C = Skew(G) o F, or, without their factor, all of it.
     lost = torch.where(mask, gaps.error * skew / width + rounding, skew)
+    if gE is not None and G is not None:
+        # X f(E) X^H has a skew part of gap times its slope, which may hide below the rounding of G.
+        hidden = _weighs_differently(gE) & distinct & ~mask
+        lost = torch.where(hidden, torch.maximum(skew, rounding / 4), lost)
     if gE is not None:
         lost = lost + gaps.error * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
     lost = lost * (used & distinct & ~gaps.equal)
@@ -405,6 +409,8 @@ def _check_weights(seen: Seen, gaps: Gaps, differ: Tensor) -> None:
     the diagonal inside a cluster alone.
     """
     bad = gaps.equal & differ
+    if seen.Z is not None and bool(bad.any()):
+        bad = bad & ~_is_lost_in(seen)
     if not bool(bad.any()):
         return
     text = _cluster_text(
@@ -418,3 +424,13 @@ def _check_weights(seen: Seen, gaps: Gaps, differ: Tensor) -> None:
         "X f(X^H A X) X^H, with f a function of the small matrix, such as torch.linalg.matrix_exp, or as functions of "
         "X X^H and of a sum over the cluster of its eigenvalues."
     )
+
+
+def _is_lost_in(seen: Seen) -> Tensor:
+    """(+, *, k, k): where what gE does not hold of X f(E) X^H in a cluster, of the size of its differences in a generic
+    basis, is small beside the part of the gradient that leads out of span X."""
+    assert seen.gE is not None and seen.Z is not None
+    x, z = (torch.linalg.vector_norm(V, dim=-2) for V in (seen.X, seen.Z))
+    part = (seen.gE.unsqueeze(-1) - seen.gE.unsqueeze(-2)).abs() * _pairwise(x)
+    least = 1e-3 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-4
+    return part <= least * z.amax(-1)[..., None, None]

@@ -283,7 +283,7 @@ class _NearestOutside(Function):
         last, far = E[..., -1:], -math.inf if options.largest else math.inf
         if bool(late.any()):
             return torch.full_like(last, far)
-        if is_small(pencil):
+        if k < m and is_small(pencil):
             pencil = pencil.with_parameters(parameters)
             with without_autocast(X):
                 return nearest_on_complement(pencil, X, options.largest).to(E.dtype)
