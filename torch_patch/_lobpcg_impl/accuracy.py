@@ -32,8 +32,8 @@ def check_accuracy(
     share, total = _shares(seen, gaps, skew / width)
     relative = lost / width / total.unsqueeze(-1)
     _check_outside(seen, gaps, options, share, relative)
-    # A tenth of what is worth a word in double precision, since terms of several pairs add up; 1e-2 in single.
-    bad = relative > (1e-2 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-4)
+    # More than half of the digits: 4e-7 in double precision, 1e-2 in single.
+    bad = relative > 30 * math.sqrt(torch.finfo(seen.X.dtype).eps)
     if bool(bad.any()):
         worst = torch.where(bad, relative, torch.zeros_like(relative))
         i, j = first(worst == worst.max(), 2)
@@ -92,7 +92,7 @@ def _is_clear(rows: List[List[float]], m: int, own: float, eps: float) -> bool:
             mixing = max(blur[i], blur[j]) + 4 * r[i] * r[j] / min(rest[i], rest[j])
             amplitude = (x[i] * g[j] + x[j] * g[i]) / 2
             lost = mixing * (amplitude / gap + abs(gE[i] - gE[j])) + own * amplitude
-            if lost > 0.1 * (1e-2 if own > 1e-10 else 1e-4) * gap * total:
+            if lost > 3 * own**0.5 * gap * total:
                 return False
     return True
 

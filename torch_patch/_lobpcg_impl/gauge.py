@@ -302,7 +302,7 @@ def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
     if gE is not None and G is not None:
         # X f(E) X^H has a skew part of gap times its slope, which may hide below the rounding of G.
         hidden = _weighs_differently(gE) & distinct & ~mask
-        lost = torch.where(hidden, torch.maximum(skew, rounding / 4), lost)
+        lost = torch.where(hidden, torch.maximum(skew, rounding), lost)
     if gE is not None:
         lost = lost + gaps.error * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
     lost = lost * (used & distinct & ~gaps.equal)
