@@ -199,7 +199,7 @@ def exact_gradients(case, e, V, X):
     """gA, gB in double precision, for one pencil; X, the vectors returned, gives the signs for a loss that sees them.
 
     Third, the sizes of the terms of each, which may cancel: a tenth of |x|^2 max |d loss / d Q| / gap, for gB with the
-    eigenvalue as a factor, which may be zero.
+    eigenvalue as a factor where that makes it smaller, but for what the rounding of an eigenvalue alone changes.
     """
     k, E = case.k, e + case.offset
     distance = e.unsqueeze(-1) - e
@@ -247,10 +247,13 @@ def exact_gradients(case, e, V, X):
     M = V.mH @ _hermitian(M) @ V
     in_B = E.unsqueeze(-1) * difference + values
     size = 0.1 * torch.linalg.norm(wanted).item() ** 2 * M.abs().max().item()
+    in_A = difference.abs().max().item()
+    rounding = 16 * math.sqrt(case.m) * case.eps * E.abs().max().item()
+    factor = max(in_B.abs().max().item(), rounding / _MOST * in_A)
     return (
         _hermitian(V @ (M * difference) @ V.mH),
         -_hermitian(V @ (M * in_B) @ V.mH),
-        (size * difference.abs().max().item(), size * in_B.abs().max().item()),
+        (size * in_A, size * min(in_A, factor)),
     )
 
 

@@ -32,8 +32,10 @@ def check_accuracy(
     share, total = _shares(seen, gaps, skew / width)
     relative = lost / width / total.unsqueeze(-1)
     _check_outside(seen, gaps, options, share, relative)
-    # More than half of the digits: 4e-7 in double precision, 1e-2 in single.
-    bad = relative > 30 * math.sqrt(torch.finfo(seen.X.dtype).eps)
+    # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
+    # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.
+    most = 30 * math.sqrt(torch.finfo(seen.X.dtype).eps)
+    bad = relative > (most if seen.gE is not None and seen.gX is not None else max(most, 1e-4))
     if bool(bad.any()):
         worst = torch.where(bad, relative, torch.zeros_like(relative))
         i, j = first(worst == worst.max(), 2)
@@ -137,7 +139,7 @@ def _check_outside(
         # Nothing is known of the rest: the gaps inside stand for it.
         equal = gaps.equal | torch.eye(k, dtype=torch.bool, device=E.device)
         nearest = gaps.gap.masked_fill(equal, math.inf).amin(-2)
-    residual = _at_least_rounding(seen.residual, gaps.rounding)
+    residual = torch.maximum(seen.residual, least_residual(seen.residual, gaps.rounding))
     error = residual / torch.where(nearest > 0, nearest, torch.ones_like(nearest))
     error = torch.where(share > 0, error * share, torch.zeros_like(error))
     late = (share > 0) & (seen.late > 0)
@@ -148,7 +150,10 @@ def _check_outside(
     most = 3e-2 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-3
     # In a special basis, as of unit vectors, a gradient may be blind to a cluster that the loss sees.
     seen_at_all = share > 0 if seen.gX is None else (share > 0) | (norms(seen.gX) > 0)
-    width = torch.minimum(gaps.rounding, torch.maximum(100 * residual, gaps.rounding / 10))
+    width = gaps.rounding
+    if torch.finfo(seen.X.dtype).eps < 1e-10:
+        # Of single precision, the vectors are rounded after their residuals.
+        width = torch.minimum(width, torch.maximum(100 * residual, width / 10))
     cut = seen_at_all & (nearest <= width)
     bad = error > most
     if bool(cut.any()):
@@ -161,14 +166,12 @@ def _check_outside(
         _report_missed(seen, options, missed)
 
 
-def _at_least_rounding(residual: Tensor, rounding: Tensor) -> Tensor:
-    """The residual, or that of the rounding of the products that it came from, eps N, where it is smaller by chance.
+def least_residual(residual: Tensor, rounding: Tensor) -> Tensor:
+    """What a residual is at least, however small it came out: that of the rounding of the products, eps N.
 
-    Smaller by a thousand it is in every one of its entries, which is no chance: the matrix is diagonal, for one.
+    By chance one entry of it may be smaller.  If all are, by a thousand, it is none: the matrix is diagonal, for one.
     """
-    return torch.where(
-        residual > 1e-4 * rounding, torch.maximum(residual, rounding / 10), residual
-    )
+    return torch.where(residual > 1e-4 * rounding, rounding / 10, residual)
 
 
 def _report_late(seen: Any, options: Options, late: Tensor, error: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.accuracy import check_accuracy, is_clear
+from torch._lobpcg_impl.accuracy import check_accuracy, is_clear, least_residual
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
 from torch._lobpcg_impl.report import first, found, members, warn
@@ -247,7 +247,7 @@ def _gaps(seen: Seen, setting: _Setting) -> Gaps:
     rounding = 10 * setting.eps * seen.size
     blur = undetermined(seen.size, setting.eps)
     exactly = distinct & (gap <= blur)
-    error = _pairwise(setting.eps * seen.size)
+    error = _pairwise(least_residual(r, rounding))
     rest = torch.full_like(E, math.inf)
     if T.shape[-1]:
         rest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
