@@ -104,7 +104,9 @@ def test_an_environment_without_its_stamp_is_known_by_its_prompt(dev):
 
 @pytest.mark.parametrize("chosen", [None, "7"])
 def test_one_thread_unless_another_number_is_asked_for(dev, monkeypatch, chosen):
-    monkeypatch.setattr(dev, "prepare", lambda linters: ("python", {} if chosen is None else {"OMP_NUM_THREADS": chosen}))
+    monkeypatch.setattr(
+        dev, "prepare", lambda linters: ("python", {} if chosen is None else {"OMP_NUM_THREADS": chosen})
+    )
     became = []
     monkeypatch.setattr(dev, "become", lambda command, env: became.append(env["OMP_NUM_THREADS"]))
     dev.main(["demo"])

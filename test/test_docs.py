@@ -84,6 +84,28 @@ def test_examples_of_a_note(page):
     assert report == ""
 
 
+def names_of(note):
+    """What the examples of a note have defined."""
+    text = (SOURCE / "notes" / f"{note}.rst").read_text(encoding="utf-8")
+    test = doctest.DocTestParser().get_doctest(text, {"torch": torch}, note, note, 0)
+    doctest.DocTestRunner(verbose=False).run(test, out=silent, clear_globs=False)
+    return test.globs
+
+
+@pytest.mark.parametrize("name", ["sharpness", "ground_energy", "frequencies"])
+def test_gradients_of_the_examples_with_callables(name):
+    """Against central differences, in a direction, at a point without symmetry."""
+    names = names_of("lobpcg_callable")
+    size = {"sharpness": (48,), "ground_energy": (8,), "frequencies": (14, 10)}[name]
+    t = torch.arange(1.0, math.prod(size) + 1, dtype=torch.float64).reshape(size)
+    point, direction = 1 + t.square().sin() / 4, t.square().cos()
+    value = lambda s: names[name](point + s * direction).sum()
+    step = 1e-5
+    exact = (value(step) - value(-step)) / (2 * step)
+    (g,) = torch.autograd.grad(names[name](point.requires_grad_()).sum(), point)
+    assert abs((g * direction).sum() / exact - 1) < 1e-7
+
+
 def test_examples_of_the_reference():
     text = torch.lobpcg.__doc__
     report, count = failures(text, "lobpcg")
@@ -122,12 +144,13 @@ def test_pages_build_without_warnings(tmp_path, markup):
 
 
 def test_features_are_there(monkeypatch, capsys):
-    """The column of torch.lobpcg in the README's table, measured."""
+    """The column of torch.lobpcg in the table of features, measured."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     features = importlib.import_module("features")
     assert features.main(["--peer", "lobpcg"]) == 0
     rows = re.findall(r"^\| (\w[\w-]*) \| (.*?) \| ", capsys.readouterr().out, re.MULTILINE)
-    shown = re.findall(r"^\| `(\w[\w-]*)` \| (.*?) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Features beside others")[1]
+    shown = re.findall(r"^\| `(\w[\w-]*)` \| (.*?) \| ", table, re.MULTILINE)
     names = {name for name, _ in rows}
     assert [row for row in shown if row[0] in names] == rows
 
@@ -177,10 +200,10 @@ def test_named_files_exist(page):
 
 
 def test_table_of_transforms():
-    """The README's cells are the tests that are there, and those that expect a result."""
-    from test_autograd import TestLobpcgTransformTable as Table
+    """The cells are the tests that are there, and those that expect a result."""
+    from test_lobpcg_transforms import TestLobpcgTransformTable as Table
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Transforms")[1].split("\n## ")[0]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Transforms")[1].split("\n## ")[0]
     head, _, *rows = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|"))
     assert [row[0].strip("`") for row in rows] == list(Table.transforms)
     for name, *cells in rows:

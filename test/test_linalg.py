@@ -1,9 +1,9 @@
 # Owner(s): ["module: linear algebra"]
 """torch.lobpcg without gradients: right pairs, honest convergence, start blocks, preconditioners, batches, errors."""
 
+import io
 import itertools
 import math
-import warnings
 
 import torch
 from torch.testing._internal.common_device_type import (
@@ -12,128 +12,12 @@ from torch.testing._internal.common_device_type import (
     onlyCPU,
     onlyNativeDeviceTypes,
 )
-from torch.testing._internal.common_utils import run_tests, TestCase
-
-
-class LobpcgTestCase(TestCase):
-    """What the classes below share: one way to call the solver, one way to judge what it returned."""
-
-    def setUp(self):
-        super().setUp()
-        if not torch._C.has_lapack:
-            self.skipTest("torch was built without LAPACK")
-
-    @property
-    def problems(self):
-        from torch.testing._internal import lobpcg_problems
-
-        return lobpcg_problems
-
-    @property
-    def full(self):
-        """Long sweeps are asked for by LOBPCG_TEST_FULL=1."""
-        import os
-
-        return os.environ.get("LOBPCG_TEST_FULL", "0") == "1"
-
-    def solve(self, *args, solver=None, **kwargs):
-        """E, X and the warnings that lobpcg gave."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            E, X = (solver or torch.lobpcg)(*args, **kwargs)
-        return E, X, [str(w.message) for w in caught if "lobpcg" in str(w.message)]
-
-    def default_tol(self, dtype):
-        """A relative residual that every problem of the catalogue can reach: 100 eps, rounded up."""
-        return {torch.float64: 1e-9, torch.float32: 2e-5}[
-            torch.zeros((), dtype=dtype).abs().dtype
-        ]
-
-    def assert_pairs(self, A, B, E, X, exact, tol, condition=1.0, rounding=0.0):
-        """E, X are the wanted pairs: B-orthonormal, small residuals, E within the residual of the exact values.
-
-        A Hermitian pencil has an eigenvalue within ||r|| / sqrt(smallest eigenvalue of B) of a Ritz value, for X
-        B-normalised. Everything is judged in double precision and, against overflow, after division by the norm of A.
-        """
-        eps, m = torch.finfo(E.dtype).eps, X.size(-2)
-        wide = torch.complex128 if X.is_complex() else torch.float64
-        A, X = (M.detach().to_dense().to(wide) for M in (A, X))
-        I = torch.eye(X.size(-1), dtype=wide, device=X.device)
-        B = (
-            torch.eye(m, dtype=wide, device=X.device)
-            if B is None
-            else B.detach().to_dense().to(wide)
-        )
-        self.assertFalse(E.is_complex())
-        self.assertEqual(E.shape, exact.shape)
-        self.assertEqual(X.shape, exact.shape[:-1] + (m, exact.shape[-1]))
-        if E.numel() == 0:
-            return
-        scale = A.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(wide).tiny)
-        A, E = A / scale, E.detach().double() / scale[..., 0].real
-        exact = exact.to(E.device) / scale[..., 0].real
-        orthogonal = (X.mH @ B @ X - I).abs().amax()
-        self.assertLessEqual(
-            orthogonal, 10 * m * eps * condition, "X is not B-orthonormal"
-        )
-        norm_A, norm_B = (torch.linalg.matrix_norm(M)[..., None] for M in (A, B))
-        bound = (
-            (tol * 1.1 + 10 * m * eps)
-            * (norm_A + E.abs() * norm_B)
-            * torch.linalg.vector_norm(X, dim=-2)
-        )
-        residual = torch.linalg.vector_norm(A @ X - B @ X * E.unsqueeze(-2), dim=-2)
-        self.assertLessEqual(
-            (residual / bound.clamp_min(1e-300)).max(),
-            1.0,
-            "residual above the tolerance",
-        )
-        smallest = torch.linalg.eigvalsh(B)[..., :1]
-        off = (
-            (E - exact).abs()
-            - residual / smallest.sqrt()
-            - rounding / scale[..., 0].real
-        )
-        slack = (
-            10
-            * m
-            * eps
-            * condition
-            * norm_A
-            / torch.linalg.matrix_norm(B, 2)[..., None]
-        )
-        self.assertLessEqual(
-            (off - slack).max(), 0.0, f"not the wanted eigenvalues: {E} against {exact}"
-        )
-
-    def run_problem(
-        self, p, dtype, k=3, largest=False, layout=torch.strided, device="cpu", **kwargs
-    ):
-        """Solve p and judge; a warning excuses the residual, never wrong orthogonality or shapes."""
-        A, B = p.build(dtype, layout, device)
-        tol = kwargs.setdefault("tol", self.default_tol(dtype))
-        E, X, messages = self.solve(A, k=k, B=B, largest=largest, **kwargs)
-        self.assertLessEqual(len(messages), 1)
-        self.assertEqual(messages, [])
-        self.assert_pairs(
-            A, B, E, X, p.extreme(k, largest), tol, p.condition, p.error(dtype)
-        )
-        return E, X
-
-    def start(self, m, n, dtype=torch.float64, seed=0, batch=()):
-        return torch.randn(
-            *batch, m, n, dtype=dtype, generator=torch.Generator().manual_seed(seed)
-        )
-
-    def counting(self, M):
-        """M as a callable on blocks, and the list of the numbers of columns it was applied to."""
-        columns = []
-
-        def apply(V):
-            columns.append(V.size(-1))
-            return M @ V
-
-        return apply, columns
+from torch.testing._internal.common_utils import (
+    instantiate_parametrized_tests,
+    parametrize,
+    run_tests,
+)
+from torch.testing._internal.lobpcg_oracles import LobpcgTestCase
 
 
 class TestLobpcgSolver(LobpcgTestCase):
@@ -1590,17 +1474,40 @@ class TestLobpcgWorker(LobpcgTestCase):
                         msg=str((name, layout, method)),
                     )
 
-    def test_torchscript_inside_a_scripted_function(self):
-        def spectral_gap(A: torch.Tensor):
-            E, _X = torch.lobpcg(A, k=2, largest=False, method="ortho")
-            return E[1] - E[0]
+    @staticmethod
+    def spectral_gap(A: torch.Tensor):
+        E, _X = torch.lobpcg(A, k=2, largest=False, method="ortho")
+        return E[1] - E[0]
 
+    def test_torchscript_inside_a_scripted_function(self):
+        """Scripted, and stored and loaded: value and gradient x_1 x_1^T - x_0 x_0^T."""
         p = self.problems.laplacian(40)
         A, _ = p.build()
         exact = p.extreme(2)
-        self.assertEqual(
-            torch.jit.script(spectral_gap)(A), exact[1] - exact[0], atol=1e-7, rtol=0
-        )
+        _, X = torch.linalg.eigh(A)
+        x, y = X[:, 0], X[:, 1]
+        scripted, stored = torch.jit.script(self.spectral_gap), io.BytesIO()
+        torch.jit.save(scripted, stored)
+        stored.seek(0)
+        for function in (scripted, torch.jit.load(stored)):
+            leaf = A.clone().requires_grad_()
+            gap = function(leaf)
+            self.assertEqual(gap, exact[1] - exact[0], atol=1e-7, rtol=0)
+            (gA,) = torch.autograd.grad(gap, leaf)
+            self.assertEqual(
+                gA, torch.outer(y, y) - torch.outer(x, x), atol=1e-5, rtol=0
+            )
+
+    @parametrize("name", ["A", "B", "iK", "tracker"])
+    def test_torchscript_takes_no_callables(self, name):
+        """TorchScript itself compares types, before anything of lobpcg runs: the error says what it got for what."""
+        A, _ = self.problems.laplacian(40).build()
+        X = self.start(40, 2, A.dtype)
+        arguments = {"A": A, "X": X, name: lambda V: V}
+        with self.assertRaisesRegex(
+            RuntimeError, f"for argument '{name}' but instead found type 'function'"
+        ):
+            torch.jit.script(torch.lobpcg)(**arguments)
 
     def test_torchscript_has_gradients(self):
         p = self.problems.laplacian(40)
@@ -1615,6 +1522,9 @@ class TestLobpcgWorker(LobpcgTestCase):
         self.assertEqual(
             gA, torch.outer(x, x) + 3 * torch.outer(y, y), atol=1e-12, rtol=0
         )
+
+
+instantiate_parametrized_tests(TestLobpcgWorker)
 
 
 class TestLobpcgBadInput(LobpcgTestCase):

@@ -201,10 +201,13 @@ class ResolventTest(FormulaTest):
     def test_reverse_and_forward_mode(self):
         for dtype in DTYPES:
             A, B, E, X, _, b = self.setup_pairs(dtype, m=9)
-            ours = lambda A, B, E, X, b: reduced_resolvent(
-                pairs_of(A, B, E, X, 1e-15), b
-            )
-            herm = lambda A, B, E, X, b: system(hermitian(A), hermitian(B), E, X, b)
+
+            def ours(A, B, E, X, b):
+                return reduced_resolvent(pairs_of(A, B, E, X, 1e-15), b)
+
+            def herm(A, B, E, X, b):
+                return system(hermitian(A), hermitian(B), E, X, b)
+
             inputs = tuple(t.clone().requires_grad_() for t in (A, B, E, X, b))
             cotangent = random(9, 3, dtype=dtype, seed=7)
             expected = torch.autograd.grad(herm(*inputs), inputs, cotangent)
@@ -266,9 +269,9 @@ class EigenpairsTest(FormulaTest):
                 random(10, 10, dtype=dtype, seed=5),
                 random(10, 10, dtype=dtype, seed=6),
             )
-            f = lambda A, B: differentiable_eigenpairs(
-                A, B, exact(4, True), 2, True, 1e-12
-            )
+
+            def f(A, B):
+                return differentiable_eigenpairs(A, B, exact(4, True), 2, True, 1e-12)
 
             def projector(A, B, f=f):
                 E, X = f(A, B)
@@ -358,9 +361,10 @@ class ClusterTest(FormulaTest):
 
             h = 1e-5
             difference = (value(h) - value(-h)) / (2 * h)
-            f = lambda A, B: differentiable_eigenpairs(
-                A, B, exact(5, False), 3, False, 1e-12
-            )[1]
+
+            def f(A, B):
+                forward = exact(5, False)
+                return differentiable_eigenpairs(A, B, forward, 3, False, 1e-12)[1]
 
             def loss(A, B, f=f, W=W):
                 X = f(A, B)
@@ -530,9 +534,10 @@ class PatternTest(FormulaTest):
                     random(8, 2, dtype=dtype, seed=s).requires_grad_() for s in (6, 7)
                 )
                 for part in (False, True):
-                    values = lambda U, V, part=part: PatternValues.apply(
-                        U, V, pattern, part
-                    )
+
+                    def values(U, V):
+                        return PatternValues.apply(U, V, pattern, part)
+
                     with self.subTest(name, dtype=dtype, hermitian=part):
                         self.assertTrue(
                             torch.autograd.gradcheck(values, (U, V), fast_mode=True)

@@ -18,7 +18,9 @@ The bound follows the contract in the docstring of lobpcg, "a gradient amplifies
 inverse of the gap".  A residual of tol (|A| + |E| |B|) |x| is a perturbation of the pencil by 2 tol radius cond(B), to
 which rounding adds sqrt(m) eps in the place of tol; the gap is the smallest one between pairs that the loss treats
 differently.  Where only rounding is amplified, inside a cluster whose eigenvalues the loss weighs smoothly, tol drops
-out.  No silent gradient may be wrong by more than a tenth, whatever that bound says.
+out.  Whatever that bound says, no silent gradient in double precision may be wrong by more than 1e-3, and of 2000 five in
+single.  Warnings are judged at an error of 1e-2: precision is the share of warnings of gradients that are wrong by more, recall
+the share of those gradients that are warned of, or refused.
 """
 
 import argparse
@@ -36,7 +38,11 @@ from torch.testing._internal.common_utils import IS_WINDOWS, run_tests, TestCase
 
 # What 2 tol radius cond / gap leaves out: norms for root mean squares, the loss's second derivative, sums over pairs.
 _SLACK = 20
-_MOST = 0.1
+_MOST = 1e-3
+# Of silent gradients in single precision, this share may be wrong by more than that.
+_SINGLE_SHARE = 5 / 2000
+_WORTH_A_WORD = 1e-2
+_PRECISION, _RECALL = 0.95, 0.99
 # Where the bound is below this, a warning or an error has no reason.
 _NEEDLESS = 1e-3
 _GAPS = ("bit", "rounding", 1e-13, 1e-10, 1e-6, 1e-2, 1.0, 1.0, 1.0)
@@ -343,10 +349,9 @@ def outcome(case, lobpcg):
         except Exception as error:
             return _spoken(case, limit, "error", f"{type(error).__name__}: {error}")
     texts = [str(w.message) for w in caught if "Sparse" not in str(w.message)]
-    if texts:
-        return _spoken(case, limit, "warning", texts[0])
     if case.loss == "entries" and case.dtype.is_complex:
-        return Outcome("wrong", "depends on the phase")
+        kind = "warning" if texts else "wrong"
+        return Outcome(kind, "depends on the phase", math.inf)
     X = X.detach().reshape((-1,) + tuple(X.shape[-2:]))
     exact = [exact_gradients(case, e, V, x) for (e, V), x in zip(pairs, X)]
     worst = 0.0
@@ -365,6 +370,8 @@ def outcome(case, lobpcg):
                 / size
             )
             worst = max(worst, error.item() if torch.isfinite(error) else math.inf)
+    if texts:
+        return _spoken(case, limit, "warning", texts[0], worst)
     return Outcome("right" if worst <= limit else "wrong", f"bound {limit:.1e}", worst)
 
 
@@ -392,12 +399,13 @@ def _in_layout(case, M):
     )
 
 
-def _spoken(case, limit, kind, text):
+def _spoken(case, limit, kind, text, error=math.nan):
     reachable = case.tol >= 100 * case.eps and case.niter != 3
     phase = case.loss == "entries" and case.dtype.is_complex
     return Outcome(
         kind,
         text,
+        error,
         needless=limit < _NEEDLESS
         and reachable
         and not phase
@@ -469,6 +477,9 @@ class TestRandomGradients(TestCase):
         )
         for name, bad in shortcomings(found).items():
             self.assertEqual(bad, [], f"{name}: {len(bad)} of {len(found)}")
+        precision, recall = precision_and_recall(found)
+        self.assertGreaterEqual(precision, _PRECISION)
+        self.assertGreaterEqual(recall, _RECALL)
 
 
 class Gradients(torch.utils.data.Dataset):
@@ -501,10 +512,13 @@ class TestForkedWorkers(TestCase):
 
 
 def shortcomings(found):
+    """Lists of what the contract forbids; of the silent and wrong in single precision, those beyond the share allowed."""
+    wrong = [(case, o.error, o.text) for case, o in found if o.kind == "wrong"]
+    single = [entry for entry in wrong if entry[0].eps > 1e-10]
+    allowed = math.ceil(_SINGLE_SHARE * len(found))
     return {
-        "wrong and silent": [
-            (case, o.error, o.text) for case, o in found if o.kind == "wrong"
-        ],
+        "wrong and silent in double": [entry for entry in wrong if entry not in single],
+        "wrong and silent in single": single if len(single) > allowed else [],
         "an error that is not lobpcg's": [
             (case, o.text)
             for case, o in found
@@ -512,6 +526,16 @@ def shortcomings(found):
         ],
         "needless": [(case, o.text) for case, o in found if o.needless],
     }
+
+
+def precision_and_recall(found):
+    """Of warnings, at an error of 1e-2; an error that cannot be told, where no derivative exists, is larger."""
+    off = lambda o: not o.error <= _WORTH_A_WORD
+    warned = [o for _, o in found if o.kind == "warning"]
+    good = sum(off(o) for o in warned)
+    refused = sum(o.kind == "error" for _, o in found)
+    missed = sum(off(o) for _, o in found if o.kind in ("right", "wrong"))
+    return good / max(len(warned), 1), (good + refused) / max(good + refused + missed, 1)
 
 
 def main():
@@ -550,10 +574,12 @@ def main():
             + f"{counts['wrong']:>20}"
         )
     ours = results["patched"]
+    precision, recall = precision_and_recall(ours)
+    print(f"warnings of errors above {_WORTH_A_WORD}: precision {precision:.3f}, recall {recall:.3f}")
     if arguments.list:
         for name, bad in shortcomings(ours).items():
             print(f"{name}: {len(bad)}", *bad, sep="\n  ")
-    return 0 if not shortcomings(ours)["wrong and silent"] else 1
+    return 1 if any(shortcomings(ours).values()) else 0
 
 
 if __name__ == "__main__":

@@ -73,6 +73,31 @@ def test_bytecode_of_replaced_files_goes(project, wheel):
         assert not any(path.exists() for path in stale)
 
 
+@pytest.mark.parametrize("mine", [None, "torch/deeper/folder/mine.py", "torch/deeper/folder/__pycache__/mine.pyc"])
+def test_a_new_folder_goes_with_its_bytecode_unless_it_holds_more(project, wheel, mine):
+    run("apply", project, wheel)
+    compiled = "torch/deeper/folder/__pycache__/problems.cpython-311.pyc"
+    fake.write_files(wheel, {compiled: b"", **({mine: b"mine\n"} if mine else {})})
+    run("revert", project, wheel)
+    assert (wheel / "torch/deeper").exists() == (mine is not None)
+    assert not (wheel / compiled).exists()
+    assert mine is None or (wheel / mine).read_bytes() == b"mine\n"
+
+
+def test_a_patch_set_that_drops_a_package_takes_its_folder_away(project, wheel):
+    before = fake.snapshot(wheel)
+    run("apply", project, wheel)
+    manifest = project / "torch_patch/series.toml"
+    manifest.write_bytes(manifest.read_bytes().replace(b', "torch/deeper/folder/problems.py"', b""))
+    shutil.rmtree(project / "torch_patch/deeper")
+    assert word(project, wheel) == "outdated"
+    run("apply", project, wheel)
+    run("verify", project, wheel)
+    assert not (wheel / "torch/deeper").exists()
+    run("revert", project, wheel)
+    assert fake.snapshot(wheel) == before
+
+
 def test_apply_after_a_change_of_the_patch_set(project, wheel):
     before = fake.snapshot(wheel)
     run("apply", project, wheel)

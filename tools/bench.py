@@ -2,10 +2,11 @@
 """Measure torch.lobpcg beside its peers: times, residuals, gradient errors, memory, and which bars are met.
 
 usage: python3 tools/bench.py [--case GLOB ...] [--peer GLOB ...] [--output DIR] [options]
+       python3 tools/bench.py --publish DIR
        python3 tools/bench.py --list
 
-Prints the table, and with --output writes bench.json, bench.md and (where the interpreter has matplotlib) bench.png
-into DIR. The exit status is 0 when every bar that could be measured is met, 1 when one is not, 2 for a wrong call.
+Prints the table, and with --output writes bench.json, bench.md and the picture bench.svg into DIR; what was measured
+before and stands in DIR/bench.json is kept, unless it is measured anew. The exit status is 0 when every bar that could be measured is met, 1 when one is not, 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmark import report as reports
 from benchmark.cases import CASES, select
+from benchmark.plot import draw
 from benchmark.process import Options, Row
 
 
 ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "tools" / "benchmark" / "times.svg"
 
 
 def measure_case(name: str, peers: list[str], options: Options, say: Callable) -> tuple[dict, dict]:
     """The rows of a case, and the versions that they ran on. The peers take turns, in an order that reverses."""
-    rows = {peer: Row(CASES[name], peer, options) for peer in peers}
+    rows = {}
+    for peer in peers:
+        rows[peer] = Row(CASES[name], peer, options, lambda text, peer=peer: say(name, peer, {}, text))
     runs: dict = {peer: [] for peer in peers}
     counted: dict = {peer: {} for peer in peers}
     notes = dict.fromkeys(peers, "")
@@ -43,18 +47,14 @@ def measure_case(name: str, peers: list[str], options: Options, say: Callable) -
             else:
                 first = rows[peer].ask(do="run", seed=0)
                 # memory is the first run's: later ones find pages that are already mapped
-                counted[peer] = {key: first[key] for key in ("extra_mb", "peak_mb") if key in first}
-                runs[peer], turns[peer], notes[peer] = plan(first, options, CASES[name].kind)
+                counted[peer] = {key: first[key] for key in ("extra_mb", "peak_mb", "variant") if key in first}
+                runs[peer], turns[peer], notes[peer] = plan(first, options, CASES[name].kind, CASES[name].calls)
                 say(name, peer, first, rows[peer].error)
         for turn in range(1, options.repeats + 1):
             for peer in peers[:: 1 if turn % 2 else -1]:
                 if turn <= turns[peer] and not rows[peer].error:
                     answer = rows[peer].ask(do="run", seed=turn)
                     runs[peer] += [answer] if answer else []
-        for peer in peers:
-            cheap = runs[peer] and runs[peer][0]["seconds"] < options.budget / 4
-            if cheap and not rows[peer].error and CASES[name].kind != "starts":
-                counted[peer] |= rows[peer].ask(do="count", seed=0)
     finally:
         for row in rows.values():
             row.close()
@@ -68,7 +68,7 @@ def measure_case(name: str, peers: list[str], options: Options, say: Callable) -
     return summary, versions
 
 
-def plan(first: dict, options: Options, kind: str) -> tuple[list, int, str]:
+def plan(first: dict, options: Options, kind: str, calls: int = 1) -> tuple[list, int, str]:
     """From the first answer: the runs to keep of it, how many more to make, and a remark.
 
     The first run is the warm-up. Where the budget allows only one more, or none, it is the measurement itself.
@@ -77,7 +77,7 @@ def plan(first: dict, options: Options, kind: str) -> tuple[list, int, str]:
         return [], 0, ""
     if kind == "starts":
         return [first], 0, "all starts in one run"
-    affordable = int(options.budget / (first["seconds"] + first.get("forward", 0.0)))
+    affordable = int(options.budget / (calls * (first["seconds"] + first.get("forward", 0.0))))
     if affordable < 2:
         return [first], 0, "no warm-up (time budget)"
     turns = min(options.repeats, affordable)
@@ -111,25 +111,18 @@ def compile_report(results: dict, versions: dict, rules: Options) -> dict:
 
 
 def write(report: dict, folder: Path) -> None:
-    """bench.json and bench.md."""
+    """bench.json, bench.md and bench.svg."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "bench.md").write_text(reports.markdown(report), encoding="utf-8")
+    (folder / "bench.svg").write_text(draw(report), encoding="utf-8")
 
 
-def draw(folder: Path, python: str) -> None:
-    """bench.png, by the rows' interpreter: this one may have no matplotlib."""
-    command = [
-        python,
-        str(ROOT / "tools" / "bench.py"),
-        "--plot",
-        str(folder / "bench.json"),
-        str(folder / "bench.png"),
-    ]
-    drawn = subprocess.run(command, check=False, capture_output=True, text=True)
-    if drawn.returncode:
-        reason = drawn.stderr.strip().splitlines()[-1] if drawn.stderr.strip() else "unknown reason"
-        print(f"bench.py: no plot: {reason}", file=sys.stderr)
+def publish(report: dict) -> None:
+    """The table of README.md, and the picture beside it."""
+    readme = ROOT / "README.md"
+    readme.write_text(reports.publish(report, readme.read_text(encoding="utf-8")), encoding="utf-8")
+    PICTURE.write_text(draw(report), encoding="utf-8")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -140,6 +133,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="list cases, bars, peers and metrics")
     parser.add_argument("--python", default=default_python(), help="interpreter of the rows (%(default)s)")
+    parser.add_argument("--beside", default="", metavar="PYTHON", help="another interpreter whose torch.lobpcg takes turns")
     parser.add_argument("--upstream", default="", metavar="FILE", help="wheel, or unpatched _lobpcg.py, for that peer")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -151,7 +145,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each row after its warm-up (%(default)s)")
     parser.add_argument("--budget", type=float, default=60, help="seconds a row may take for its turns (%(default)s)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a run (%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write bench.json, bench.md and bench.png there")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write bench.json, .md and .svg there")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DIR", help="write README.md's table and picture from DIR, without measuring"
+    )
     return parser.parse_args(argv)
 
 
@@ -161,34 +158,35 @@ def main(argv: list[str]) -> int:
 
         row.serve(json.loads(argv[1]))
         return 0
-    if argv[:1] == ["--plot"]:
-        from benchmark import plot
-
-        plot.draw(json.loads(Path(argv[1]).read_text(encoding="utf-8")), argv[2])
-        return 0
     options = arguments(argv)
     if options.list:
         print(reports.listing())
         return 0
+    if options.publish:
+        publish(json.loads((options.publish / "bench.json").read_text(encoding="utf-8")))
+        return 0
     try:
-        chosen = select(options.case, options.peer)
+        chosen = select(options.case, options.peer, bool(options.beside))
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     upstream = str(Path(options.upstream).resolve()) if options.upstream else ""
-    rules = Options(
-        options.python, options.threads, options.repeats, options.budget, options.timeout, upstream, options.clock
-    )
+    names = ("python", "threads", "repeats", "budget", "timeout", "clock", "beside")
+    rules = Options(upstream=upstream, **{name: getattr(options, name) for name in names})
     results, versions, report = {}, {}, {}
+    kept = options.output and options.output / "bench.json"
+    if kept and kept.exists():
+        earlier = json.loads(kept.read_text(encoding="utf-8"))
+        results = {name: rows for name, rows in earlier["results"].items() if name in CASES}
+        versions = earlier["versions"]
     for name, peers in chosen.items():
         results[name], found = measure_case(name, peers, rules, progress)
         versions |= found
+        results = {known: results[known] for known in CASES if known in results}
         report = compile_report(results, versions, rules)
         if options.output:  # after each case: an interrupted run leaves what it has
             write(report, options.output)
     print(reports.markdown(report))
-    if options.output:
-        draw(options.output, rules.python)
     return 1 if any(judged["met"] is False for judged in report["bars"] + report["studies"]) else 0
 
 

@@ -7,8 +7,9 @@ usage: python3 tools/dev.py demo [ARGUMENT ...]     the main job on real input; 
 
 The first call makes .venv in the repository, installs PyTorch and the test dependencies there and patches that
 PyTorch; a later call finds this done and starts at once. A set-up that was interrupted is begun anew, and a change of
-torch_patch/ is patched in again. What runs has OMP_NUM_THREADS=1 unless it is set: the matrices are small, and threads that
-wait for each other on a busy machine take several times as long. The exit status is that of the command; 2 if the set-up failed.
+torch_patch/ is patched in again. What runs has OMP_NUM_THREADS=1 unless it is set: the matrices are small, and
+threads that wait for each other on a busy machine take several times as long. The exit status is that of the command
+that ran; 2 if the set-up failed.
 
 environment: LOBPCG_TORCH=REQUIREMENT   what pip installs instead of the pinned PyTorch: torch==2.6.0, or a wheel's path
              LOBPCG_PYTHON=INTERPRETER  an interpreter to use as it is: nothing is installed or patched, only checked

@@ -1,6 +1,7 @@
 """Style and types: ruff, its formatter, mypy on the tools, and mypy on what goes into torch, with torch around it.
 
-`tools/dev.py lint` runs this with what it needs installed. All four run; the exit status is 1 if one finds something.
+What goes into PyTorch is stored as PyTorch's own pinned formatter leaves it, a release of its own in build/.
+`tools/dev.py lint` runs this with what it needs installed. All five run; the exit status is 1 if one finds something.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from patchset.target import find_target
 
 
 ROOT = Path(__file__).resolve().parent.parent
+FORMATTER = "ruff==0.7.4"  # as PyTorch 2.6.0 pins it for its imports, formats and checks
 TYPED = ROOT / "build" / "typed"  # a torch of links with torch_patch/ in it, where mypy takes it for sources
 
 # strict, as far as torch is annotated: it is called without annotations, and its operators return Any
@@ -54,10 +56,23 @@ def typed(files: list[str]) -> int:
     return subprocess.call([sys.executable, "-m", "mypy", *options, *files], cwd=TYPED, env=environment)
 
 
+def formatted() -> int:
+    """Whether the files that go into PyTorch, tests and scripts included, are formatted as it formats them."""
+    folder = ROOT / "build" / FORMATTER
+    if not folder.exists():
+        install = ["pip", "install", "--quiet", "--no-deps", "--target", str(folder), FORMATTER]
+        if status := subprocess.call([sys.executable, "-m", *install]):
+            return status
+    tests = {name.split("::")[0] for patch in load_series(ROOT).patches for name in patch.classes}
+    command = [str(folder / "bin" / "ruff"), "format", "--isolated", "--line-length", "88", "--check"]
+    return subprocess.call([*command, "torch_patch", "docs_patch", *sorted(tests)], cwd=ROOT)
+
+
 def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()
     commands = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
     statuses = [subprocess.call([sys.executable, "-m", *command], cwd=ROOT) for command in commands]
+    statuses.append(formatted())
     statuses.append(typed(patched_torch()))
     return 1 if any(statuses) else 0
 

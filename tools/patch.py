@@ -2,8 +2,8 @@
 
 TARGET is a PyTorch checkout, a virtual environment or a site-packages folder; without it, the torch that the running
 interpreter would import. Nothing is written before everything has been planned and checked; a run that is killed is
-rolled back by the next apply or revert. status and verify only look; status exits with 1 where files were edited, a run was
-interrupted or the PyTorch cannot be patched.
+rolled back by the next apply or revert. status and verify only look; status exits with 1 where files were edited, a
+run was interrupted or the PyTorch cannot be patched.
 """
 
 import argparse

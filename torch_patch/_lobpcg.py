@@ -8,18 +8,22 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options, options_of
 from torch._lobpcg_impl.derivative import corrected, forward_mode, reverse_mode
 from torch._lobpcg_impl.graph import (
-    define_operators,
-    eigenpairs_in_graph,
-    is_traced,
-    mapped_matrices,
-    may_be_differentiated,
+    define_for_torchscript,
+    hold_pencil,
+    in_graphs,
+    MATRICES,
+    NUMBERS,
+    refuse_in_graph,
+    restore_pencil,
 )
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
 from torch._lobpcg_impl.pairs import Pairs
-from torch._lobpcg_impl.solver import solve, warn_unconverged
+from torch._lobpcg_impl.solver import pair_shapes, solve, warn_unconverged
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
+    is_traced,
+    may_be_differentiated,
     refuse_nested_forward_mode,
     without_autocast,
 )
@@ -55,7 +59,8 @@ def lobpcg(
 
     where :math:`A` is Hermitian (real: symmetric), not necessarily definite, and :math:`B` Hermitian positive definite.
     Only products with blocks of vectors are needed, so :attr:`A` may be large and sparse. Differentiable in
-    :attr:`A` and :attr:`B`, dense and sparse, to any order and in both modes; see :ref:`lobpcg-gradient`.
+    :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
+    :ref:`lobpcg-gradient`.
 
     Where the matrices are dense and small (m up to about 800 + 15 k; 512 on a
     device or with :attr:`X`, 128 with :attr:`iK`), or too small for the method
@@ -75,6 +80,10 @@ def lobpcg(
     .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`\frac12 (A + A^H)`, so gradients
         are Hermitian. A sparse one must be Hermitian, and its gradient lives on the stored entries.
 
+    .. note:: To TorchScript the whole of it is one operator, registered when torch is imported into Python: a scripted
+        function has gradients, and a module saved with :func:`torch.jit.save` needs a process with Python to run in.
+        Callables and :attr:`tracker` are refused there by type, with a RuntimeError.
+
     .. warning:: Eigenvectors are determined up to a factor of modulus one (real: a sign), inside a repeated eigenvalue
         up to a unitary matrix, and a gradient exists only for a loss that does not see that freedom, such as one of
         :math:`|x|` or :math:`x x^H`. One that sees it is an error or a warning that names the eigenvalues; only a
@@ -87,7 +96,9 @@ def lobpcg(
     Args:
         A (Tensor): :math:`(*, m, m)`, float32, float64, complex64 or complex128; strided, COO, CSR, CSC, BSR or BSC
             (batches: strided, COO or CSR). Outside TorchScript also a callable that maps blocks :math:`(*, m, p)` to
-            their products, a constant to autograd; then :attr:`X` gives size, dtype and device.
+            their products, out of place, or an object with ``matmul`` or ``@``, such as SciPy's LinearOperator; then
+            :attr:`X`, or its attributes ``shape`` and ``dtype``, give size and dtype. Gradients reach the tensors that
+            a callable reads; see :ref:`lobpcg-callable`.
         k (int, optional): number of pairs. Default: the columns of :attr:`X`, or 1.
         B (Tensor, optional): :math:`(*, m, m)`, as :attr:`A`. Default: the identity.
         X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
@@ -104,7 +115,9 @@ def lobpcg(
             cannot improve any more. Default: 1000.
         tol (float, optional): a pair has converged when
             :math:`\|A x - \lambda B x\|_2 \le tol (\|A\| + |\lambda| \|B\|) \|x\|_2`, norms being the root mean square
-            of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1.
+            of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1, and then a pair
+            has converged when besides its eigenvalue is accurate to tol relative to itself and, where a derivative may
+            follow, its eigenvector to 1e-3 (single precision) or 1e-6 (double), or when rounding allows no better.
         largest (bool, optional): the largest (in descending order) or the smallest (ascending). Default: True.
         method (str, optional): "ortho" orthogonalises the new directions explicitly where digits would be lost
             otherwise, "basic" never. Default: "ortho".
@@ -201,15 +214,20 @@ def _lobpcg(
             lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, **named, **others
         )
     options = options_of(A, B, X, iK, *numbers, **others)
-    if is_traced(A, B, X, iK):
-        return eigenpairs_in_graph(A, B, X, iK, options)
+    traced = is_traced(A, B, X, iK)
+    if traced:
+        refuse_in_graph(A, B, X, iK, options)
     X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
     pencil = Pencil.of(hermitian_part(A), hermitian_part(B), iK, X).with_gradients()
-    if may_be_differentiated(*pencil.parameters):
+    differentiated = may_be_differentiated(*pencil.parameters)
+    if differentiated:
         options = dataclasses.replace(options, differentiated=True)
-        outputs = LOBPCGAutogradFunction.apply(
-            pencil.bare(), X, options, *pencil.parameters
-        )
+    arguments = (pencil.bare(), options, X, *pencil.parameters)
+    if traced:
+        tensors, held = hold_pencil(*arguments)
+        outputs = torch.ops._lobpcg.solve(*tensors, **held)
+    elif differentiated:
+        outputs = LOBPCGAutogradFunction.apply(*arguments)
     else:
         # A Function with nothing to record costs a fifth of a small solve.
         with torch.no_grad(), without_autocast(pencil.empty()):
@@ -217,8 +235,17 @@ def _lobpcg(
     return outputs[0], outputs[1]
 
 
+@in_graphs(
+    "solve",
+    f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda A, B, iK, X, **numbers: pair_shapes(
+        Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
+    ),
+    hold_pencil,
+    restore_pencil,
+)
 class LOBPCGAutogradFunction(Function):
-    """(pencil, X, options, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
+    """(pencil, options, X, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
     solve: further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n).
 
     A and B are differentiated in their parameters, the tensors that autograd sees: in the matrix itself, if it is one.
@@ -228,7 +255,7 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     def forward(
-        pencil: Pencil, X: Optional[Tensor], options: Options, *parameters: Tensor
+        pencil: Pencil, options: Options, X: Optional[Tensor], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         with without_autocast(pencil.empty()):
             return _find_pairs(
@@ -237,7 +264,7 @@ class LOBPCGAutogradFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.pencil, _, ctx.options, *parameters = inputs
+        ctx.pencil, ctx.options, _, *parameters = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *parameters)
@@ -260,7 +287,7 @@ class LOBPCGAutogradFunction(Function):
     @staticmethod
     @accepts_legacy_vmap
     def jvp(
-        ctx: Any, _pencil: Any, _X: Any, _options: Any, *tangents: Optional[Tensor]
+        ctx: Any, _pencil: Any, _options: Any, _X: Any, *tangents: Optional[Tensor]
     ) -> Any:
         refuse_nested_forward_mode()
         pairs = _saved_pairs(ctx)
@@ -277,13 +304,15 @@ class LOBPCGAutogradFunction(Function):
         info: Any,
         in_dims: Any,
         pencil: Pencil,
-        X: Any,
         options: Options,
+        X: Any,
         *parameters: Any,
     ) -> Any:
-        tensors, dims = (*parameters, X), (*in_dims[3:], in_dims[1])
-        *parameters, X = mapped_matrices(info.batch_size, dims, tensors)
-        return LOBPCGAutogradFunction.apply(pencil, X, options, *parameters), (0,) * 6
+        size = info.batch_size
+        pencil, parameters, (X,), _ = pencil.mapped(
+            size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
+        )
+        return LOBPCGAutogradFunction.apply(pencil, options, X, *parameters), (0,) * 6
 
 
 def _saved_pairs(ctx: Any) -> Pairs:
@@ -313,9 +342,7 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         found.residual,
         found.scale,
     )
-    # All m vectors: a dense solve, at rounding level already unless it had to factorise B.
-    if options.differentiated or pencil.generalized or found.X.shape[-1] < pencil.m:
-        pairs = corrected(pairs)
+    pairs = corrected(pairs)
     copies = (
         T.detach().to(
             pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),
@@ -327,4 +354,4 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     return Pairs(pencil, options, *copies)
 
 
-define_operators(lobpcg, _find_pairs, LOBPCGAutogradFunction)
+define_for_torchscript(lobpcg)

@@ -1,7 +1,7 @@
 """What is measured: the cases, who competes in each, and the bars to meet.
 
 A bar reads  metric(peer) <= limit * against_metric(against), or  metric(peer) <= limit  without `against`.
-"At least 20 times faster" is a limit of 1/20. The metrics are those of `METRICS`.
+The metrics are those of `METRICS`. Cases of one `group` stand together in the table and in the picture.
 """
 
 from __future__ import annotations
@@ -12,30 +12,47 @@ from fnmatch import fnmatchcase
 
 PEERS = {
     "patched": "torch.lobpcg of the interpreter's PyTorch",
+    "beside": "torch.lobpcg of the interpreter that --beside names",
     "upstream": "torch.lobpcg of the unpatched torch/_lobpcg.py, loaded beside it",
-    "eigh": "torch.linalg.eigh, by Cholesky reduction where B is given",
+    "eigh": "torch.linalg.eigh, all pairs, by Cholesky reduction where B is given",
+    "evr": "scipy.linalg.eigh with subset_by_index: LAPACK's solver for some of the pairs",
     "scipy": "scipy.sparse.linalg.lobpcg, block of k columns, random start",
-    "eigsh": "scipy.sparse.linalg.eigsh (ARPACK)",
-    "eigsh-invert": "scipy.sparse.linalg.eigsh, shift-invert at 0 (a sparse factorisation)",
+    "eigsh": "scipy.sparse.linalg.eigsh: ARPACK's Lanczos; with B, its sparse LU factorisation, counted",
+    "shift-invert": "scipy.sparse.linalg.eigsh at a shift, SuperLU in a symmetric ordering, the factorisation counted",
+    "primme": "PRIMME: the best of its methods dynamic, GD+k and JDQMR",
     "xitorch": "xitorch.linalg.symeig, exact",
     "xitorch-davidson": "xitorch.linalg.symeig, Davidson forward and CG backward",
 }
 
 METRICS = {
-    "seconds": "time of the call; of forward and backward together in a backward case",
+    "seconds": "time of the call; of forward and backward together in a case of gradients",
     "forward": "time of the forward alone, no gradient asked for",
-    "residual": "max_j ||A x_j - E_j B x_j|| / ((||A|| + |E_j| ||B||) ||x_j||), 2-norms",
-    "absolute": "max_j ||A x_j - E_j B x_j||",
+    "residual": "max_j |A x_j - E_j B x_j| / ((|A| + |E_j| |B|) |x_j|), 2-norms",
     "value_error": "max_j |E_j - exact E_j|",
-    "gradient_error": "||g - exact g||_F / ||exact g||_F, the larger of A's and B's",
+    "missed": "pairs whose eigenvalue is further from the exact one than the residual that is asked for explains",
+    "gradient_error": "|g - exact g| / |exact g|, Frobenius norms, the larger of A's and B's",
+    "trace": "sum of the eigenvalues reached, where the iterations are limited and not the residual",
     "extra_mb": "growth of the resident memory at its peak over what the problem itself takes, MB",
     "peak_mb": "peak resident memory of the whole process, PyTorch and the set-up included, MB",
     "first_call": "time of a first call on a tiny problem: what a process pays once, not part of the times",
     "setup": "seconds to build the preconditioner, not part of the times",
-    "iterations": "iterations",
-    "columns": "columns that A was applied to",
-    "columns_per_active": "columns of A divided by the active (not converged) columns, summed over the iterations",
+    "iterations": "iterations of the forward that is timed",
+    "columns": "columns that A was applied to in it",
+    "columns_iK": "columns that the preconditioner, or the factorisation, was applied to in it",
     "failures": "starts that crashed, or gave other pairs than the extreme ones without a warning",
+}
+
+GROUPS = {
+    "grid": "Laplacians of grids",
+    "amg": "the same, algebraic multigrid as iK",
+    "graph": "graphs",
+    "elements": "finite elements, K x = λ M x",
+    "dense": "dense",
+    "batch": "batches",
+    "small": "one small dense call",
+    "truncated": "a few iterations, float32",
+    "gradient": "forward and backward",
+    "check": "checks",
 }
 
 
@@ -66,19 +83,21 @@ class Case:
     title: str
     problem: dict
     k: int
-    peers: tuple = ("patched", "upstream", "scipy")
+    peers: tuple = ("patched",)
+    group: str = "check"
     more: tuple = ()  # peers that run only when named: slow, or without a bar
     bars: tuple = ()
     largest: bool = False
-    tol: float = 1e-8
-    absolute: float = 0.0  # absolute residual asked for instead of tol
+    tol: float = 1e-8  # the residual that every peer reaches, by whatever tolerance
     dtype: str = "float64"
     layout: str = "strided"
-    iK: str = ""  # "amg" (pyamg, smoothed aggregation) or "inverse" (dense)
+    iK: str = ""  # "amg" (pyamg, smoothed aggregation), "lu" (of a sparse A) or "inverse" (dense)
     method: str = ""
     niter: int = 0  # 0: the peer's default
+    truncated: bool = False  # niter iterations are asked for, no residual
+    calls: int = 1  # a run makes so many calls, and its time is that of one
     backward: bool = False
-    kind: str = "time"  # "time", "count" (products and iterations), "starts" (many random starts)
+    kind: str = "time"  # "time" or "starts" (many random starts)
     starts: int = 0
 
 
@@ -102,121 +121,118 @@ def _gapped(m: int, k: int, **more: object) -> dict:
     return {"kind": "gapped", "m": m, "wanted": k, **more}
 
 
+_SPARSE = ("patched", "scipy", "eigsh", "shift-invert", "primme")
+_PRECONDITIONED = ("patched", "scipy", "shift-invert", "primme")
+_DENSE = ("patched", "eigh", "evr", "eigsh", "primme")
+_MORE_DENSE = ("upstream", "scipy", "xitorch", "xitorch-davidson")
+_CSR = {"layout": "sparse_csr"}
 _AMG = {"layout": "sparse_csr", "iK": "amg"}
-_DENSE = ("patched", "upstream", "eigh", "scipy", "eigsh", "xitorch", "xitorch-davidson")
 _UNTIL = 20000  # iterations; a grid of 400 x 400 takes thousands without a preconditioner
 
 
-def _forward_cases() -> list[Case]:
+def _grid_cases() -> list[Case]:
     cases = []
-    for layout in ("csr", "coo"):
-        name = f"laplacian-50x50-{layout}"
-        bars = (
-            Bar("seconds", 0.7, "scipy"),
-            Bar("seconds", 0.25, "upstream", against_case="laplacian-50x50-coo"),
-        )
-        cases.append(
-            Case(
-                name,
-                f"2-D Laplacian n=2500, {layout.upper()}, absolute residual 1e-5",
-                _laplacian(50, 50),
-                4,
-                absolute=1e-5,
-                layout=f"sparse_{layout}",
-                niter=_UNTIL,
-                bars=bars,
+    for side, ks in ((50, (4, 20)), (100, (4, 20, 50, 100)), (400, (4,))):
+        for k in ks:
+            name, title = f"laplacian-{side}x{side}-k{k}", f"2-D Laplacian, m = {side**2}, k = {k}"
+            more = ("upstream",) if side < 400 else ("upstream", "eigsh", "primme", "scipy")
+            peers = tuple(p for p in _SPARSE if p not in more)
+            cases.append(
+                Case(name, title, _laplacian(side, side), k, peers, "grid", more=more, niter=_UNTIL, **_CSR)
             )
-        )
-    grid = {"problem": _laplacian(400, 400), "k": 4, "layout": "sparse_csr"}
+    amg = [((100, 100), k) for k in (4, 20, 50)] + [((400, 400), k) for k in (4, 20)] + [((50, 50, 50), 10)]
+    for sides, k in amg:
+        name = f"laplacian-{'x'.join(map(str, sides))}-k{k}-amg"
+        title = f"{len(sides)}-D Laplacian, m = {sides[0] ** len(sides)}, k = {k}, pyamg"
+        slow = ("shift-invert",) if len(sides) == 3 else ()  # fill of a factorisation in three dimensions
+        peers = tuple(p for p in _PRECONDITIONED if p not in slow)
+        cases.append(Case(name, title, _laplacian(*sides), k, peers, "amg", more=slow, **_AMG))
+    return cases
+
+
+def _graph_and_element_cases() -> list[Case]:
+    slow = {"more": ("scipy", "eigsh"), "niter": _UNTIL, **_CSR}
+    peers = ("patched", "shift-invert", "primme")
+    cases = [
+        Case(f"graph-{shape}", f"{title}, m near 20 000, k = 10", _graph(shape), 10, peers, "graph", **slow)
+        for shape, title in (("geometric", "random geometric graph"), ("blobs", "ten blobs, nearly disconnected"))
+    ]
+    for dimension, m, iK in ((1, 10000, "lu"), (2, 10000, ""), (2, 10000, "amg"), (2, 10000, "lu")):
+        name = f"elements-{dimension}d" + (f"-{iK}" if iK else "")
+        title = f"P1 elements in {dimension}-D, K and M, m near {m}, k = 10" + {"amg": ", pyamg", "lu": ", LU of K as iK"}.get(iK, "")
+        problem = {"kind": "elements", "dimension": dimension, "m": m}
+        # ARPACK without a shift takes M's factor and as many steps as the spectrum is wide
+        others = {"more": ("scipy", "eigsh"), "niter": _UNTIL, "iK": iK, **_CSR}
+        cases.append(Case(name, title, problem, 10, peers, "elements", **others))
+    return cases
+
+
+def _graph(shape: str, m: int = 20000) -> dict:
+    return {"kind": "graph", "shape": shape, "m": m}
+
+
+def _dense_cases() -> list[Case]:
+    cases = [
+        Case(f"goe-{m}-k{k}", f"GOE, m = {m}, k = {k}", {"kind": "goe", "m": m}, k, _DENSE, "dense", _MORE_DENSE)
+        for m in (500, 1000, 2000)
+        for k in (5, 20, 50)
+    ]
     cases += [
-        Case(
-            "laplacian-400x400",
-            "2-D Laplacian n=160000, CSR, no preconditioner",
-            peers=("patched", "scipy"),
-            more=("upstream", "eigsh-invert"),
-            niter=_UNTIL,
-            bars=(Bar("seconds", 0.7, "scipy"),),
-            **grid,
-        ),
-        Case(
-            "laplacian-400x400-amg",
-            "the same, pyamg as iK",
-            peers=("patched", "scipy", "eigsh-invert"),
-            iK="amg",
-            bars=(Bar("seconds", 1.1, "scipy"), Bar("seconds", 1 / 40, "patched", against_case="laplacian-400x400")),
-            **grid,
-        ),
-        Case(
-            "dense-2000",
-            "dense n=2000, k=10 smallest",
-            _gapped(2000, 10),
-            10,
-            ("patched", "upstream", "eigh", "scipy"),
-            ("eigsh", "xitorch", "xitorch-davidson"),
-            bars=(Bar("seconds", 0.3, "upstream"), Bar("seconds", 1.1, "scipy")),
-        ),
-        Case("dense-500", "dense n=500, k=5 smallest", _gapped(500, 5), 5, _DENSE, bars=(Bar("seconds", 1.0, "eigh"),)),
-        Case("dense-500-even", "the same with evenly spaced eigenvalues", {"kind": "even", "m": 500}, 5, _DENSE[:5]),
+        Case("dense-2000", "dense, 5 % gap, m = 2000, k = 10", _gapped(2000, 10), 10, _DENSE, "dense", _MORE_DENSE),
         Case(
             "generalized-500",
-            "dense generalized n=500, k=5, cond(B)=10",
+            "dense A and B, cond B = 10, m = 500, k = 5",
             _gapped(500, 5, condition=10.0),
             5,
-            ("patched", "upstream", "eigh", "scipy", "eigsh"),
-            ("xitorch", "xitorch-davidson"),
+            _DENSE,
+            "dense",
+            _MORE_DENSE,
         ),
-        Case(
-            "batch-256x32",
-            "256 matrices 32 x 32, k=3, default method",
-            {"kind": "batch", "count": 256, "m": 32},
-            3,
-            ("patched", "upstream", "eigh"),
-            bars=(Bar("seconds", 1.5, "eigh"),),
-        ),
-        Case(
-            "batch-256x32-ortho",
-            'the same, method="ortho"',
-            {"kind": "batch", "count": 256, "m": 32},
-            3,
-            ("patched", "upstream"),
-            ("eigh",),
-            method="ortho",
-            bars=(Bar("seconds", 1 / 20, "upstream"),),
-        ),
+    ]
+    for count, m in ((1000, 16), (256, 32), (64, 200), (16, 600)):
+        problem = {"kind": "batch", "count": count, "m": m}
+        name, title = f"batch-{count}x{m}", f"{count} matrices, m = {m}, k = 3"
+        cases.append(Case(name, title, problem, 3, ("patched", "eigh", "evr"), "batch", ("upstream",)))
+    for m in (10, 50, 100):
+        for backward in (False, True):
+            name = f"small-{m}" + ("-grad" if backward else "")
+            title = f"m = {m}, k = 3" + (", with backward" if backward else "")
+            problem, peers = _gapped(m, 3), ("patched", "eigh") if backward else ("patched", "eigh", "evr")
+            cases.append(Case(name, title, problem, 3, peers, "small", calls=200, backward=backward))
+    for k in (64, 256):
+        for niter in (5, 20):
+            name, title = f"truncated-k{k}-niter{niter}", f"adjacency, m = 4000, k = {k}, {niter} iterations"
+            limits = {"niter": niter, "truncated": True, "largest": True, "dtype": "float32", **_CSR}
+            problem, peers = {"kind": "graph", "shape": "adjacency", "m": 4000}, ("patched", "upstream", "scipy")
+            cases.append(Case(name, title, problem, k, peers, "truncated", **limits))
+    return cases
+
+
+def _checks() -> list[Case]:
+    return [
         Case(
             "inverse-500",
-            "iK = inverse of A, n=500, condition 1e6, default method",
+            "iK = inverse of A, m = 500, condition 1e6",
             {"kind": "even", "m": 500, "smallest": 1e-6},
             5,
+            ("patched", "scipy"),
             iK="inverse",
-            kind="count",
             bars=(Bar("iterations", 15),),
         ),
         Case(
-            "products-50x50",
-            "products with A, 2-D Laplacian n=2500",
-            _laplacian(50, 50),
-            4,
-            absolute=1e-5,
-            layout="sparse_csr",
-            niter=_UNTIL,
-            kind="count",
-            bars=(Bar("columns_per_active", 1.1),),
-        ),
-        Case(
             "float32-50x50",
-            "float32, 2-D Laplacian n=2500, 200 random starts",
+            "float32, 2-D Laplacian, m = 2500, 200 random starts",
             _laplacian(50, 50),
             4,
             ("patched",),
-            ("upstream",),
+            more=("upstream",),
             dtype="float32",
-            layout="sparse_csr",
             tol=1e-6,
             niter=_UNTIL,
             kind="starts",
             starts=200,
             bars=(Bar("value_error", 1e-5), Bar("failures", 0)),
+            **_CSR,
         ),
         Case(
             "known-spectra",
@@ -224,62 +240,45 @@ def _forward_cases() -> list[Case]:
             {"kind": "catalogue"},
             3,
             ("patched",),
-            ("upstream",),
+            more=("upstream",),
             tol=0,
             kind="starts",
             starts=100,
             bars=(Bar("failures", 0),),
         ),
     ]
-    return cases
 
 
 def _backward_cases() -> list[Case]:
     def case(name, title, problem, k, peers=("patched",), **more):
-        return Case(f"grad-{name}", f"gradient: {title}", problem, k, peers, backward=True, **more)
+        return Case(f"grad-{name}", title, problem, k, peers, "gradient", backward=True, **more)
 
-    eigh = ("patched", "upstream", "eigh")
-    xitorch = ("xitorch", "xitorch-davidson")
+    xitorch = ("upstream", "xitorch", "xitorch-davidson")
+    dense = {"peers": ("patched", "eigh"), "more": xitorch}
     small_error = Bar("gradient_error", 1e-6)
     cases = [
-        case(
-            "dense-2000",
-            "dense n=2000, k=10",
-            _gapped(2000, 10),
-            10,
-            eigh,
-            more=xitorch,
-            bars=(Bar("seconds", 0.3, "eigh"), small_error),
-        ),
-        case("dense-500", "dense n=500, k=5", _gapped(500, 5), 5, eigh + xitorch, bars=(Bar("seconds", 1.0, "eigh"),)),
-        case(
-            "generalized-500",
-            "dense generalized n=500, k=5",
-            _gapped(500, 5, condition=10.0),
-            5,
-            ("patched", "eigh") + xitorch,
-            bars=(Bar("seconds", 1.0, "eigh"),),
-        ),
+        case("dense-2000", "dense, m = 2000, k = 10", _gapped(2000, 10), 10, bars=(small_error,), **dense),
+        case("dense-500", "dense, m = 500, k = 5", _gapped(500, 5), 5, **dense),
+        case("generalized-500", "dense A and B, m = 500, k = 5", _gapped(500, 5, condition=10.0), 5, **dense),
     ]
     cases += [
         case(
-            f"100x100-{layout}" + ("-amg" if iK else ""),
-            f"2-D Laplacian 100 x 100, {layout.upper()}" + (", pyamg as iK" if iK else ""),
-            _laplacian(100, 100),
+            "100x101" + ("-amg" if iK else ""),
+            "2-D Laplacian 100 x 101, k = 4" + (", pyamg" if iK else ""),
+            _laplacian(100, 101),
             4,
-            layout=f"sparse_{layout}",
             iK=iK,
             niter=0 if iK else _UNTIL,
-            bars=(Bar("seconds", 1.6, "patched", "forward"), small_error),
+            bars=(Bar("seconds", 2.0, "patched", "forward"), small_error),
+            **_CSR,
         )
-        for layout in ("csr", "coo")
         for iK in ("", "amg")
     ]
     three = (Bar("peak_mb", 3000), Bar("gradient_error", 1e-5))
     cases += [
         case(
             "400x400-amg",
-            "2-D Laplacian 400 x 400, pyamg as iK",
+            "2-D Laplacian 400 x 400, k = 4, pyamg",
             _laplacian(400, 400),
             4,
             bars=(Bar("seconds", 2.0, "patched", "forward"), Bar("extra_mb", 150)),
@@ -287,7 +286,7 @@ def _backward_cases() -> list[Case]:
         ),
         case(
             "100x100x100-diagonal",
-            "3-D Laplacian, n=10^6, diagonal mass, gradient in A and B",
+            "3-D Laplacian, m = 10^6, k = 4, diagonal mass, gradient in A and B, pyamg",
             _laplacian(100, 100, 100, mass="diagonal"),
             4,
             bars=three,
@@ -295,7 +294,7 @@ def _backward_cases() -> list[Case]:
         ),
         case(
             "100x100x100-7point",
-            "3-D Laplacian, n=10^6, 7-point mass, gradient in A and B",
+            "3-D Laplacian, m = 10^6, k = 4, 7-point mass, gradient in A and B, pyamg",
             _laplacian(100, 100, 100, mass="7-point"),
             4,
             bars=three,
@@ -304,23 +303,19 @@ def _backward_cases() -> list[Case]:
     ]
     # sides in the ratio 0.72: a gap of 6 % or more after each k below, of 1.9 % or more between any two of the first 16
     for label, sides in (("1e4", (85, 118)), ("1e5", (268, 372)), ("1e6", (848, 1178))):
-        cases.append(
-            case(
-                f"nnz-{label}",
-                f"2-D Laplacian n={label}, pyamg, for the growth with nnz",
-                _laplacian(*sides),
-                4,
-                **_AMG,
-            )
-        )
+        title = f"2-D Laplacian, m = {label}, k = 4, pyamg: growth with nnz"
+        cases.append(case(f"nnz-{label}", title, _laplacian(*sides), 4, **_AMG))
     for k in (2, 8, 16):
-        cases.append(
-            case(f"k-{k}", f"2-D Laplacian n=1e5, k={k}, pyamg, for the growth with k", _laplacian(268, 372), k, **_AMG)
-        )
+        title = f"2-D Laplacian, m = 1e5, k = {k}, pyamg: growth with k"
+        cases.append(case(f"k-{k}", title, _laplacian(268, 372), k, **_AMG))
     return cases
 
 
-CASES = {case.name: case for case in _forward_cases() + _backward_cases()}
+CASES = {
+    case.name: case
+    for cases in (_grid_cases, _graph_and_element_cases, _dense_cases, _backward_cases, _checks)
+    for case in cases()
+}
 
 _SIZES = ("grad-nnz-1e4", "grad-nnz-1e5", "grad-nnz-1e6")
 _BLOCKS = ("grad-k-2", "grad-nnz-1e5", "grad-k-8", "grad-k-16")
@@ -330,10 +325,11 @@ STUDIES = (
 )
 
 
-def select(cases: list[str], peers: list[str]) -> dict[str, list[str]]:
+def select(cases: list[str], peers: list[str], beside: bool = False) -> dict[str, list[str]]:
     """Case name -> peers, for globs of names. Nothing named: every case with its own peers.
 
-    A peer that is named runs wherever it can, also where it runs only on request. ValueError if a glob fits nothing.
+    A peer that is named runs wherever it can, also where it runs only on request; `beside` adds that peer wherever
+    torch.lobpcg runs. ValueError if a glob fits nothing.
     """
     for patterns, known, what in ((cases, CASES, "case"), (peers, PEERS, "peer")):
         for pattern in patterns:
@@ -343,17 +339,15 @@ def select(cases: list[str], peers: list[str]) -> dict[str, list[str]]:
     for name, case in CASES.items():
         if cases and not any(fnmatchcase(name, pattern) for pattern in cases):
             continue
-        wanted = [
+        wanted = {
             peer
-            for peer in PEERS
-            if (
-                any(fnmatchcase(peer, p) for p in peers) and peer in case.peers + case.more
-                if peers
-                else peer in case.peers
-            )
-        ]
+            for peer in case.peers + case.more
+            if (any(fnmatchcase(peer, p) for p in peers) if peers else peer in case.peers)
+        }
+        if beside and "patched" in wanted:
+            wanted.add("beside")
         if wanted:
-            rows[name] = wanted
+            rows[name] = [peer for peer in PEERS if peer in wanted]
     if not rows:
         raise ValueError("none of these peers runs in any of these cases; see --list")
     return rows

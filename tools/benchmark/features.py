@@ -1,4 +1,4 @@
-"""What torch.lobpcg and its peers offer, asked one by one: a row is a feature, an answer is compared with one found another way."""
+"""What torch.lobpcg and its peers offer: a row is a feature, and its answer is compared with one found another way."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The competitors: each solves an Instance and returns eigenvalues and eigenvectors as tensors.
 
-A peer is a class with `solve(A, B, seed, tol)`; A and B are the tensors to solve for (a gradient may be asked of
-them). `count(seed, tol)`, where a peer has it, returns iterations, columns of A, and the sum of active columns.
+A peer is a class with `solve(A, B, seed, tol)`; A and B are the tensors to solve for (a gradient may be asked of them).
+`counts` is what the last solve counted: iterations, columns of A, columns of the preconditioner. The counters are there
+in the run that is timed; they cost a Python call a product. `variants` are ways to solve of which the best is taken.
 """
 
 from __future__ import annotations
@@ -9,24 +10,75 @@ from __future__ import annotations
 import contextlib
 
 import numpy as np
+import scipy.linalg
 import scipy.sparse.linalg
 
 import torch
-from benchmark import upstream
+from benchmark import matrices, upstream
 
 
 class NotOffered(Exception):
     """The peer cannot do what the case asks for."""
 
 
-class Patched:
-    """torch.lobpcg."""
+class Counted(scipy.sparse.linalg.LinearOperator):
+    """A linear map that counts the columns it is applied to."""
+
+    def __init__(self, apply, m, dtype):
+        super().__init__(np.dtype(dtype), (m, m))
+        self.apply, self.columns = apply, 0
+
+    def _matmat(self, block):
+        self.columns += block.shape[-1]
+        return self.apply(block)
+
+    def _matvec(self, x):
+        self.columns += 1
+        return self.apply(x)
+
+    def _adjoint(self):
+        return self
+
+
+class Peer:
+    """What the peers share."""
+
+    direct = False  # its residual is rounding, whatever tolerance is asked for
+    variants: tuple = ("",)
 
     def __init__(self, instance, options):
         self.instance, self.case = instance, instance.case
-        self.lobpcg = torch.lobpcg
-        self.iK = self._preconditioner(instance.iK)
-        self.keywords = {"largest": self.case.largest, "iK": self.iK}
+        self.options, self.variant, self.counts = options, self.variants[0], {}
+
+    def counted(self, matrix):
+        return Counted(matrix.__matmul__, self.instance.m, self.case.dtype)
+
+    def random(self, seed, *shape):
+        return np.random.default_rng(seed).standard_normal((self.instance.m, *shape)).astype(self.case.dtype)
+
+
+class SciPyPeer(Peer):
+    """A peer that takes SciPy's matrices, one problem at a time."""
+
+    def __init__(self, instance, options):
+        super().__init__(instance, options)
+        if instance.A.dim() > 2:
+            raise NotOffered("no batches")
+        self.A, self.B = instance.matrices
+        self.iK = instance.iK.numpy() if isinstance(instance.iK, torch.Tensor) else instance.iK
+
+    def ordered(self, E, X):
+        order = np.argsort(-E if self.case.largest else E)
+        return _tensors(E[order], X[:, order])
+
+
+class Patched(Peer):
+    """torch.lobpcg."""
+
+    def __init__(self, instance, options):
+        super().__init__(instance, options)
+        self.lobpcg, self.worker = torch.lobpcg, torch._lobpcg.LOBPCG
+        self.keywords = {"largest": self.case.largest, "iK": self._preconditioner(instance.iK)}
         if self.case.method:
             self.keywords["method"] = self.case.method
         if self.case.niter:
@@ -35,36 +87,68 @@ class Patched:
     def _preconditioner(self, iK):
         if iK is None or isinstance(iK, torch.Tensor):
             return iK
-        return lambda block: torch.from_numpy(np.ascontiguousarray(iK.matmat(block.detach().numpy())))
+
+        def apply(block):
+            self.counts["columns_iK"] = self.counts.get("columns_iK", 0) + block.shape[-1]
+            return torch.from_numpy(np.ascontiguousarray(iK.matmat(block.detach().numpy())))
+
+        return apply
 
     def solve(self, A, B, seed, tol, **more):
         torch.manual_seed(seed)
-        return self.lobpcg(A, self.case.k, B=B, tol=tol, **self.keywords, **more)
+        self.counts = {}
+        with self._counting(A):
+            return self.lobpcg(A, self.case.k, B=B, tol=tol, **self.keywords, **more)
 
     def start(self, seed):
         """A random start block."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(self.instance.m, self.case.k, dtype=self.instance.A.dtype, generator=generator)
 
-    def count(self, seed, tol):
-        record = _Record()
-        A = self.instance.A
-        if A.dim() == 2:
-            with self._counted(A, record) as operand:
-                # a callable has no dtype or size: the start block gives both
-                more = {} if operand is A else {"X": self.start(seed)}
-                self.solve(operand, self.instance.B, seed, tol, tracker=record, **more)
-        else:
-            raise NotOffered("no count for batches")
-        return record.summary()
-
     @contextlib.contextmanager
-    def _counted(self, A, record):
-        def product(block):
-            record.columns += block.shape[-1]
-            return A @ block
+    def _counting(self, A):
+        """Iterations when a worker's run ends; columns as the operands count them. A dense solve counts neither."""
+        original, operands, columns = self.worker.run, _operands(), _Columns(self.counts)
 
-        yield product
+        def run(worker):
+            original(worker)
+            self.counts["iterations"] = worker.ivars["istep"]
+
+        before = operands.__dict__.get("columns")
+        self.worker.run, operands.columns = run, columns
+        try:
+            yield
+        finally:
+            self.worker.run = original
+            if before is None:
+                del operands.columns
+            else:
+                operands.columns = before
+
+
+class _Columns:
+    """The counter `columns` of an operand, whose increments go into `counts` too where the operand is A."""
+
+    def __init__(self, counts):
+        self.counts = counts
+
+    def __get__(self, operand, owner):
+        return operand.__dict__.get("columns", 0)
+
+    def __set__(self, operand, value):
+        if operand.name == "A":
+            more = value - operand.__dict__.get("columns", 0)
+            self.counts["columns"] = self.counts.get("columns", 0) + more
+        operand.__dict__["columns"] = value
+
+
+def _operands():
+    """The class through which torch.lobpcg multiplies; its first version had it elsewhere."""
+    try:
+        from torch._lobpcg_impl.operand import Operand
+    except ModuleNotFoundError:
+        from torch._lobpcg_operator import Operator as Operand
+    return Operand
 
 
 class Upstream(Patched):
@@ -72,7 +156,8 @@ class Upstream(Patched):
 
     def __init__(self, instance, options):
         super().__init__(instance, options)
-        self.lobpcg = upstream.load(options.get("upstream", "")).lobpcg
+        module = upstream.load(options.get("upstream", ""))
+        self.lobpcg, self.worker = module.lobpcg, module.LOBPCG
 
     def _preconditioner(self, iK):
         if iK is not None and not isinstance(iK, torch.Tensor):
@@ -80,49 +165,32 @@ class Upstream(Patched):
         return iK
 
     @contextlib.contextmanager
-    def _counted(self, A, record):
+    def _counting(self, A):
         """Count in the one function through which upstream multiplies."""
         from torch import _linalg_utils
 
-        original = _linalg_utils.matmul
+        product, original = _linalg_utils.matmul, self.worker.run
 
         def matmul(M, block):
             if M is A:
-                record.columns += block.shape[-1]
-            return original(M, block)
+                self.counts["columns"] = self.counts.get("columns", 0) + block.shape[-1]
+            return product(M, block)
 
-        _linalg_utils.matmul = matmul
+        def run(worker):
+            original(worker)
+            self.counts["iterations"] = worker.ivars["istep"]
+
+        _linalg_utils.matmul, self.worker.run = matmul, run
         try:
-            yield A
+            yield
         finally:
-            _linalg_utils.matmul = original
+            _linalg_utils.matmul, self.worker.run = product, original
 
 
-class _Record:
-    """A tracker for torch.lobpcg that notes iterations and active columns."""
-
-    def __init__(self):
-        self.columns = 0
-        self.steps = []  # (iteration, active columns after it)
-        self.block = 0
-
-    def __call__(self, worker):
-        errors, tol = worker.tvars.get("rerr"), worker.fparams["tol"]
-        self.block = worker.X.shape[-1]
-        done = worker.ivars["converged_count"] if errors is None else int((errors <= tol).sum())
-        self.steps.append((worker.ivars["istep"], self.block - done))
-
-    def summary(self):
-        """The start block counts as one step with all its columns; the last step's remaining ones are never used."""
-        active = self.block + sum(max(a, 1) for _, a in self.steps[:-1])
-        return {"iterations": max(step for step, _ in self.steps), "columns": self.columns, "active": active}
-
-
-class Eigh:
+class Eigh(Peer):
     """torch.linalg.eigh on the dense matrix."""
 
-    def __init__(self, instance, options):
-        self.case = instance.case
+    direct = True
 
     def solve(self, A, B, seed, tol):
         if B is not None:
@@ -133,89 +201,129 @@ class Eigh:
         return E, X if B is None else torch.linalg.solve_triangular(L.mH, X, upper=True)
 
 
-class Scipy:
-    """scipy.sparse.linalg.lobpcg; its tolerance is an absolute residual."""
+class Evr(Peer):
+    """scipy.linalg.eigh for the wanted pairs alone, one matrix after the other."""
 
-    def __init__(self, instance, options):
-        self.instance, self.case = instance, instance.case
-        if instance.A.dim() > 2:
-            raise NotOffered("no batches")
-        self.A, self.B = instance.matrices
-        self.iK = instance.iK.numpy() if isinstance(instance.iK, torch.Tensor) else instance.iK
+    direct = True
 
     def solve(self, A, B, seed, tol):
-        E, X, _ = self._run(self.A, seed, tol)
-        return _tensors(E, X)
+        m, k = self.instance.m, self.case.k
+        wanted = (m - k, m - 1) if self.case.largest else (0, k - 1)
+        matrices = A.numpy().reshape(-1, m, m)
+        B = None if B is None else B.numpy()
+        pairs = [scipy.linalg.eigh(M, B, subset_by_index=wanted) for M in matrices]
+        E, X = (torch.from_numpy(np.stack(part)).reshape(A.shape[:-2] + part[0].shape) for part in zip(*pairs))
+        return (E.flip(-1), X.flip(-1)) if self.case.largest else (E, X)
 
-    def _run(self, A, seed, tol):
-        shape = (self.instance.m, self.case.k)
-        start = np.random.default_rng(seed).standard_normal(shape).astype(self.case.dtype)
-        absolute = tol * self.instance.target() / self.instance.tolerance()
-        return scipy.sparse.linalg.lobpcg(
-            A,
-            start,
+
+class Scipy(SciPyPeer):
+    """scipy.sparse.linalg.lobpcg; its tolerance is an absolute residual."""
+
+    def solve(self, A, B, seed, tol):
+        product = self.counted(self.A)
+        iK = None if self.iK is None else self.counted(self.iK)
+        absolute = 0.0 if self.case.truncated else tol / self.case.tol * self.instance.target()
+        E, X, history = scipy.sparse.linalg.lobpcg(
+            product,
+            self.random(seed, self.case.k),
             B=self.B,
-            M=self.iK,
+            M=iK,
             tol=absolute,
             maxiter=self.case.niter or 1000,
             largest=self.case.largest,
             retResidualNormsHistory=True,
         )
-
-    def count(self, seed, tol):
-        columns = 0
-
-        def product(block):
-            nonlocal columns
-            columns += 1 if block.ndim == 1 else block.shape[-1]
-            return self.A @ block
-
-        shape = (self.instance.m, self.instance.m)
-        operator = scipy.sparse.linalg.LinearOperator(shape, matvec=product, matmat=product, dtype=self.A.dtype)
-        history = self._run(operator, seed, tol)[2]
-        absolute = tol * self.instance.target() / self.instance.tolerance()
-        active = self.case.k + sum(max(int((np.asarray(h) > absolute).sum()), 1) for h in history[:-1])
-        return {"iterations": len(history) - 1, "columns": columns, "active": active}
+        self.counts = {"iterations": len(history) - 1, "columns": product.columns}
+        if iK is not None:
+            self.counts["columns_iK"] = iK.columns
+        return _tensors(E, X)
 
 
-class Eigsh:
+class Eigsh(SciPyPeer):
     """scipy.sparse.linalg.eigsh, implicitly restarted Lanczos."""
 
-    shift = None
+    def solve(self, A, B, seed, tol):
+        product, more = self.counted(self.A), {}
+        if scipy.sparse.issparse(self.B):
+            more["Minv"] = self.counted(_Factor(self.B))
+        E, X = scipy.sparse.linalg.eigsh(
+            product,
+            self.case.k,
+            self.B,
+            which="LA" if self.case.largest else "SA",
+            v0=self.random(seed),
+            tol=tol,
+            maxiter=100 * self.instance.m,
+            **more,
+        )
+        self.counts = {"columns": product.columns}
+        return self.ordered(E, X)
 
-    def __init__(self, instance, options):
-        self.instance, self.case = instance, instance.case
-        if instance.A.dim() > 2:
-            raise NotOffered("no batches")
-        self.A, self.B = instance.matrices
-        if self.B is not None and self.shift is None and scipy.sparse.issparse(self.B):
-            raise NotOffered("sparse B needs a factorisation")
-        if self.shift is not None and scipy.sparse.issparse(self.A):
-            self.A, self.B = self.A.tocsc(), None if self.B is None else self.B.tocsc()
+
+class ShiftInvert(SciPyPeer):
+    """The same on (A - s B)^-1, s below the spectrum."""
 
     def solve(self, A, B, seed, tol):
-        start = np.random.default_rng(seed).standard_normal(self.instance.m).astype(self.case.dtype)
-        which = ("LA" if self.case.largest else "SA") if self.shift is None else "LM"
+        s = self.instance.shift
+        shifted = self.A
+        if s != 0:
+            shifted = self.A - s * (scipy.sparse.eye_array(self.instance.m) if self.B is None else self.B)
+        inverse = self.counted(_Factor(shifted))
         E, X = scipy.sparse.linalg.eigsh(
-            self.A, self.case.k, self.B, sigma=self.shift, which=which, v0=start, tol=tol, maxiter=100 * self.instance.m
+            self.A, self.case.k, self.B, sigma=s, OPinv=inverse, which="LM", v0=self.random(seed), tol=tol
         )
-        order = np.argsort(-E if self.case.largest else E)
-        return _tensors(E[order], X[:, order])
+        self.counts = {"columns_iK": inverse.columns}
+        return self.ordered(E, X)
 
 
-class EigshInvert(Eigsh):
-    """The same on (A - 0 B)^-1: the smallest of a positive definite pencil."""
+class _Factor:
+    """The inverse of a sparse symmetric matrix by its factorisation."""
 
-    shift = 0.0
+    def __init__(self, A):
+        self.factor = matrices.factored(A.tocsc())
+
+    def __matmul__(self, block):
+        return self.factor.solve(block)
 
 
-class Xitorch:
+class Primme(SciPyPeer):
+    """PRIMME's eigsh: generalised Davidson and Jacobi-Davidson."""
+
+    variants = ("PRIMME_DYNAMIC", "PRIMME_GD_Olsen_plusK", "PRIMME_JDQMR")
+
+    def __init__(self, instance, options):
+        import primme
+
+        super().__init__(instance, options)
+        self.eigsh = primme.eigsh
+
+    def solve(self, A, B, seed, tol):
+        E, X, stats = self.eigsh(
+            self.A,
+            self.case.k,
+            M=self.B,
+            which="LA" if self.case.largest else "SA",
+            v0=self.random(seed, 1),
+            tol=tol,
+            OPinv=self.iK,
+            method=self.variant,
+            return_stats=True,
+        )
+        self.counts = {"iterations": stats["numOuterIterations"], "columns": stats["numMatvecs"]}
+        if self.iK is not None:
+            self.counts["columns_iK"] = stats["numPreconds"]
+        return self.ordered(E, X)
+
+
+class Xitorch(Peer):
     """xitorch.linalg.symeig."""
+
+    direct = True
 
     def __init__(self, instance, options):
         import xitorch.linalg  # noqa: F401
 
-        self.case = instance.case
+        super().__init__(instance, options)
 
     def solve(self, A, B, seed, tol):
         torch.manual_seed(seed)
@@ -227,6 +335,8 @@ class Xitorch:
 
 class XitorchDavidson(Xitorch):
     """Davidson forward, conjugate gradients backward."""
+
+    direct = False
 
     def _options(self, tol):
         return {"method": "davidson", "min_eps": tol, "bck_options": {"method": "cg", "rtol": tol}}
@@ -267,11 +377,14 @@ def _tensors(E, X):
 
 CLASSES = {
     "patched": Patched,
+    "beside": Patched,
     "upstream": Upstream,
     "eigh": Eigh,
+    "evr": Evr,
     "scipy": Scipy,
     "eigsh": Eigsh,
-    "eigsh-invert": EigshInvert,
+    "shift-invert": ShiftInvert,
+    "primme": Primme,
     "xitorch": Xitorch,
     "xitorch-davidson": XitorchDavidson,
 }

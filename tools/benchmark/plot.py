@@ -1,54 +1,92 @@
-"""The report as a picture: times of all peers per case, and the growth studies. Needs matplotlib."""
+"""The report as one picture: the time of torch.lobpcg over that of its fastest peer, ordered by kind of problem."""
 
 from __future__ import annotations
 
-from benchmark.cases import PEERS
+import math
+from html import escape
+
+from benchmark.cases import CASES, GROUPS
+from benchmark.report import best_peer, number
 
 
-def draw(report: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    results = {name: rows for name, rows in report["results"].items() if any("seconds" in row for row in rows.values())}
-    studies = report["studies"]
-    width = 8 + 4 * bool(studies)
-    figure = pyplot.figure(figsize=(width, 1.5 + 0.45 * max(len(results), 8)), layout="constrained")
-    grid = figure.add_gridspec(max(len(studies), 1), 2 if studies else 1, width_ratios=[2, 1] if studies else None)
-    _times(figure.add_subplot(grid[:, 0]), results)
-    for i, study in enumerate(studies):
-        _growth(figure.add_subplot(grid[i, 1]), study)
-    figure.savefig(path, dpi=130)
+WIDTH, LEFT, RIGHT, ROW, TOP = 860, 330, 660, 17, 62
+REACH = 32.0  # ratios from 1/32 to 32; what is beyond ends in an arrow
+FASTER, SLOWER, INK, FAINT = "#1a7f5a", "#c4622d", "#222222", "#d8d8d8"
 
 
-def _times(axes, results: dict) -> None:
-    names = list(results)
-    for i, peer in enumerate(PEERS):
-        points = [
-            (rows[peer]["seconds"], y) for y, rows in enumerate(results.values()) if "seconds" in rows.get(peer, {})
-        ]
-        if points:
-            axes.scatter(
-                *zip(*points), label=peer, marker="DosPX^v<"[i], s=60 if i == 0 else 36, zorder=3 if i == 0 else 2
-            )
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    axes.set_xlabel("seconds (median)")
-    axes.legend(fontsize="small")
+def draw(report: dict) -> str:
+    """The SVG. Bars to the left: torch.lobpcg is faster than every peer that finds the pairs; to the right: slower."""
+    parts, y = [], TOP
+    for group, title in GROUPS.items():
+        rows = [(name, found) for name, found in _ratios(report["results"]) if CASES[name].group == group]
+        if not rows:
+            continue
+        y += ROW * 1.5
+        parts.append(_text(12, y - 5, title, weight="bold"))
+        for name, (peer, ratio, seconds) in rows:
+            parts += _bar(y, CASES[name].title, peer, ratio, seconds)
+            y += ROW
+    return _page(parts, y + 12)
 
 
-def _growth(axes, study: dict) -> None:
-    x, y = zip(*study["points"])
-    axes.loglog(x, y, "D-")
-    axes.loglog(
-        x, [y[0] * (a / x[0]) ** study["limit"] for a in x], ":", color="gray", label=f"exponent {study['limit']:g}"
+def _ratios(results: dict) -> list:
+    found = []
+    for name, rows in results.items():
+        best = best_peer(rows, name) if CASES[name].kind == "time" else None
+        if best:
+            found.append((name, (*best, rows["patched"]["seconds"])))
+    return found
+
+
+def _x(ratio: float) -> float:
+    place = math.log(min(max(ratio, 1 / REACH), REACH), REACH)  # -1 to 1
+    return LEFT + (RIGHT - LEFT) * (1 + place) / 2
+
+
+def _bar(y: float, title: str, peer: str, ratio: float, seconds: float) -> list[str]:
+    colour, start, end = FASTER if ratio < 1 else SLOWER, _x(1.0), _x(ratio)
+    x, width = min(start, end), max(abs(end - start), 1.5)
+    parts = [
+        _text(24, y + 8, title),
+        f'<rect x="{x:.1f}" y="{y - 1:.1f}" width="{width:.1f}" height="{ROW - 6}" fill="{colour}"/>',
+        _text(RIGHT + 14, y + 8, f"{ratio:.2g} × {peer}"),
+        _text(WIDTH - 10, y + 8, f"{number(float(f'{seconds:.2g}'))} s", anchor="end"),
+    ]
+    if not 1 / REACH <= ratio <= REACH:
+        tip, back = (end - 7, end) if ratio < 1 else (end + 7, end)
+        points = f"{tip:.1f},{y + 4.5:.1f} {back:.1f},{y - 3:.1f} {back:.1f},{y + 12:.1f}"
+        parts.append(f'<polygon points="{points}" fill="{colour}"/>')
+    return parts
+
+
+def _page(parts: list[str], height: float) -> str:
+    lines = []
+    for exponent in range(-5, 6):
+        x, width = _x(2.0**exponent), 1.6 if exponent == 0 else 0.7
+        colour = INK if exponent == 0 else FAINT
+        lines.append(f'<path d="M{x:.1f} {TOP}V{height - 8:.0f}" stroke="{colour}" stroke-width="{width}"/>')
+        label = str(2**exponent) if exponent >= 0 else f"1/{2**-exponent}"
+        lines.append(_text(x, TOP - 6, label, anchor="middle"))
+    head = [
+        _text(12, 20, "Time of torch.lobpcg over that of the fastest peer that finds the pairs", weight="bold", size=14),
+        _text(_x(1.0) - 8, TOP - 24, "◀ torch.lobpcg is faster", colour=FASTER, anchor="end"),
+        _text(_x(1.0) + 8, TOP - 24, "slower ▶", colour=SLOWER),
+        _text(RIGHT + 14, TOP - 6, "ratio, fastest peer"),
+        _text(WIDTH - 10, TOP - 6, "time", anchor="end"),
+    ]
+    shape = f'width="{WIDTH}" height="{height:.0f}" viewBox="0 0 {WIDTH} {height:.0f}"'
+    font = 'font-family="Helvetica, Arial, sans-serif" font-size="11"'
+    body = "\n".join([*lines, *head, *parts])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {shape} {font}>\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
-    axes.set_title(f"{study['name']}:\nexponent {study['exponent']:.2f}", fontsize="medium")
-    axes.set_xticks(x, [f"{a:.3g}" for a in x])
-    axes.minorticks_off()
-    axes.set_xlabel(study["axis"])
-    axes.set_ylabel(study["metric"])
-    axes.legend(fontsize="small")
+
+
+def _text(x: float, y: float, text: str, weight: str = "", anchor: str = "", size: int = 0, colour: str = INK) -> str:
+    more = "".join(
+        f' {name}="{value}"'
+        for name, value in (("font-weight", weight), ("text-anchor", anchor), ("font-size", size))
+        if value
+    )
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}"{more}>{escape(text)}</text>'

@@ -8,27 +8,30 @@ import os
 import queue
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmark.cases import Case
 
 
 BENCH = Path(__file__).resolve().parents[1] / "bench.py"
+SILENCE = 8.0  # seconds without a line of progress
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 class Row:
-    """The parent's end of a row. `error` is None while the row lives."""
+    """The parent's end of a row. `error` is None while the row lives. `say` is called with what goes on while it does."""
 
-    def __init__(self, case: Case, peer: str, options: Options):
+    def __init__(self, case: Case, peer: str, options: Options, say: Callable[[str], None] = lambda text: None):
         self.case, self.peer, self.options = case, peer, options
+        self.say = say
         self.error: str | None = None
         self.patience = options.timeout * (10 if case.kind == "starts" else 1)
         request = {"case": dataclasses.asdict(case), "peer": peer}
-        request |= {name: getattr(options, name) for name in ("upstream", "threads", "clock")}
+        request |= {name: getattr(options, name) for name in ("upstream", "threads", "clock", "budget")}
         environment = os.environ | dict.fromkeys(THREADS, str(options.threads)) | {"PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
-            [options.python, str(BENCH), "--row", json.dumps(request)],
+            [options.beside if peer == "beside" else options.python, str(BENCH), "--row", json.dumps(request)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -59,12 +62,18 @@ class Row:
         self.process.wait()
 
     def _answer(self) -> dict:
-        try:
-            line = self.answers.get(timeout=self.patience)
-        except queue.Empty:
-            self.error = f"no answer within {self.patience:g} s"
-            self.close()
-            return {}
+        waited = 0.0
+        while True:
+            try:
+                line = self.answers.get(timeout=min(SILENCE, self.patience - waited))
+                break
+            except queue.Empty:
+                waited += SILENCE
+                if waited >= self.patience:
+                    self.error = f"no answer within {self.patience:g} s"
+                    self.close()
+                    return {}
+                self.say(f"running for {waited:g} s")
         if line is None:
             status = self.process.wait()
             self.error = f"the process ended with status {status}: " + (self.noise[-1] if self.noise else "no message")
@@ -95,3 +104,4 @@ class Options:
     timeout: float = 900.0
     upstream: str = ""
     clock: str = "wall"
+    beside: str = ""

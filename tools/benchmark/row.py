@@ -1,6 +1,6 @@
 """The child process of one row: a case and a peer. Reads commands from stdin, answers in JSON lines.
 
-Commands: {"do": "run", "seed": 0}, {"do": "count", "seed": 0}, {"do": "end"}. The first answer, unasked, is about the
+Commands: {"do": "run", "seed": 0}, {"do": "end"}. The first answer, unasked, is about the
 set-up. An answer with "error" means that the row is lost; the process then ends.
 """
 
@@ -33,7 +33,10 @@ def serve(request: dict) -> None:
             command = json.loads(line)
             if command["do"] == "end":
                 break
-            answer(row.run(command["seed"]) if command["do"] == "run" else row.count(command["seed"]))
+            answer(row.run(command["seed"]))
+    except ModuleNotFoundError as error:
+        package = error.name.split(".")[0]
+        answer({"error": f"{package} is not installed: {sys.executable} -m pip install {package}"})
     except Exception as error:  # whatever a peer raises is its result
         text = " ".join(str(error).split())
         answer({"error": f"{type(error).__name__}: {text[:300]}"})
@@ -50,13 +53,14 @@ class Row:
         self.case = cases.Case(**request["case"])
         self.make = peers.CLASSES[request["peer"]]
         self.options = {"upstream": request["upstream"]}
+        self.patience = request["budget"]
         self.clock = time.perf_counter if request["clock"] == "wall" else time.process_time
         if self.case.problem["kind"] == "catalogue":
             self.instance = self.peer = None
             return
         self.instance = problems.Instance(self.case)
         self.peer = self.make(self.instance, self.options)
-        self.tol = None  # settled by the first run
+        self.tol = None  # settled by the first run, as the peer's variant is
         self.first_call = self._first_call(problems)
 
     def _first_call(self, problems) -> float:
@@ -64,10 +68,12 @@ class Row:
 
         Done before the memory is measured, so that these are not counted as the problem's.
         """
-        case = dataclasses.replace(self.case, problem=problems.tiny(self.case.problem, self.case.k), iK="")
+        case = dataclasses.replace(
+            self.case, problem=problems.tiny(self.case.problem, self.case.k), iK="", calls=1
+        )
         kept = self.instance, self.peer, self.case, self.tol
         self.instance, self.case = problems.Instance(case), case
-        self.peer, self.tol = self.make(self.instance, self.options), self.instance.tolerance()
+        self.peer, self.tol = self.make(self.instance, self.options), case.tol
         start = self.clock()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -84,7 +90,7 @@ class Row:
 
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
         versions["scipy"] = scipy.__version__
-        for name in ("pyamg", "xitorch"):
+        for name in ("pyamg", "xitorch", "primme"):
             if name in sys.modules:
                 versions[name] = getattr(sys.modules[name], "__version__", "?")
         about = {"versions": versions, "threads": torch.get_num_threads()}
@@ -103,25 +109,50 @@ class Row:
         return self._measure(seed)
 
     def _first_run(self, seed: int) -> dict:
-        """Settle the tolerance and the memory.
-
-        Peers stop on criteria that differ by constants. Each gets the tolerance at which its residual is what the case
-        asks for: the nominal one, lowered if the residual is larger.
-        """
+        """Settle the memory, the peer's variant and its tolerance; the answer is the best one's last run."""
         resident = _reset_peak()
         before = _peak()
-        self.tol = self.instance.tolerance()
-        answer = self._measure(seed, keep=True)
-        answer["extra_mb"] = (_peak() - resident) / 1e6
-        answer["peak_mb"] = max(_peak(), before, self.highest) / 1e6
-        for _ in range(3):
-            excess = answer["absolute"] / self.instance.target()
-            if not excess > 1.02 or not math.isfinite(excess):
+        self.tol = self.case.tol
+        first = self._measure(seed, keep=True)
+        memory = {"extra_mb": (_peak() - resident) / 1e6, "peak_mb": max(_peak(), before, self.highest) / 1e6}
+        found = []
+        for self.peer.variant in self.peer.variants:
+            self.tol = self.case.tol
+            answer = first if not found else self._measure(seed)
+            found.append((self._settle(seed, answer), self.peer.variant))
+        # of the variants that give what is asked for, the fastest; else the one with the smallest residual
+        answer, variant = min(found, key=lambda one: self._demerit(one[0]))
+        self.tol, self.peer.variant = answer["tol"], variant
+        return answer | memory | ({"variant": variant} if variant else {})
+
+    def _demerit(self, answer: dict) -> tuple:
+        good = self._fulfils(answer)
+        return not good, answer["seconds"] if good else (answer.get("missed", 0), answer["residual"])
+
+    def _fulfils(self, answer: dict) -> bool:
+        return self.case.truncated or (answer["residual"] <= self.case.tol and not answer["missed"])
+
+    def _settle(self, seed: int, answer: dict) -> dict:
+        """The run at the loosest tolerance with which the residual is what the case asks for.
+
+        Peers stop on criteria that differ by constants and by what they are relative to, so the same number asks more
+        of one than of the other. The tolerance is moved until the residual lies within a factor of ten.
+        """
+        if self.peer.direct or self.case.truncated:
+            return answer
+        best = None
+        for _ in range(5):
+            excess = answer["residual"] / self.case.tol
+            good = self._fulfils(answer)
+            if good and (best is None or answer["tol"] > best["tol"]):
+                best = answer
+            if not math.isfinite(excess) or (not good and (best or excess <= 1)):
+                break  # what is missed at this residual is not found by a tolerance
+            if good and (excess > 0.1 or answer["seconds"] > self.patience / 5):
                 break
-            self.tol *= 0.9 / excess
-            memory = {name: answer[name] for name in ("extra_mb", "peak_mb")}
-            answer = self._measure(seed) | memory
-        return answer
+            self.tol *= min(max(0.5 / max(excess, 1e-300), 1e-3), 1e3)
+            answer = self._measure(seed)
+        return best or answer
 
     def _measure(self, seed: int, keep: bool = False) -> dict:
         gc.collect()
@@ -131,44 +162,34 @@ class Row:
         if keep:
             self.highest = _peak()  # before the exact answers are computed
         E, X = pairs
-        residual, absolute = self.instance.residuals(E, X)
-        value_error = float((E.double() - self.instance.exact).abs().max())
-        answer |= {"residual": residual, "absolute": absolute, "value_error": value_error, "tol": self.tol}
+        answer |= self.peer.counts | {"residual": self.instance.residual(E, X), "tol": self.tol}
+        if self.case.truncated:
+            answer["trace"] = float(E.double().sum())
+        else:
+            answer["value_error"] = float((E.double() - self.instance.exact).abs().max())
+            answer["missed"] = self.instance.missed(E)
         if gradients:
             answer["gradient_error"] = max(self.instance.gradient_errors(*gradients))
-        answer["warnings"] = sorted({str(w.message).split("\n")[0][:200] for w in caught if _relevant(w)})
-        return answer
+        said = sorted({str(w.message).split("\n")[0][:200] for w in caught if _relevant(w)})
+        return answer | {"warnings": [] if self.case.truncated else said}
 
     def _timed(self, seed: int) -> tuple:
-        A, B = self.instance.A, self.instance.B
+        A, B, calls = self.instance.A, self.instance.B, self.case.calls
         start = self.clock()
-        E, X = self.peer.solve(A, B, seed, self.tol)
-        forward = self.clock() - start
+        for _ in range(calls):
+            E, X = self.peer.solve(A, B, seed, self.tol)
+        forward = (self.clock() - start) / calls
         if not self.case.backward:
             return {"seconds": forward}, (E, X), None
         del E, X
-        A, B = (None if M is None else M.detach().requires_grad_() for M in (A, B))
         start = self.clock()
-        E, X = self.peer.solve(A, B, seed, self.tol)
-        self.instance.loss(E, X).backward()
-        seconds = self.clock() - start
+        for _ in range(calls):
+            A, B = (None if M is None else M.detach().requires_grad_() for M in (A, B))
+            E, X = self.peer.solve(A, B, seed, self.tol)
+            self.instance.loss(E, X).backward()
+        seconds = (self.clock() - start) / calls
         gradients = (A.grad, None if B is None else B.grad)
         return {"seconds": seconds, "forward": forward}, (E.detach(), X.detach()), gradients
-
-    def count(self, seed: int) -> dict:
-        """Iterations and columns of A, in a run of its own that is not timed."""
-        if not hasattr(self.peer, "count"):
-            return {}
-        from benchmark.peers import NotOffered
-
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                counted = self.peer.count(seed, self.tol or self.instance.tolerance())
-        except (NotOffered, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-            return {"not_counted": f"{type(error).__name__}: {str(error)[:200]}"}
-        active = counted.pop("active")
-        return counted | {"columns_per_active": counted["columns"] / active}
 
 
 def _relevant(warning) -> bool:

@@ -1,4 +1,4 @@
-"""status, apply, verify, revert and export. apply and revert roll an interrupted run back first; the others only look."""
+"""status, apply, verify, revert and export. apply and revert roll an interrupted run back first; the rest only look."""
 
 import contextlib
 import functools
@@ -204,7 +204,10 @@ class Patcher:
         if (transaction := self.store.interrupted()) is not None:
             foreign = self.store.foreign(transaction.steps)
             since = [f"changed since: {comma_list(foreign)}"] if foreign else []
-            return "interrupted", [f"killed in the middle of {transaction.action}; apply and revert roll it back", *since]
+            return "interrupted", [
+                f"killed in the middle of {transaction.action}; apply and revert roll it back",
+                *since,
+            ]
         if self.applied is None and self.committed() is not None:
             return "committed", [f"the last {len(self.series.patches)} commits are the series; git can take them back"]
         if self.applied is None:
@@ -295,8 +298,9 @@ class Patcher:
         interrupted = self.store.interrupted()
         if interrupted is not None:
             self.refuse_unwritable(interrupted.steps)
-        if self.store.recover():
-            self.say(f"an interrupted {interrupted.action if interrupted else 'run'} was rolled back")
+        outcome = self.store.recover()
+        if interrupted is not None:
+            self.say(f"an interrupted {interrupted.action} was {outcome}")
         self.applied = self.store.applied()
 
     def refuse_unready(self, transaction: Transaction) -> None:

@@ -46,7 +46,9 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
     transaction = planner.transaction()
     for step in transaction.steps:
         if step.before is not None and step.before.mode > 0o777:
-            raise PatchError(f"{step.path} has mode {step.before.mode:o}", "a plain file", "take the extra bits with chmod")
+            raise PatchError(
+                f"{step.path} has mode {step.before.mode:o}", "a plain file", "take the extra bits with chmod"
+            )
     return Plan(transaction, planner.contents, _caution(series, target.version))
 
 
@@ -123,7 +125,9 @@ class _Planner:
 
     def new(self, path: str) -> None:
         if self.original(path)[0] is not None or (self.record and path in self.record):
-            raise PatchError(f"{path} is already there", "a PyTorch without it", f"move it away, or {self.target.restore}")
+            raise PatchError(
+                f"{path} is already there", "a PyTorch without it", f"move it away, or {self.target.restore}"
+            )
         self.groups["new"][path] = self.series.source(path).read_bytes()
 
     def replace(self, path: str) -> None:

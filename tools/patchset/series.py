@@ -10,6 +10,7 @@ from .errors import PatchError, raise_all
 from .text import comma_list
 from .weave import check_edit, Edit
 
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # where pip carries the same reader

@@ -184,17 +184,18 @@ class Store:
             self.recover()
             raise
 
-    def recover(self) -> bool:
-        """Roll an unfinished transaction back. True if there was one. Raises PatchError if files changed since."""
+    def recover(self) -> str:
+        """Roll an unfinished transaction back; says what became of it, "" if there was none. Raises PatchError if files
+        changed since."""
         transaction = self.interrupted()
         if transaction is None:
             self.tidy()
-            return False
+            return ""
         for folder in transaction.folders:
             self._refuse_linked(folder)
         if transaction.action == "revert" and all(self.holds(step.path, step.after) for step in transaction.steps):
             self._finish(transaction)  # killed when RECORD, the last step, no longer named what had been new
-            return True
+            return "finished"
         foreign = self.foreign(transaction.steps)
         if foreign:
             found = f"an interrupted {transaction.action}, and files changed since: {comma_list(foreign)}"
@@ -212,7 +213,7 @@ class Store:
             self._remove_folders(transaction.folders)
         disk.remove(self.journal)
         self.tidy()
-        return True
+        return "rolled back"
 
     def _finish(self, transaction: Transaction) -> None:
         if transaction.action == "revert":

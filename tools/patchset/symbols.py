@@ -1,9 +1,8 @@
-"""What the patch needs of a PyTorch beyond the lines that it changes: the names it imports, the private names it uses by
-attribute, the functions it replaces.
+"""What the patch needs of a PyTorch beyond the lines it changes: names imported, private names, functions replaced.
 
-Read from this project's own files, so there is no list to keep; a version that nobody tried is judged by it. What is compiled has
-no source to look at: there the stubs tell, and where a stub lacks a name, the library, which holds each name that it binds.
-Nothing of the PyTorch is imported, as it may be one that this interpreter cannot run, and is input like any other.
+Read from this project's own files, so there is no list to keep; a version that nobody tried is judged by it. What is
+compiled has no source to look at: there the stubs tell, and where a stub lacks a name, the library, which holds each
+name that it binds. Nothing of the PyTorch is imported: this interpreter may not be able to, and it is input.
 """
 
 import ast
@@ -44,8 +43,8 @@ def needs(data: bytes, path: str) -> list[Need]:
 
 
 def private_uses(data: bytes, path: str) -> list[str]:
-    """The dotted names below torch with a private part that a file reads as attributes, torch._C._functorch.x, by whatever
-    name it has imported or assigned the first parts. What it asks of hasattr or getattr first may be absent."""
+    """The dotted names with a private part that a file reads as attributes, torch._C._functorch.x, by whatever name it
+    has imported or assigned the first parts. What it asks of hasattr or getattr first may be absent."""
     tree = parsed(data, path)
     known: dict[str, str] = {}  # name in the file -> dotted name
     for node in ast.walk(tree):
@@ -54,7 +53,11 @@ def private_uses(data: bytes, path: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and _of_torch(node.module or ""):
             known |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and (name := _dotted(node.value, known)):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and (name := _dotted(node.value, known))
+        ):
             known[node.targets[0].id] = name
     optional = {
         str(node.args[1].value)
@@ -67,7 +70,7 @@ def private_uses(data: bytes, path: str) -> list[str]:
 
 
 def _of_torch(module: str) -> bool:
-    return module.split(".")[0] == "torch"
+    return module.split(".", maxsplit=1)[0] == "torch"
 
 
 def _private(name: str) -> bool:
@@ -144,7 +147,7 @@ def _has(module: str, name: str, exists: Exists, read: Read, names: Names) -> bo
             data = next((data for data in map(read, _places(module)) if data is not None), None)
             names[module] = {"*"} if data is None else set(_bound(parsed(data, module).body))
         # torch/__init__.py takes over what is compiled, by a star among other ways
-        if name in names[module] or "*" in names[module] and not (module == "torch" and _private(name)):
+        if name in names[module] or ("*" in names[module] and not (module == "torch" and _private(name))):
             return True
         if _module(f"{module}.{name}", exists):
             return True

@@ -139,12 +139,18 @@ def _field(info: Path, name: str) -> str:
 def _editable(folder: Path) -> Path | None:
     """The checkout that an editable install in `folder` points at."""
     for info in _distributions(folder):
-        try:
-            source = json.loads(disk.read(info / "direct_url.json") or b"{}")
-            if source.get("dir_info", {}).get("editable"):
-                return Path(urllib.request.url2pathname(urllib.parse.urlparse(source["url"]).path)).resolve()
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            found = f"{info / 'direct_url.json'} cannot be read ({error})"
-            raise PatchError(found, "where torch was installed from", "reinstall torch") from None
+        source = _source(info)
+        if source is not None:
+            return Path(urllib.request.url2pathname(urllib.parse.urlparse(source).path)).resolve()
     link = disk.read(folder / "torch.egg-link")
     return Path(link.decode("utf-8").split("\n")[0].strip()).resolve() if link else None
+
+
+def _source(info: Path) -> str | None:
+    """The address of what was installed to be edited where it is."""
+    try:
+        source = json.loads(disk.read(info / "direct_url.json") or b"{}")
+        return str(source["url"]) if source.get("dir_info", {}).get("editable") else None
+    except (ValueError, AttributeError, KeyError) as error:
+        found = f"{info / 'direct_url.json'} cannot be read ({error})"
+        raise PatchError(found, "where torch was installed from", "reinstall torch") from None

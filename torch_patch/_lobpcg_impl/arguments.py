@@ -5,7 +5,7 @@ checked by the operands.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -80,10 +80,20 @@ def options_of(
     Raises TypeError and ValueError.
     """
     for T, name in ((A, "A"), (B, "B"), (iK, "iK")):
-        if T is not None and not isinstance(T, Tensor) and not callable(T):
+        if T is not None and not isinstance(T, Tensor) and not _multiplies(T):
             raise TypeError(
                 f"lobpcg: {name} is {type(T).__name__}; it must be a tensor or a callable on blocks (*, m, p)"
             )
+    if isinstance(k, Tensor) and k.dim() > 0:
+        raise TypeError(
+            f"lobpcg: k is a tensor of shape {list(k.shape)}; it must be an int, the number of pairs: pass a start block "
+            "as X="
+        )
+    if largest is not None and not isinstance(largest, bool):
+        raise TypeError(
+            f"lobpcg: largest is {type(largest).__name__} ({largest}); it must be True for the largest eigenvalues or "
+            "False for the smallest"
+        )
     for number, name in ((k, "k"), (n, "n"), (niter, "niter")):
         if number is not None and (
             isinstance(number, bool) or not hasattr(number, "__index__")
@@ -91,17 +101,11 @@ def options_of(
             raise TypeError(
                 f"lobpcg: {name} is {type(number).__name__} ({number}); it must be an int"
             )
-    model, name = next(
-        (
-            (T, name)
-            for T, name in ((A, "A"), (X, "X"), (B, "B"))
-            if isinstance(T, Tensor)
-        ),
-        (None, ""),
-    )
+    model, name = model_of(A, X, B)
     if model is None:
         raise ValueError(
-            "lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n)"
+            "lobpcg: A is a callable, so its size is unknown; pass a start block X (*, m, n), or give the callable "
+            "attributes shape and dtype"
         )
     if isinstance(A, Tensor):
         check_matrix(A, "A")
@@ -117,6 +121,8 @@ def options_of(
                 check_matrix(T, other)
             check_block(T, other, m)
             check_alike(T, other, model, name)
+    for T, other in ((A, "A"), (B, "B"), (iK, "iK")):
+        check_declared(T, other, model, name)
     batch_shape(A=A, B=B, X=X, iK=iK)
     columns = None if X is None else X.shape[-1]
     # Where a polynomial takes the place of iK, a guard column costs many products; in a truncated solve it is an
@@ -180,6 +186,60 @@ def settle(
         tracker=tracker,
         **{key: value or {} for key, value in ortho.items()},
     )
+
+
+def _multiplies(M: Any) -> bool:
+    return callable(M) or hasattr(M, "matmul") or hasattr(M, "__matmul__")
+
+
+def model_of(A: Any, X: Any, B: Any) -> Tuple[Any, str]:
+    """A tensor (*, m, ...) with the size, dtype and device of the problem, and whose they are; None where nothing tells.
+
+    A tensor tells before an object that carries shape and dtype: only the tensor is sure of the device.
+    """
+    for T, name in ((A, "A"), (X, "X"), (B, "B")):
+        if isinstance(T, Tensor):
+            return T, name
+    for M, name in ((A, "A"), (B, "B")):
+        shape, dtype = declared(M, name)
+        if shape is not None and dtype is not None:
+            device = getattr(M, "device", None)
+            return torch.empty([*shape[:-1], 0], dtype=dtype, device=device), name
+    return None, ""
+
+
+def declared(
+    M: Any, name: str
+) -> Tuple[Optional[List[int]], Optional[torch.dtype]]:
+    """Shape and dtype that a callable or an object with products carries; NumPy's dtypes by their names."""
+    if M is None or isinstance(M, Tensor):
+        return None, None
+    shape, dtype = getattr(M, "shape", None), getattr(M, "dtype", None)
+    if not isinstance(shape, (tuple, list)) or len(shape) < 2:
+        return None, None
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        dtype = getattr(torch, str(getattr(dtype, "name", dtype)), None)
+    if shape[-1] != shape[-2]:
+        raise ValueError(
+            f"lobpcg: {name} is {shape[-2]} x {shape[-1]}; it must be square (Hermitian)"
+        )
+    return [int(size) for size in shape], dtype
+
+
+def check_declared(M: Any, name: str, model: Tensor, model_name: str) -> None:
+    """The size and, but for a preconditioner, the dtype that an object carries are those of the problem."""
+    shape, dtype = declared(M, name)
+    if shape is None:
+        return
+    if shape[-1] != model.shape[-2]:
+        raise ValueError(
+            f"lobpcg: {name} has shape {shape}; it must be (*, m, m) with m={model.shape[-2]}, the size of {model_name}"
+        )
+    if name != "iK" and dtype is not None and dtype != model.dtype:
+        raise TypeError(
+            f"lobpcg: {name} has dtype {dtype}, {model_name} has {model.dtype}; they must be the same: convert one "
+            "of them"
+        )
 
 
 def _default_block(m: int, wanted: int, few: bool) -> int:
@@ -270,6 +330,10 @@ def _broadcast(shape: Sequence[int], batch: Sequence[int], name: str) -> List[in
 def check_counts(m: int, k: int, n: int, niter: int) -> None:
     if k < 1:
         raise ValueError(f"lobpcg: k={k} pairs asked for; k must be at least 1")
+    if k > m:
+        raise ValueError(
+            f"lobpcg: k={k} pairs asked for of a matrix of size m={m}; k <= m is needed: reduce k"
+        )
     if k > n:
         raise ValueError(
             f"lobpcg: k={k} pairs asked for with a block of n={n} columns; k <= n is needed: raise n or pass more "

@@ -5,6 +5,7 @@ vectors then is, and updates and reductions run two to three times faster than o
 block so.  A sum over m ends here and nowhere else.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -84,6 +85,17 @@ def fixed_block(m: int, count: int, first: int, like: Tensor) -> Tensor:
     return rows.mT
 
 
+# The scale of what is near one as it is.
+UNSCALED = torch.ones([], dtype=torch.float64)
+
+
+def all_finite(T: Tensor) -> bool:
+    """Whether every number is finite; of a single one, without a kernel."""
+    if T.numel() == 1:
+        return math.isfinite(float(T))
+    return bool(torch.isfinite(T).all())
+
+
 def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Powers of 4 that bring entries of size `largest` near 1; 1 where squares neither overflow nor underflow anyway.
 
@@ -94,9 +106,10 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     low, high = (
         (1e-6, 1e6) if dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
     )
-    values = largest.reshape(-1).tolist()
-    if all(value == 0.0 or low <= value <= high for value in values):
-        return torch.ones_like(largest)
+    if largest.dim() == 0:
+        size = float(largest)
+        if size == 0.0 or low <= size <= high:
+            return UNSCALED
     extreme = (largest > 0) & ((largest < low) | (largest > high))
     size = torch.where(extreme, largest, torch.ones_like(largest))
     return torch.pow(4.0, -torch.floor(0.5 * torch.log2(size)))

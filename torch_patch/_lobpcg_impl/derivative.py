@@ -57,34 +57,37 @@ from torch._lobpcg_impl.transforms import in_transform
 
 
 def corrected(pairs: Pairs) -> Pairs:
-    """Pairs fit for a derivative: one Newton step if the pencil is small and dense, and, where a derivative may follow,
-    a generic basis of vectors that rounding leaves undetermined (see `generic_basis`) and residuals in the scale of
-    module pairs.
+    """Pairs fit for a derivative, where one may follow: a generic basis of vectors that rounding leaves undetermined (see
+    `generic_basis`), residuals in the scale of module pairs, and, as for every small dense pencil, a Newton step.
 
     Derivatives take the pairs as exact, so their error is |r| / gap.  The step x_j - R_j r_j, then Rayleigh-Ritz, makes
     that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Single precision is corrected in
     double, which leaves the rounding of the result: at m = 100, gap 1e-3, the gradient's error fell from 2e-4 to 1e-6.
     Pairs that have not converged stay as they are, to be reported as such.
     """
+    wanted = pairs.options.differentiated
+    # Without B a dense solve is as good as the step.
+    if not (wanted or pairs.pencil.generalized) or not pairs.X.numel():
+        return pairs
     k, n = pairs.E.shape[-1], pairs.residual.shape[-1]
     late = missed(pairs)
     E, X, residual = _newton_step(pairs, late)
     residual = torch.cat([residual, pairs.residual[..., k:]], -1)
     pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
-    if not pairs.options.differentiated or not X.numel():
+    if not wanted:
         return pairs
     size = pencil_size(pairs)
     X = generic_basis(E, X, size[..., :k].to(E.dtype), torch.finfo(E.dtype).eps)
-    pairs = dataclasses.replace(pairs, X=X)
     if pairs.pencil.generalized:
         V = torch.cat([X, pairs.Y], -1)[..., :n]
         values = torch.cat([E, pairs.T], -1)[..., :n]
         pencil = pairs.pencil
         pencil = pencil if pencil.dtype == V.dtype else pencil.in_double()
+        pairs = dataclasses.replace(pairs, X=X)
         residual = in_masses(pairs, _residuals(pencil, values, V))
     scale = torch.where(late, -size[..., :k], size[..., :k])
     scale = torch.cat([scale, size[..., k:]], -1)
-    return dataclasses.replace(pairs, residual=residual, scale=scale)
+    return dataclasses.replace(pairs, X=X, residual=residual, scale=scale)
 
 
 def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +198,7 @@ def reverse_mode(
             Z = Z + reduced_resolvent(pairs, B.product(Z @ N), E)
         W = X @ C - Z if W is None else W + X @ C - Z
     if N is not None:
-        W = SecondOrderAtMost.apply(W, 0)
+        W = SecondOrderAtMost.apply(W, F.detach(), 0)
     gA: Cotangents = A.pullback((W, X)) if need_A else (None,) * len(A.parameters)
     if not need_B:
         return gA, (None,) * len(B.parameters)

@@ -10,12 +10,13 @@ residuals, and the rounding of E.
 """
 
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.accuracy import check_accuracy
+from torch._lobpcg_impl.accuracy import check_accuracy, is_clear
 from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
 from torch._lobpcg_impl.report import first, found, members, warn
 from torch._lobpcg_impl.transforms import batched_first, broadcast
 from torch.autograd import Function
@@ -55,9 +56,9 @@ def pair_factors(
     reports where it exists only in part or is inaccurate.
     """
     E = seen.E
-    constants = (T if T is None else T.detach() for T in seen)
+    G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
     setting = _Setting(options, eps, forward_mode)
-    mask = _PairMask.apply(setting, *constants)
+    mask = _PairMask.apply(setting, *seen._replace(E=E.detach(), G=G, gE=gE))
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
     return F, setting.clustered
@@ -66,9 +67,48 @@ def pair_factors(
 class _Setting:
     def __init__(self, options: Options, eps: float, forward_mode: bool) -> None:
         self.options, self.eps, self.forward_mode = options, eps, forward_mode
-        self.clustered = False  # set where some F_ij between different pairs is 0
+        # Set where some F_ij between different pairs is 0, or a graph is traced, in which it may be.
+        self.clustered = False
 
 
+def _mask_shape(seen: Seen) -> List[int]:
+    shapes = [seen.E.shape + seen.E.shape[-1:]]
+    if seen.G is not None:
+        shapes.append(seen.G.shape)
+    if seen.gE is not None:
+        shapes.append(seen.gE.shape + seen.gE.shape[-1:])
+    return broadcast(*shapes)
+
+
+def _hold_mask(setting: _Setting, *tensors: Any) -> Held:
+    setting.clustered = True
+    numbers = dict(setting.options.numbers(), eps=setting.eps)
+    return tensors, dict(numbers, forward_mode=setting.forward_mode)
+
+
+def _restore_mask(
+    *tensors: Any, eps: float, forward_mode: bool, **numbers: Any
+) -> Tuple[Any, ...]:
+    return (_Setting(Options.of_numbers(**numbers), eps, forward_mode), *tensors)
+
+
+def _mask_outputs(*tensors: Any, **_: Any) -> Outputs:
+    return [(_mask_shape(Seen(*tensors)), tensors[0].dtype)]
+
+
+_SEEN = (
+    "Tensor E, Tensor X, Tensor T, Tensor residual, Tensor late, Tensor size, Tensor? G, Tensor? gE, Tensor? gX, "
+    "Tensor? Z, Tensor? left"
+)
+
+
+@in_graphs(
+    "pair_mask",
+    f"({_SEEN}, *, float eps, bool forward_mode, {NUMBERS}) -> Tensor",
+    _mask_outputs,
+    _hold_mask,
+    _restore_mask,
+)
 class _PairMask(Function):
     """(setting, *seen) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
 
@@ -78,12 +118,7 @@ class _PairMask(Function):
         k = seen.E.shape[-1]
         mask = _pair_mask(seen, setting).to(seen.E.dtype)
         setting.clustered = setting.clustered or bool((mask.sum(-1) < k - 1).any())
-        shapes = [mask.shape]
-        if seen.G is not None:
-            shapes.append(seen.G.shape)
-        if seen.gE is not None:
-            shapes.append(seen.gE.shape + seen.gE.shape[-1:])
-        return mask.expand(broadcast(*shapes)).contiguous()
+        return mask.expand(_mask_shape(seen)).contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -107,38 +142,56 @@ class _PairMask(Function):
         return mask, 0
 
 
+def _hold_order(W: Tensor, F: Tensor, order: int) -> Held:
+    return (W, F), {"order": order}
+
+
+@in_graphs(
+    "second_order_at_most",
+    "(Tensor W, Tensor F, *, int order) -> Tensor",
+    lambda W, F, order: [(W.shape, W.dtype)],
+    _hold_order,
+    lambda W, F, order: (W, F, order),
+)
 class SecondOrderAtMost(Function):
-    """W -> W; warns where a third derivative passes through."""
+    """(W, F, order) -> W, of which `order` derivatives have been taken; warns of a third where F has a cluster."""
 
     @staticmethod
-    def forward(W: Tensor, order: int) -> Tensor:
+    def forward(W: Tensor, F: Tensor, order: int) -> Tensor:
+        if order > 1 and bool(((F == 0).sum(-1) > 1).any()):
+            warn(
+                "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some "
+                "are here"
+            )
         return W.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.order = inputs[1]
+        _, F, ctx.order = inputs
+        ctx.save_for_backward(F)
+        ctx.save_for_forward(F)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _warn_third(g, ctx.order), None
+        (F,) = ctx.saved_tensors
+        return SecondOrderAtMost.apply(g, F, ctx.order + 1), None, None
 
     @staticmethod
-    def jvp(ctx: Any, t: Tensor, _: Any) -> Tensor:
-        return _warn_third(t, ctx.order)
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
+        (F,) = ctx.saved_tensors
+        return SecondOrderAtMost.apply(t, F, ctx.order + 1)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Tuple[Any, ...], W: Tensor, order: int) -> Any:
-        return SecondOrderAtMost.apply(W, order), in_dims[0]
-
-
-def _warn_third(g: Tensor, order: int) -> Tensor:
-    if order < 1:
-        return SecondOrderAtMost.apply(g, order + 1)
-    warn(
-        "lobpcg: derivatives beyond the second are incomplete where eigenvalues are equal to rounding, as some are "
-        "here"
-    )
-    return g
+    def vmap(
+        info: Any, in_dims: Tuple[Any, ...], W: Tensor, F: Tensor, order: int
+    ) -> Any:
+        if in_dims[0] is None:
+            W = W.expand((info.batch_size, *W.shape))
+        else:
+            W = W.movedim(in_dims[0], 0)
+        # F is looked at as a whole, so its batches may stand anywhere but last.
+        F = F if in_dims[1] is None else F.movedim(in_dims[1], 0)
+        return SecondOrderAtMost.apply(W, F, order), 0
 
 
 # ------------------------------------------------------------------------------------- equal eigenvalues
@@ -213,6 +266,8 @@ def _gaps(seen: Seen, setting: _Setting) -> Gaps:
 def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
     """See the top of the module; reports on the way."""
     E, G, gE, gX = seen.E, seen.G, seen.gE, seen.gX
+    if not setting.forward_mode and is_clear(seen, setting.eps):
+        return ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
     eps, m = torch.finfo(E.dtype).eps, seen.X.shape[-2]
     gaps = _gaps(seen, setting)
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
@@ -362,7 +417,7 @@ def _check_weights(seen: Seen, gaps: Gaps, differ: Tensor) -> None:
         return found(_part(text))
     found(
         f"{text}, as a function of X f(E) X^H does. Such a function has a derivative there, but gradients with respect "
-        "to E and X do not hold all of it; the part that they hold is returned. Write it with a function of a small "
-        "matrix and the projector's vectors, X f(X^H A X) X^H, f for one torch.linalg.matrix_exp, or as a sum over the "
-        "cluster of functions of X X^H alone and of E alone."
+        "to E and X do not hold all of it; the part that they hold is returned. Write it in the projector form "
+        "X f(X^H A X) X^H, with f a function of the small matrix, such as torch.linalg.matrix_exp, or as functions of "
+        "X X^H and of a sum over the cluster of its eigenvalues."
     )

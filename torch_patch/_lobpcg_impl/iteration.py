@@ -42,6 +42,7 @@ from torch._lobpcg_impl.convergence import (
     Verdict,
 )
 from torch._lobpcg_impl.operand import Pencil
+from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.ritz import (
     hermitian,
     real_diagonal,
@@ -222,6 +223,7 @@ class LOBPCG:
         )
         self.w_valid = self.E
         self.forms_K: Optional[Tensor] = None  # r^H K r of the last W, where W is
+        self.forms_B = self.e  # w^H B w, where small matrices are
         self.least_B = self.least_K = self.e.new_ones(())
         self.d = self.e[..., :0]  # of the last Ritz step
         self.least = 1.0
@@ -419,9 +421,9 @@ class LOBPCG:
     def check_start(self, X: Tensor, G: Tensor) -> None:
         """Error if B is seen not to be positive definite (X: unit or zero columns, G = X^H B X)."""
         if self.pencil.generalized and bool(
-            ((real_diagonal(G) <= 0) & (norms(X) > 0.5).to(G.device)).any()
+            (bad := (real_diagonal(G) <= 0) & (norms(X) > 0.5).to(G.device)).any()
         ):
-            self.raise_not_positive("B")
+            self.raise_not_positive("B", bad)
 
     def guard_against_missed_pairs(self) -> None:
         """Decide when fresh columns join a caller's block, which may lack a wanted vector without anything in it to show
@@ -440,6 +442,11 @@ class LOBPCG:
         self.guarded = suspicious or whole and self.iparams.get("chosen", 0) > 0
         if suspicious and self.n < self.m:
             self.join(self.n, max(_FRESH, k // 4))
+        elif self.guarded and self.pencil.iK is not None and self.n < self.m:
+            # With iK a few iterations more would be half of the solve: a fresh column takes the place of the last guard.
+            self.probe = max(k, self.n - _FRESH)
+            self.join(self.probe, _FRESH)
+            self.guarded = False
 
     def join(self, kept: int, count: int) -> None:
         """Go on with the first `kept` columns of X and `count` fresh ones, P empty."""
@@ -465,7 +472,9 @@ class LOBPCG:
         """
         k = self.iparams["k"]
         if not self.joined:
-            self.join(self.n, _FRESH)
+            # In the place of the caller's guards: only a column that nobody chose has to settle then.
+            self.probe = k
+            self.join(k, max(self.n - k, _FRESH))
             return
         e, rho = self.before
         # More than the eigenvalues could still improve by, and than rounding.
@@ -567,7 +576,8 @@ class LOBPCG:
             self.host,
         )
         if self.pencil.generalized:
-            self.least_B = real_diagonal(gram_B.narrow(-1, first, self.active)).min()
+            self.forms_B = real_diagonal(gram_B.narrow(-1, first, self.active))
+            self.least_B = self.forms_B.min()
         self.advance(step)
 
     def advance(self, step: Ritz) -> None:
@@ -663,7 +673,7 @@ class LOBPCG:
         more = candidates
         if self.joined:
             settled = self.settled()
-            candidates, more = self.n, self.n
+            candidates = more = min(self.n, max(self.probe, k) + 2)
         elif self.bparams.get("separate", False) and self.n > k:
             settled, more = self.separated(), max(candidates, k + 1)
         rules = Rules(k, candidates, more, self.eps**0.5, self.loss())
@@ -794,9 +804,10 @@ class LOBPCG:
         if not verdict.total < float("inf"):
             self.raise_not_finite()
         if verdict.least_B < 0.0:
-            self.raise_not_positive("B")
+            self.raise_not_positive("B", self.forms_B < 0.0)
         if verdict.least_K < 0.0:
-            self.raise_not_positive("iK")
+            assert self.forms_K is not None
+            self.raise_not_positive("iK", self.forms_K < 0.0)
         self.drift += 4.0 * self.eps + self.eps / verdict.least
         if self.orthogonal_left > 0:
             self.orthogonal_left -= 1
@@ -808,14 +819,16 @@ class LOBPCG:
         keep."""
         return max(1e-3, self.eps**0.25)
 
-    def raise_not_positive(self, name: str) -> None:
+    def raise_not_positive(self, name: str, bad: Tensor) -> None:
+        where = members(bad.any(-1), len(self.batch))
         raise ValueError(
-            f"lobpcg: {name} is not positive definite: x^H {name} x <= 0 for a vector x met in iteration "
+            f"lobpcg: {name} is not positive definite{where}: x^H {name} x <= 0 for a vector x met in iteration "
             f"{self.ivars['istep']}; {name} must be Hermitian positive definite"
         )
 
     def raise_not_finite(self) -> None:
+        bad = ~torch.isfinite(self.tvars["rerr"]).all(-1)
         raise ValueError(
-            f"lobpcg: a product with A, B or iK is NaN or infinite in iteration {self.ivars['istep']}; "
-            "check the operator, or rescale it"
+            f"lobpcg: a product with A, B or iK is NaN or infinite in iteration {self.ivars['istep']}"
+            f"{members(bad, len(self.batch))}; check the operator, or rescale it"
         )

@@ -6,10 +6,9 @@ batches are inside.  The parameters of an operand are the tensors that autograd 
 tensor.  `with_parameters` is the same operand on other tensors, live ones in the place of detached ones; what was
 converted once for products stays with it.
 
-To add a kind of operand, write a subclass and name it in `operand`.
+To add a kind of operand, write a subclass of Operand, as in module matrix_free, and name it in `operand`.
 """
 
-import copy
 import itertools
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -17,8 +16,17 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl import arguments
-from torch._lobpcg_impl.blocks import fixed_block, gram, largest_entries, safe_scale
+from torch._lobpcg_impl.abstract_operand import Operand, Probe
+from torch._lobpcg_impl.blocks import (
+    fixed_block,
+    gram,
+    largest_entries,
+    safe_scale,
+    UNSCALED,
+)
 from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
+from torch._lobpcg_impl.matrix_free import MatrixFree
+from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.sparse import (
     block_diagonal,
     by_rows,
@@ -33,7 +41,14 @@ from torch._lobpcg_impl.sparse import (
     SparseFromValues,
     SparseProduct,
 )
-from torch._lobpcg_impl.transforms import sum_to
+from torch._lobpcg_impl.transforms import (
+    batched_first,
+    broadcast,
+    in_transform,
+    is_traced,
+    sum_to,
+    twin,
+)
 
 
 # Rows of a dense matrix multiplied at a time: with a thin block they and their result stay in the cache.
@@ -43,108 +58,16 @@ _ROWS_AT_A_TIME = 256
 _CHOLESKY_CHECK_BELOW = 4097
 
 
-def operand(M: Any, name: str) -> "Operand":
-    """The operand that M, a tensor, a callable or None for the identity, stands for."""
+def operand(M: Any, name: str, batch: Sequence[int] = ()) -> "Operand":
+    """The operand that M, a tensor, a callable or None for the identity, stands for.
+
+    batch: the batch shape of the problem, which a callable does not tell.
+    """
     if M is None:
         return Identity(name)
     if not isinstance(M, Tensor):
-        return MatrixFree(name, M)
+        return MatrixFree(name, M, batch)
     return Sparse(name, M) if is_sparse(M) else Dense(name, M)
-
-
-class Operand:
-    """A Hermitian linear map on blocks (*, m, p).
-
-    parameters: the tensors that a derivative is taken in.  stored: numbers held, 0 if unknown.  columns: how many
-    vectors `apply` has multiplied so far.
-    """
-
-    parameters: Tuple[Tensor, ...] = ()
-    stored = 0
-    columns = 0
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def with_parameters(self, *parameters: Tensor) -> "Operand":
-        return self
-
-    def with_gradient(self) -> "Operand":
-        """The operand in a form in which gradients of any order exist."""
-        return self
-
-    def apply(self, V: Tensor) -> Tensor:
-        """The product with V (+, *, m, p), same shape and dtype, not recorded by autograd; V is not written to."""
-        self.columns += V.shape[-1]
-        return self._multiply(V)
-
-    def _multiply(self, V: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def product(self, V: Tensor) -> Tensor:
-        """The product with V, differentiable in the parameters and V."""
-        return self.apply(V)
-
-    def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
-        """Cotangents of the parameters for cotangents U of the products with V, summed over the pairs (U, V);
-        differentiable in U and V.  That of a Hermitian matrix is the Hermitian part of sum U V^H."""
-        return ()
-
-    def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
-        """The tangent of the product at fixed V for tangents of the parameters, which act through their Hermitian
-        parts; differentiable."""
-        return torch.zeros_like(V)
-
-    def largest(self, V: Tensor) -> Tensor:
-        """The size of the largest entry of each matrix, NaN or infinite if any entry is: (*) or ().
-
-        V, here and below: a block (*, m, 2) of fixed numbers, from whose product an operand without entries knows.
-        """
-        raise NotImplementedError
-
-    def mean_square(self, V: Tensor) -> Tensor:
-        """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""
-        raise NotImplementedError
-
-    def diagonal(self) -> Optional[Tensor]:
-        """The diagonal, real, (*, m); None where it is not known."""
-        return None
-
-    def row_squares(self, d: Tensor) -> Optional[Tensor]:
-        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None where
-        entries are not known."""
-        return None
-
-    def scaled(self, scale: Tensor) -> "Operand":
-        """scale * M for powers of two (*) or ()."""
-        raise NotImplementedError
-
-    def dense(self) -> Tensor:
-        """The matrix, (*, m, m)."""
-        raise NotImplementedError
-
-    def in_double(self) -> "Operand":
-        raise NotImplementedError
-
-    def member(self, position: Tuple[int, ...]) -> "Operand":
-        """The operand of one matrix of the batch; a batch dimension of size 1, or none, serves all positions."""
-        return self
-
-    def check_finite(self, V: Tensor) -> Tensor:
-        """largest(V); ValueError where it is not finite."""
-        largest = self.largest(V)
-        if not all(map(math.isfinite, largest.reshape(-1).tolist())):
-            raise ValueError(
-                f"lobpcg: {self.name} has NaN or infinite entries; every entry must be finite: check what produced "
-                f"{self.name}"
-            )
-        return largest
-
-    def check_hermitian(self, V: Tensor) -> None:
-        """ValueError where the matrix is seen not to be Hermitian."""
-
-    def check_positive(self) -> None:
-        """ValueError where the matrix is seen at once not to be positive definite."""
 
 
 class Identity(Operand):
@@ -156,10 +79,10 @@ class Identity(Operand):
     def product(self, V: Tensor) -> Tensor:
         return V
 
-    def mean_square(self, V: Tensor) -> Tensor:
+    def mean_square(self, probe: Probe) -> Tensor:
         return torch.ones([], dtype=torch.float64)
 
-    def largest(self, V: Tensor) -> Tensor:
+    def largest(self, probe: Probe) -> Tensor:
         return torch.ones([], dtype=torch.float64)
 
     def scaled(self, scale: Tensor) -> Operand:
@@ -180,8 +103,12 @@ class _Matrix(Operand):
     def parameters(self) -> Tuple[Tensor, ...]:  # type: ignore[override]
         return (self.tensor,)
 
+    @property
+    def batch(self) -> Tuple[int, ...]:  # type: ignore[override]
+        return () if self.tensor is None else tuple(self.tensor.shape[:-2])
+
     def with_parameters(self, *parameters: Tensor) -> "_Matrix":
-        same = copy.copy(self)
+        same = twin(self)
         (same.tensor,) = parameters
         return same
 
@@ -192,7 +119,7 @@ class _Matrix(Operand):
         )
 
     def scaled(self, scale: Tensor) -> Operand:
-        if _all_ones(scale):
+        if bool((scale == 1.0).all()):
             return self
         return operand(self._times(scale.to(self.tensor.dtype.to_real())), self.name)
 
@@ -220,7 +147,8 @@ class Dense(_Matrix):
         if (
             not blocked
             or torch.is_grad_enabled()
-            or torch._C._are_functorch_transforms_active()
+            or in_transform()
+            or is_traced(A, V)
         ):
             return torch.matmul(A, V)
         rows, U = V.mT, V.new_empty((p, V.shape[-2]))
@@ -244,14 +172,14 @@ class Dense(_Matrix):
             else (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
         )
 
-    def largest(self, V: Tensor) -> Tensor:
+    def largest(self, probe: Probe) -> Tensor:
         if self.tensor.shape[-1] == 0:
             return self.tensor.new_zeros(self.tensor.shape[:-2], dtype=torch.float64)
         return largest_entries(self.tensor.flatten(-2).unsqueeze(-1))[..., 0].to(
             torch.float64
         )
 
-    def mean_square(self, V: Tensor) -> Tensor:
+    def mean_square(self, probe: Probe) -> Tensor:
         return (
             torch.linalg.vector_norm(self.tensor, dim=(-2, -1)).square()
             / self.tensor.shape[-1]
@@ -277,23 +205,17 @@ class Dense(_Matrix):
 
     def check_positive(self) -> None:
         d = self.diagonal()
-        bad = bool((d <= 0).any())
-        if not bad and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
+        bad = (d <= 0).any(-1)
+        if not bool(bad.any()) and self.tensor.shape[-1] < _CHOLESKY_CHECK_BELOW:
             # Scaled to a unit diagonal the factorisation neither overflows nor mistakes a graded matrix for a singular
             # one.
             s = d.rsqrt()
-            bad = bool(
-                (
-                    torch.linalg.cholesky_ex(
-                        self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
-                    )[1]
-                    > 0
-                ).any()
-            )
-        if bad:
+            scaled = self.tensor * s.unsqueeze(-1) * s.unsqueeze(-2)
+            bad = torch.linalg.cholesky_ex(scaled)[1] > 0
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite (its Cholesky factorisation fails); {self.name} must be "
-                "Hermitian positive definite"
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())} (its Cholesky factorisation "
+                f"fails); {self.name} must be Hermitian positive definite"
             )
 
 
@@ -315,7 +237,7 @@ class Sparse(_Matrix):
             )
         self.made: Dict[str, Any] = {}  # shared by all copies with other parameters
 
-    def with_gradient(self) -> Operand:
+    def with_gradient(self, probe: Probe) -> Operand:
         """ValueError where a position (r, c) is stored without (c, r): the gradient has no place there."""
         M = self.tensor
         if not M.requires_grad:
@@ -399,7 +321,7 @@ class Sparse(_Matrix):
             .reshape(batch)
         )
 
-    def largest(self, V: Tensor) -> Tensor:
+    def largest(self, probe: Probe) -> Tensor:
         values = self.rows.values().abs().to(torch.float64)
         batch = self.tensor.shape[:-2]
         if not batch:
@@ -411,7 +333,7 @@ class Sparse(_Matrix):
             .reshape(batch)
         )
 
-    def mean_square(self, V: Tensor) -> Tensor:
+    def mean_square(self, probe: Probe) -> Tensor:
         values, m = self.rows.values(), max(1, self.tensor.shape[-1])
         if self.tensor.dim() == 2:
             return torch.linalg.vector_norm(values).square() / m
@@ -430,7 +352,7 @@ class Sparse(_Matrix):
         )
 
     def row_squares(self, d: Tensor) -> Tensor:
-        squares = copy.copy(self)
+        squares = twin(self)
         M = self.rows
         values = M.values().abs().to(torch.float64).square()
         rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
@@ -468,97 +390,35 @@ class Sparse(_Matrix):
             ),
         )
 
-    def check_hermitian(self, V: Tensor) -> None:
+    def check_hermitian(self, probe: Probe) -> None:
         """By |u^H M v - conj(v^H M u)| for fixed random u, v: a single unequal pair of entries shows with probability
         one, at the cost of one product with two columns.
 
         The rounding error of the two forms is at most 2 m eps ||M||_F / sqrt(m) |u| |v|, and sqrt(m) times smaller as a
         rule.
         """
-        forms = gram(
-            V, self._multiply(V)
-        )  # (*, 2, 2): entry (i, j) is u_i . M u_j, for real u
+        V = probe()
+        # (*, 2, 2): entry (i, j) is u_i . M u_j, for real u
+        forms = gram(V, self._multiply(V))
         skew = (forms - forms.mH).abs().amax((-2, -1))
-        limit = (
-            8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * self.mean_square(V).sqrt()
-        )
-        if bool((skew > limit).any()):
+        size = self.mean_square(probe).sqrt()
+        limit = 8.0 * torch.finfo(V.dtype).eps * V.shape[-2] * size
+        bad = skew > limit
+        if bool(bad.any()):
             name = self.name
             raise ValueError(
-                f"lobpcg: sparse {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
+                f"lobpcg: sparse {name} is not Hermitian{members(bad, bad.dim())}: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
                 f"fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian "
                 f"matrix, such as ({name} + {name}^H) / 2"
             )
 
     def check_positive(self) -> None:
-        if bool((self.diagonal() <= 0).any()):
+        bad = (self.diagonal() <= 0).any(-1)
+        if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite: a diagonal entry is not positive; {self.name} must be "
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())}: a diagonal entry is not positive; {self.name} must be "
                 "Hermitian positive definite"
             )
-
-
-class MatrixFree(Operand):
-    """A matrix known by its products: a callable on blocks (*, m, p), a constant to autograd."""
-
-    def __init__(
-        self,
-        name: str,
-        call: Callable[[Tensor], Tensor],
-        scale: Optional[Tensor] = None,
-    ) -> None:
-        super().__init__(name)
-        self.call, self.scale = call, scale
-        self._probe: Optional[Tensor] = None
-
-    def _multiply(self, V: Tensor) -> Tensor:
-        U = self.call(V)
-        name = self.name
-        if not isinstance(U, Tensor):
-            raise TypeError(
-                f"lobpcg: {name} returned {type(U).__name__}; a callable {name} must map a block (*, m, p) to a tensor "
-                "of the same shape"
-            )
-        if U.shape != V.shape or U.dtype != V.dtype or U.device != V.device:
-            raise ValueError(
-                f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.device} for a block of shape "
-                f"{tuple(V.shape)}, {V.dtype}, {V.device}; a callable must keep shape, dtype and device"
-            )
-        # Seen here a NaN has a name; later it would be a factorisation that fails.
-        if U.numel() > 0 and not bool(torch.isfinite(largest_entries(U)).all()):
-            raise ValueError(
-                f"lobpcg: {name} returned NaN or infinite values for a finite block; check the callable {name}"
-            )
-        return U if self.scale is None else U * self.scale[..., None, None]
-
-    def scaled(self, scale: Tensor) -> Operand:
-        if _all_ones(scale):
-            return self
-        return MatrixFree(
-            self.name, self.call, scale if self.scale is None else self.scale * scale
-        )
-
-    def _probed(self, V: Tensor) -> Tensor:
-        """The product with the fixed block, made once."""
-        if self._probe is None:
-            self._probe = self.apply(V)
-        return self._probe
-
-    def largest(self, V: Tensor) -> Tensor:
-        return largest_entries(self._probed(V)).amax(-1).to(torch.float64)
-
-    def mean_square(self, V: Tensor) -> Tensor:
-        ratio = torch.linalg.vector_norm(
-            self._probed(V), dim=(-2, -1)
-        ) / torch.linalg.vector_norm(V, dim=(-2, -1))
-        return ratio.square()
-
-    def in_double(self) -> Operand:
-        return self
-
-
-def _all_ones(scale: Tensor) -> bool:
-    return all(value == 1.0 for value in scale.reshape(-1).tolist())
 
 
 def _adjoint(M: Tensor) -> Tensor:
@@ -614,8 +474,8 @@ def hermitian_part(M: Any) -> Any:
 
 def _is_hermitian(M: Tensor) -> bool:
     """Whether dense M (*, m, m) equals M^H to the bit; by tiles, since the transpose as a whole would miss the cache
-    throughout.  False under a transform, where values cannot be looked at."""
-    if torch._C._are_functorch_transforms_active():
+    throughout.  False under a transform or a tracer, where values cannot be looked at."""
+    if in_transform() or is_traced(M):
         return False
     M = M.detach()
     m, tile = M.shape[-1], 512
@@ -649,17 +509,17 @@ class Pencil:
             like.device,
             batch,
         )
-        self.scale_A = self.scale_B = torch.ones([], dtype=torch.float64)
+        self.scale_A = self.scale_B = UNSCALED
         self.rescaled = False
 
     @classmethod
     def of(cls, A: Any, B: Any, iK: Any, X: Optional[Tensor]) -> "Pencil":
-        like = next(T for T in (A, X, B) if isinstance(T, Tensor))
+        like, _ = arguments.model_of(A, X, B)
         batch = arguments.batch_shape(A=A, B=B, X=X, iK=iK)
         return cls(
-            operand(A, "A"),
-            operand(B, "B"),
-            None if iK is None else operand(iK, "iK"),
+            operand(A, "A", batch),
+            operand(B, "B", batch),
+            None if iK is None else operand(iK, "iK", batch),
             like,
             batch,
         )
@@ -684,7 +544,6 @@ class Pencil:
             tuple(itertools.islice(given, len(M.parameters))) for M in self.operands
         ]
 
-    @property
     def probe(self) -> Tensor:
         """Two fixed vectors, (*, m, 2), of which no start block has one."""
         return fixed_block(self.m, 2, 1 << 20, self.empty()).expand(
@@ -702,45 +561,88 @@ class Pencil:
         same = self.of_operands(
             operands[0], operands[1], None if self.iK is None else operands[2]
         )
-        same.batch = arguments.batch_shape(
-            **{str(i): T for i, T in enumerate([*parameters, X])}
-        )
+        shapes = [M.batch for M in operands]
+        same.batch = broadcast(*shapes, () if X is None else X.shape[:-2])
         return same
+
+    def mapped(
+        self,
+        size: int,
+        in_dims: Sequence[Optional[int]],
+        parameters: Sequence[Any],
+        others: Sequence[Any],
+        dims_of_others: Sequence[Optional[int]],
+        trailing: Sequence[int],
+    ) -> Tuple["Pencil", List[Any], List[Any], int]:
+        """The pencil of a batch of `size`, its parameters and other tensors, with `trailing` dimensions that are not
+        batch; and the largest number of batch dimensions below the mapped one.
+
+        Matrices and other tensors get the mapped dimension as their first batch dimension; the parameters of a callable
+        have any shape and stay as they are: the callable is mapped itself.
+        """
+        dims = [tuple(own) for own in self.split(in_dims)]
+        values = self.split(parameters)
+        known = [isinstance(M, (_Matrix, Identity)) for M in self.operands]
+        matrices = [T for own, is_known in zip(values, known) if is_known for T in own]
+        depth = [d for own, is_known in zip(dims, known) if is_known for d in own]
+        moved, deepest = batched_first(
+            size,
+            (*dims_of_others, *depth),
+            (*others, *matrices),
+            (*trailing, *(2 for _ in matrices)),
+        )
+        rest = iter(moved[len(others) :])
+        found = [
+            next(rest) if is_known else T
+            for own, is_known in zip(values, known)
+            for T in own
+        ]
+        A, B, *iK = (
+            M if all(d is None for d in own) else M.mapped(size, own)
+            for M, own in zip(self.operands, dims)
+        )
+        pencil = self.of_operands(A, B, iK[0] if iK else None)
+        return pencil, found, moved[: len(others)], deepest
 
     def with_gradients(self) -> "Pencil":
         """The pencil in a form in which gradients of any order exist.  ValueError where they do not."""
-        return self.of_operands(self.A.with_gradient(), self.B.with_gradient(), self.iK)
+        A, B, iK = self.A, self.B, self.iK
+        A, B = (M.with_gradient(self.probe) for M in (A, B))
+        if iK is not None and in_transform():
+            # A constant, whose tensors a transform has wrapped all the same.
+            iK = iK.with_gradient(self.probe)
+        return self.of_operands(A, B, iK)
 
     def bare(self) -> "Pencil":
         """The pencil without its tensors, for an autograd Function to keep beside those that it saves."""
         return self.with_parameters([None] * len(self.parameters))
 
     def of_operands(self, A: Operand, B: Operand, iK: Optional[Operand]) -> "Pencil":
-        same = copy.copy(self)
+        same = twin(self)
         same.A, same.B, same.iK = A, B, iK
         return same
 
     def checked(self) -> "Pencil":
         """The pencil near size one, its values checked; iK stays as it is.
 
-        Raises ValueError unless A, B and iK are finite, A and B Hermitian where they are sparse, and B positive
-        definite as far as that shows at once.  A callable is trusted.
+        Raises ValueError unless A, B and iK are finite, A and B Hermitian where they are sparse and linear where they
+        are callables, and B positive definite as far as that shows at once.
         """
-        # Dense matrices are looked at, not multiplied.
-        probe = self.empty() if self.is_dense() else self.probe
         same = self.of_operands(self.A, self.B, self.iK)
-        same.scale_A = safe_scale(self.A.check_finite(probe), self.dtype)
-        same.A = self.A.scaled(same.scale_A)
+        same.A, same.scale_A = self._near_one(self.A)
         if self.generalized:
-            same.scale_B = safe_scale(self.B.check_finite(probe), self.dtype)
-            same.B = self.B.scaled(same.scale_B)
+            same.B, same.scale_B = self._near_one(self.B)
         same.rescaled = same.A is not self.A or same.B is not self.B
         for M in (same.A, same.B):
-            M.check_hermitian(probe)
+            M.check_hermitian(self.probe)
         same.B.check_positive()
         if isinstance(self.iK, _Matrix):  # the products of a callable are checked, each
-            self.iK.check_finite(probe)
+            self.iK.check_finite(self.probe)
         return same
+
+    def _near_one(self, M: Operand) -> Tuple[Operand, Tensor]:
+        scale = safe_scale(M.check_finite(self.probe), self.dtype)
+        return (M if scale is UNSCALED else M.scaled(scale)), scale
 
     def member(self, position: Tuple[int, ...]) -> "Pencil":
         """The pencil of one matrix of the batch."""

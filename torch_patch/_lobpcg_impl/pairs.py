@@ -81,7 +81,7 @@ def pencil_size(pairs: Pairs) -> Tensor:
         length = norms(V)
         return pairs.scale / torch.where(length > 0, length, torch.ones_like(length))
     masses, E = root_of_masses(pencil), E.abs()
-    size_A, size_B = (_mean_size(M, pencil.probe, masses) for M in pencil.operands[:2])
+    size_A, size_B = (_mean_size(M, pencil.probe(), masses) for M in pencil.operands[:2])
     return torch.maximum(size_A, E) + E * size_B
 
 

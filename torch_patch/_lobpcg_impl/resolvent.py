@@ -24,11 +24,20 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import norms
 from torch._lobpcg_impl.complement import solve_on_complement, system_tolerance
+from torch._lobpcg_impl.graph import (
+    hold_pencil,
+    in_graphs,
+    MATRICES,
+    NUMBERS,
+    Outputs,
+    restore_pencil,
+)
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     batched_first,
+    broadcast,
     refuse_nested_forward_mode,
     sum_to,
     without_autocast,
@@ -50,6 +59,18 @@ def reduced_resolvent(pairs: Pairs, b: Tensor, E: Optional[Tensor] = None) -> Te
     )
 
 
+def _block_shape(*tensors: Any, **numbers: Any) -> Outputs:
+    X, b = tensors[4:6]
+    return [((*broadcast(X.shape[:-2], b.shape[:-2]), *X.shape[-2:]), X.dtype)]
+
+
+@in_graphs(
+    "resolvent",
+    f"({MATRICES}, Tensor E, Tensor X, Tensor b, Tensor T, Tensor Y, Tensor residual, *, {NUMBERS}) -> Tensor",
+    _block_shape,
+    hold_pencil,
+    restore_pencil,
+)
 class ReducedResolvent(Function):
     """(pencil, options, E, X, b, T, Y, residual, parameters of the pencil ...) -> [R_j b_j]."""
 
@@ -65,7 +86,9 @@ class ReducedResolvent(Function):
         residual: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        tol = system_tolerance(E, X, T, residual[..., : E.shape[-1]], options.tol)
+        k, tol = E.shape[-1], options.tol
+        if k + T.shape[-1] < X.shape[-2]:
+            tol = system_tolerance(E, X, T, residual[..., :k], tol)
         with without_autocast(X):
             return solve_on_complement(
                 pencil.with_parameters(parameters),
@@ -145,7 +168,7 @@ class ReducedResolvent(Function):
         options: Options,
         *tensors: Any,
     ) -> Any:
-        mapped = _mapped(info.batch_size, in_dims[2:], tensors)
+        pencil, mapped = _mapped(info.batch_size, in_dims[2:], pencil, tensors)
         return ReducedResolvent.apply(pencil, options, *mapped), 0
 
 
@@ -172,17 +195,20 @@ def _saved(ctx: Any) -> Tuple[Tensor, Tensor, Pairs]:
     )
 
 
-def _mapped(size: int, in_dims: Tuple[Any, ...], tensors: Tuple[Any, ...]) -> List[Any]:
-    """E, X, b, T, Y, residual, parameters with the mapped dimension first, in such a way that they broadcast."""
-    trailing = (1, 2, 2, 1, 2, 1) + (2,) * (len(tensors) - 6)
-    (E, X, b, *others), _ = batched_first(size, in_dims, tensors, trailing)
+def _mapped(
+    size: int, in_dims: Tuple[Any, ...], pencil: Pencil, tensors: Tuple[Any, ...]
+) -> Tuple[Pencil, List[Any]]:
+    """The pencil; E, X, b, T, Y, residual, parameters with the mapped dimension first, so that they broadcast."""
+    pencil, parameters, (E, X, b, *others), _ = pencil.mapped(
+        size, in_dims[6:], tensors[6:], tensors[:6], in_dims[:6], (1, 2, 2, 1, 2, 1)
+    )
     # A mapped b alone stays a set of further columns for one operator; anything else mapped maps the operator.
     if in_dims[2] is None:
         b = b.expand((size,) + tuple(b.shape))
     if any(dim is not None for i, dim in enumerate(in_dims) if i != 2):
         E = E.expand((size,) + tuple(E.shape)) if in_dims[0] is None else E
         X = X.expand((size,) + tuple(X.shape)) if in_dims[1] is None else X
-    return [E, X, b, *others]
+    return pencil, [E, X, b, *others, *parameters]
 
 
 def distance_of_quotient(
@@ -222,6 +248,18 @@ def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
     return _NearestOutside.apply(pairs.pencil.bare(), pairs.options, *tensors)
 
 
+def _number_shape(*tensors: Any, **numbers: Any) -> Outputs:
+    E = tensors[3]
+    return [((*E.shape[:-1], 1), E.dtype)]
+
+
+@in_graphs(
+    "nearest_outside",
+    f"({MATRICES}, Tensor E, Tensor X, Tensor late, Tensor T, Tensor Y, Tensor residual, *, {NUMBERS}) -> Tensor",
+    _number_shape,
+    hold_pencil,
+    restore_pencil,
+)
 class _NearestOutside(Function):
     @staticmethod
     def forward(
@@ -284,8 +322,8 @@ class _NearestOutside(Function):
     ) -> Any:
         (late,), _ = batched_first(info.batch_size, in_dims[4:5], tensors[2:3], (1,))
         dims = in_dims[2:4] + (None,) + in_dims[5:]
-        E, X, _, *others = _mapped(
-            info.batch_size, dims, tensors[:2] + (tensors[1],) + tensors[3:]
+        pencil, (E, X, _, *others) = _mapped(
+            info.batch_size, dims, pencil, tensors[:2] + (tensors[1],) + tensors[3:]
         )
         return _NearestOutside.apply(pencil, options, E, X, late, *others), 0
 

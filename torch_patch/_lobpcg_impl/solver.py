@@ -1,7 +1,7 @@
 """From a pencil to eigenpairs, without autograd: a dense solve or the iteration, batches under a tracker."""
 
 import itertools
-from typing import Optional
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
     """
     pencil, m, batch = pencil.checked(), pencil.m, pencil.batch
     if X is not None:
-        operand(X, "X").check_finite(X)
+        operand(X, "X").check_finite(lambda: X)
     if 0 in batch:
         return _no_pairs(pencil, options.n)
     if dense_is_cheaper(pencil, options):
@@ -103,6 +103,21 @@ def _dense_up_to(pencil: Pencil, options: Options) -> int:
     )
 
 
+def pair_shapes(
+    pencil: Pencil, options: Options
+) -> List[Tuple[Sequence[int], torch.dtype]]:
+    """Shape and dtype of what Pairs hold: E, X, T, Y, residual, scale.  No value decides how many pairs are found."""
+    batch, m, k = pencil.batch, pencil.m, options.k
+    dense = 0 not in batch and dense_is_cheaper(pencil, options)
+    found, n = (m, k) if dense else (options.n, options.n)
+    further = found - k if options.differentiated else 0
+    vectors = ([*batch, m, k], [*batch, m, further])
+    values = ([*batch, p] for p in (k, further, n, n))
+    X, Y = ((shape, pencil.dtype) for shape in vectors)
+    E, T, residual, scale = ((shape, pencil.dtype.to_real()) for shape in values)
+    return [E, X, T, Y, residual, scale]
+
+
 def found_in_double(pencil: Pencil) -> bool:
     """Whether a dense solve is in double precision, whatever the precision of the pencil."""
     return pencil.generalized or pencil.m <= _DOUBLE_UP_TO
@@ -122,18 +137,14 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     A = pencil.A.dense().to(wide)
     if not pencil.generalized:
         E, X = torch.linalg.eigh(A)
-        BX, norm_B = X, torch.ones_like(E[..., :1])
-        norm_A = torch.maximum(
-            torch.linalg.vector_norm(E, dim=-1, keepdim=True) / m**0.5,
-            E.abs().amax(-1, keepdim=True),
-        )
+        BX = X
     else:
         B = pencil.B.dense().to(wide)
         L, info = torch.linalg.cholesky_ex(B)
         if bool((info > 0).any()):
             raise ValueError(
-                "lobpcg: B is not positive definite (its Cholesky factorisation fails); B must be Hermitian positive "
-                "definite"
+                f"lobpcg: B is not positive definite{members(info > 0, info.dim())} (its Cholesky factorisation "
+                "fails); B must be Hermitian positive definite"
             )
         half = torch.linalg.solve_triangular(L, A, upper=False)
         C = torch.linalg.solve_triangular(L, half.mH, upper=False)
@@ -148,7 +159,11 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     # The residual costs a product with A a column: of the pairs that are asked for, not of all m.
     first = X[..., :n]
     residual = norms(A @ first - BX[..., :n] * E[..., None, :n])
-    scale = (norm_A + E[..., :n].abs() * norm_B) * norms(first)
+    size = E.abs()
+    if pencil.generalized:
+        scale = (norm_A + size[..., :n] * norm_B) * norms(first)
+    else:
+        scale = size.amax(-1, keepdim=True) + size[..., :n]
     if pencil.rescaled:
         up, root = (
             T.to(E.dtype).unsqueeze(-1)
@@ -156,11 +171,11 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         )
         E, X = E * up * root.square(), X * root.unsqueeze(-1)
         residual, scale = residual * up * root, scale * up * root
-    shapes = ([m], [m, m], [n], [n])
-    return EigenPairs(
-        *(T.expand(batch + shape) for T, shape in zip((E, X, residual, scale), shapes)),
-        at_rounding=True,
-    )
+    found = (E, X, residual, scale)
+    if list(E.shape[:-1]) != batch:
+        shapes = ([m], [m, m], [n], [n])
+        found = tuple(T.expand(batch + shape) for T, shape in zip(found, shapes))
+    return EigenPairs(*found, at_rounding=True)
 
 
 def warn_unconverged(found: EigenPairs, pencil: Pencil, options: Options) -> None:

@@ -159,6 +159,9 @@ class Pattern:
             return batch * self.block_rows + index[-2], batch * self.block_rows + index[
                 -1
             ]
+        if start == end:  # nothing is stored
+            none = self.plain.new_zeros(0, dtype=torch.int64)
+            return none, none
         lines = self.compressed.shape[-1] - 1
         ends = self._line_ends()
         bounds = torch.tensor([start, end - 1], device=ends.device, dtype=ends.dtype)
@@ -399,7 +402,32 @@ class _Values(Function):
 
     @staticmethod
     def backward(ctx: Any, h: Optional[Tensor]) -> Any:
-        return None if h is None else SparseFromValues.apply(h, ctx.pattern)
+        if h is None:
+            return None
+        _refuse_accumulation(ctx.next_functions[0][0])
+        return SparseFromValues.apply(h, ctx.pattern)
+
+
+def _refuse_accumulation(node: Any) -> None:
+    """An error with a remedy where PyTorch is about to put a gradient into the .grad of a leaf whose layout it cannot
+    accumulate: it asks whether a CSC, BSR or BSC tensor is contiguous, which those refuse to say."""
+    if node is None or not hasattr(node, "variable"):
+        return
+    leaf = node.variable
+    try:
+        leaf.is_contiguous()
+        return
+    except RuntimeError:
+        pass
+    try:
+        if not torch._C._will_engine_execute_node(node):
+            return
+    except RuntimeError:  # autograd.grad captures the gradient of a leaf: nothing is accumulated
+        return
+    raise RuntimeError(
+        f"lobpcg: backward() cannot accumulate a gradient in a leaf of layout {leaf.layout}; PyTorch does that for "
+        "strided, COO and CSR leaves only: use torch.autograd.grad, or make the leaf CSR and convert it"
+    )
 
 
 class SparseProduct(Function):

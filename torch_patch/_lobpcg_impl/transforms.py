@@ -1,28 +1,13 @@
-"""What the autograd Functions of lobpcg have in common: saving by name, vmap, autocast."""
+"""What the autograd Functions of lobpcg have in common: what is active around them, vmap, autocast."""
 
 import contextlib
 import functools
 import itertools
-from typing import Any, Callable, ContextManager, Dict, List, Sequence, Tuple
+from typing import Any, Callable, ContextManager, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-
-def save(ctx: Any, **values: Any) -> None:
-    """Save tensors for backward and forward mode under their names, and everything else (callables, None) on ctx."""
-    ctx.names = [name for name, value in values.items() if isinstance(value, Tensor)]
-    tensors = [values[name] for name in ctx.names]
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.others = {
-        name: value for name, value in values.items() if not isinstance(value, Tensor)
-    }
-
-
-def saved(ctx: Any) -> Dict[str, Any]:
-    return {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors))}
 
 
 def in_transform() -> bool:
@@ -30,10 +15,40 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def may_be_differentiated(*operands: Any) -> bool:
+    """Whether autograd records, or a transform is active (which may be vmap alone)."""
+    recorded = torch.is_grad_enabled() and any(
+        isinstance(M, Tensor) and M.requires_grad for M in operands
+    )
+    return recorded or in_transform()
+
+
+def is_traced(*operands: Any) -> bool:
+    """Whether a call is recorded or has no values: a tracing mode, fake, functional or meta tensors."""
+    if torch._C._len_torch_dispatch_stack():
+        keys = torch._C._TorchDispatchModeKey
+        if any(
+            torch._C._get_dispatch_mode(key) is not None
+            for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+        ):
+            return True
+    for M in operands:
+        if not isinstance(M, Tensor):
+            continue
+        while torch._C._functorch.is_functorch_wrapped_tensor(M):
+            M = torch._C._functorch.get_unwrapped(M)
+        if M.is_meta or getattr(type(M), "_mode_key", None) is not None:
+            return True
+    return False
+
+
 def without_autocast(like: Tensor) -> ContextManager[Any]:
     """Products inside run in the dtype of the input: an autocast half-precision product would lose the derivative."""
     device = like.device.type
-    if not torch.amp.is_autocast_available(device):  # meta tensors, for one
+    # Of some devices, meta tensors for one, autocast knows nothing.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(
+        device
+    ):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
 
@@ -46,6 +61,13 @@ def broadcast(*shapes: Sequence[int]) -> List[int]:
     ):
         out.append(next((size for size in sizes if size != 1), 1))
     return out[::-1]
+
+
+def twin(thing: Any) -> Any:
+    """A shallow copy; copy.copy asks the class how, which takes several times as long."""
+    same = object.__new__(type(thing))
+    same.__dict__.update(thing.__dict__)
+    return same
 
 
 def sum_to(g: Tensor, shape: Sequence[int]) -> Tensor:
