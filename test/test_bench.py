@@ -234,6 +234,12 @@ class TestBestPeer(unittest.TestCase):
         self.assertAlmostEqual(longest / faster, 5, delta=0.05)
         self.assertEqual(picture.count("<polygon"), 1)
 
+    def test_circle_of_the_iterative_peers(self):
+        rows = {"patched": row(1.0), "shift-invert": row(0.5), "primme": row(2.0), "scipy": row(1.5, missed=1)}
+        picture = plot.draw({"results": {"graph-blobs": rows}})
+        self.assertIn(f'<circle cx="{plot._x(0.5):.1f}"', picture)
+        self.assertNotIn("<circle", plot.draw({"results": {"graph-blobs": rows | {"shift-invert": row(4.0)}}}))
+
 
 class TestMarkdown(unittest.TestCase):
     def test_tables_are_rectangular_and_complete(self):
@@ -342,7 +348,6 @@ class TestCommand(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
 
-
     def test_what_goes_on_is_told(self):
         said = []
         with mock.patch("benchmark.process.SILENCE", 0.05), mock.patch("subprocess.Popen", self._sleeper):
@@ -432,6 +437,18 @@ class TestExactAnswers(unittest.TestCase):
                 with self.subTest(mass=mass, which="AB"[which]):
                     self.assertAlmostEqual(float(loss[0] - loss[1]) / (2 * h) / expected, 1, delta=1e-4)
 
+    def test_adjoint_equations_by_hand(self):
+        """The gradient of the peer that needs no differentiable solver, dense and on the entries."""
+        from benchmark import peers
+
+        for layout in ("strided", "sparse_csr"):
+            problem = {"kind": "laplacian", "sizes": [9, 7], "mass": ""}
+            instance = problems.Instance(Case("x", "x", problem, 4, layout=layout, backward=True))
+            A = instance.A.clone().requires_grad_()
+            instance.loss(*peers.Adjoint(instance, {}).solve(A, None, 0, 1e-12)).backward()
+            with self.subTest(layout=layout):
+                self.assertLess(max(instance.gradient_errors(A.grad, None)), 1e-7)  # CG stops at 1e-8
+
     def test_prescribed_spectra(self):
         self.check({"kind": "gapped", "m": 40, "wanted": 4})
         self.check({"kind": "gapped", "m": 40, "wanted": 4, "condition": 10.0})
@@ -454,12 +471,15 @@ class TestExactAnswers(unittest.TestCase):
 
 @unittest.skipUnless(HAS_PROBLEMS, "needs PyTorch, SciPy and the catalogue of problems")
 class TestMatrices(unittest.TestCase):
-    """Matrices whose lowest pairs are found by a factorisation: against dense eigenvalues, and the checks themselves."""
+    """Matrices whose lowest pairs are found by a factorisation: against dense eigenvalues, and what checks them."""
 
     def test_lowest_pairs_and_their_check(self):
         import numpy
 
-        for matrices_of in (lambda: (matrices.laplacian(matrices.blobs(600, 3)), None), lambda: matrices.elements(2, 400)):
+        for matrices_of in (
+            lambda: (matrices.laplacian(matrices.blobs(600, 3)), None),
+            lambda: matrices.elements(2, 400),
+        ):
             A, B = matrices_of()
             dense = scipy.linalg.eigvalsh(A.toarray(), None if B is None else B.toarray())
             E = matrices.lowest(A, B, 5, -1e-6)

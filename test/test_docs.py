@@ -229,8 +229,12 @@ def imported_siblings(file):
 
 def test_imports_follow_the_map():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^        (\w+)  ", text.split("    _lobpcg_impl/\n")[1].split("    _dynamo/")[0], re.MULTILINE)
-    files = {file.stem: file for file in (ROOT / "torch_patch" / "_lobpcg_impl").glob("*.py") if file.stem != "__init__"}
+    listed = re.findall(
+        r"^        (\w+)  ", text.split("    _lobpcg_impl/\n")[1].split("    _dynamo/")[0], re.MULTILINE
+    )
+    files = {
+        file.stem: file for file in (ROOT / "torch_patch" / "_lobpcg_impl").glob("*.py") if file.stem != "__init__"
+    }
     assert sorted(files) == sorted(listed)
     for position, name in enumerate(listed):
         assert imported_siblings(files[name]) & set(files) <= set(listed[position + 1 :]), name

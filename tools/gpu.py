@@ -4,7 +4,7 @@
 usage: python3 tools/gpu.py [--python INTERPRETER] [--device cuda] [--minutes 9] [--output FILE]
        python3 tools/gpu.py --device cpu --tiny        what the tests of this script run
 
-INTERPRETER is one that has PyTorch 2.11 or newer and NumPy; CuPy is compared with if it is there. Its torch is not
+INTERPRETER is one that has PyTorch 2.11 or newer; CuPy is compared with if it is there. Its torch is not
 touched: the patch goes into a copy of it in a temporary folder, which shares all but the Python files by links. Prints
 the checks, then one table. The exit status is 1 where a check fails or a timing raises, 2 where nothing could be run.
 """
@@ -57,7 +57,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="interpreter whose torch is measured (%(default)s)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what is not timed by then is left out (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="what is not timed by then is left out")
     parser.add_argument("--tiny", action="store_true", help="small matrices: a test of the script, not a measurement")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write checks and table there, too")
     return parser.parse_args(argv)

@@ -19,6 +19,7 @@ PEERS = {
     "scipy": "scipy.sparse.linalg.lobpcg, block of k columns, random start",
     "eigsh": "scipy.sparse.linalg.eigsh: ARPACK's Lanczos; with B, its sparse LU factorisation, counted",
     "shift-invert": "scipy.sparse.linalg.eigsh at a shift, SuperLU in a symmetric ordering, the factorisation counted",
+    "adjoint": "by hand: pairs by evr or shift-invert, adjoint equations by bordered systems or CG with that LU",
     "primme": "PRIMME: the best of its methods dynamic, GD+k and JDQMR",
     "xitorch": "xitorch.linalg.symeig, exact",
     "xitorch-davidson": "xitorch.linalg.symeig, Davidson forward and CG backward",
@@ -46,7 +47,7 @@ GROUPS = {
     "grid": "Laplacians of grids",
     "amg": "the same, algebraic multigrid as iK",
     "graph": "graphs",
-    "elements": "finite elements, K x = λ M x",
+    "elements": "finite elements, K x = λ M x, consistent M",
     "dense": "dense",
     "batch": "batches",
     "small": "one small dense call",
@@ -135,11 +136,9 @@ def _grid_cases() -> list[Case]:
     for side, ks in ((50, (4, 20)), (100, (4, 20, 50, 100)), (400, (4,))):
         for k in ks:
             name, title = f"laplacian-{side}x{side}-k{k}", f"2-D Laplacian, m = {side**2}, k = {k}"
-            more = ("upstream",) if side < 400 else ("upstream", "eigsh", "primme", "scipy")
-            peers = tuple(p for p in _SPARSE if p not in more)
-            cases.append(
-                Case(name, title, _laplacian(side, side), k, peers, "grid", more=more, niter=_UNTIL, **_CSR)
-            )
+            peers = {50: _SPARSE + ("upstream",), 100: _SPARSE, 400: ("patched", "shift-invert")}[side]
+            more = tuple(peer for peer in _SPARSE + ("upstream",) if peer not in peers)
+            cases.append(Case(name, title, _laplacian(side, side), k, peers, "grid", more=more, niter=_UNTIL, **_CSR))
     amg = [((100, 100), k) for k in (4, 20, 50)] + [((400, 400), k) for k in (4, 20)] + [((50, 50, 50), 10)]
     for sides, k in amg:
         name = f"laplacian-{'x'.join(map(str, sides))}-k{k}-amg"
@@ -159,7 +158,7 @@ def _graph_and_element_cases() -> list[Case]:
     ]
     for dimension, m, iK in ((1, 10000, "lu"), (2, 10000, ""), (2, 10000, "amg"), (2, 10000, "lu")):
         name = f"elements-{dimension}d" + (f"-{iK}" if iK else "")
-        title = f"P1 elements in {dimension}-D, K and M, m near {m}, k = 10" + {"amg": ", pyamg", "lu": ", LU of K as iK"}.get(iK, "")
+        title = f"P1 in {dimension}-D, m near {m}, k = 10" + {"amg": ", pyamg", "lu": ", LU as iK"}.get(iK, "")
         problem = {"kind": "elements", "dimension": dimension, "m": m}
         # ARPACK without a shift takes M's factor and as many steps as the spectrum is wide
         others = {"more": ("scipy", "eigsh"), "niter": _UNTIL, "iK": iK, **_CSR}
@@ -254,12 +253,20 @@ def _backward_cases() -> list[Case]:
         return Case(f"grad-{name}", title, problem, k, peers, "gradient", backward=True, **more)
 
     xitorch = ("upstream", "xitorch", "xitorch-davidson")
-    dense = {"peers": ("patched", "eigh"), "more": xitorch}
+    dense = {"peers": ("patched", "eigh", "adjoint"), "more": xitorch}
+    by_hand = ("patched", "adjoint")
     small_error = Bar("gradient_error", 1e-6)
     cases = [
         case("dense-2000", "dense, m = 2000, k = 10", _gapped(2000, 10), 10, bars=(small_error,), **dense),
         case("dense-500", "dense, m = 500, k = 5", _gapped(500, 5), 5, **dense),
-        case("generalized-500", "dense A and B, m = 500, k = 5", _gapped(500, 5, condition=10.0), 5, **dense),
+        case(
+            "generalized-500",
+            "dense A and B, m = 500, k = 5",
+            _gapped(500, 5, condition=10.0),
+            5,
+            ("patched", "eigh"),
+            more=xitorch,
+        ),
     ]
     cases += [
         case(
@@ -267,6 +274,7 @@ def _backward_cases() -> list[Case]:
             "2-D Laplacian 100 x 101, k = 4" + (", pyamg" if iK else ""),
             _laplacian(100, 101),
             4,
+            by_hand,
             iK=iK,
             niter=0 if iK else _UNTIL,
             bars=(Bar("seconds", 2.0, "patched", "forward"), small_error),
@@ -281,12 +289,13 @@ def _backward_cases() -> list[Case]:
             "2-D Laplacian 400 x 400, k = 4, pyamg",
             _laplacian(400, 400),
             4,
+            by_hand,
             bars=(Bar("seconds", 2.0, "patched", "forward"), Bar("extra_mb", 150)),
             **_AMG,
         ),
         case(
             "100x100x100-diagonal",
-            "3-D Laplacian, m = 10^6, k = 4, diagonal mass, gradient in A and B, pyamg",
+            "3-D Laplacian, m = 10^6, k = 4, diagonal B, pyamg",
             _laplacian(100, 100, 100, mass="diagonal"),
             4,
             bars=three,
@@ -294,7 +303,7 @@ def _backward_cases() -> list[Case]:
         ),
         case(
             "100x100x100-7point",
-            "3-D Laplacian, m = 10^6, k = 4, 7-point mass, gradient in A and B, pyamg",
+            "3-D Laplacian, m = 10^6, k = 4, 7-point B, pyamg",
             _laplacian(100, 100, 100, mass="7-point"),
             4,
             bars=three,

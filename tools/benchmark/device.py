@@ -56,7 +56,9 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def gradient_dense(device: str, dtype: torch.dtype = torch.float64, *batch: int, m: int = 90, general: bool = True) -> str:
+def gradient_dense(
+    device: str, dtype: torch.dtype = torch.float64, *batch: int, m: int = 90, general: bool = True
+) -> str:
     """Gradients in A and B, iterated, against eigh of the CPU in double precision."""
     k, bound = 3, 1e-6 if dtype == torch.float64 else 3e-2
     A = torch.diag_embed(torch.arange(1.0, m + 1, dtype=torch.float64).expand(*batch, m)) + 0.1 * dense(m, *batch)
@@ -233,7 +235,9 @@ def problems(device: str, tiny: bool) -> list[tuple[str, Callable[[], torch.Tens
     orders = (100, 400) if tiny else (10**5, 10**6, 10**7)
     made = [(f"dense {m}", lambda m=m: dense(m).to(device)) for m in sizes]
     made += [(f"batch {count} x {m}", lambda count=count, m=m: dense(m, count).to(device)) for count, m in pairs]
-    return made + [(f"Laplacian {m:.0e}" if m > 999 else f"Laplacian {m}", lambda m=m: laplacian(m, device)) for m in orders]
+    return made + [
+        (f"Laplacian {m:.0e}" if m > 999 else f"Laplacian {m}", lambda m=m: laplacian(m, device)) for m in orders
+    ]
 
 
 def peers(A: torch.Tensor, k: int, gradient: bool, device: str) -> dict[str, Callable[[], tuple]]:
@@ -311,19 +315,26 @@ def measure(device: str, tiny: bool, deadline: float, k: int = 4) -> tuple[list[
     return rows, failed
 
 
+def holds(title: str, check: Callable[[], str]) -> bool:
+    """Whether the check passes; prints what it found."""
+    try:
+        print(f"  right: {title}: {check()}", flush=True)
+        return True
+    except (AssertionError, RuntimeError, ValueError) as problem:
+        print(f"  WRONG: {title}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+        return False
+
+
 def run(device: str, minutes: float, tiny: bool) -> int:
     """Checks, then the table; 1 if a check failed or a timing raised."""
     start = time.monotonic()
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
     name = platform.processor() or platform.machine() if device == "cpu" else torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads on the CPU, float64 unless said", flush=True)
-    failed = 0
-    for title, check in checks(device):
-        try:
-            print(f"  right: {title}: {check()}", flush=True)
-        except (AssertionError, RuntimeError, ValueError) as problem:
-            failed += 1
-            print(f"  WRONG: {title}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+    print(
+        f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads on the CPU, float64 unless said",
+        flush=True,
+    )
+    failed = sum(not holds(title, check) for title, check in checks(device))
     rows, raised = measure(device, tiny, start + 60 * minutes)
     header = ["problem, k = 4", "", *(f"{column}, s" for column in COLUMNS), "residual"]
     print("\n" + "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]))

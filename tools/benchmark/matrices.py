@@ -57,8 +57,11 @@ def laplacian(A: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
 
 
 def elements(dimension: int, m: int) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
-    """Stiffness K and consistent mass M of linear elements, zero on the boundary: on a mesh of the unit interval that is
-    graded by 1 to 10, or on a Delaunay mesh of random points of the unit square."""
+    """Stiffness K and consistent mass M of linear elements, zero on the boundary.
+
+    The mesh is one of the unit interval, graded by 1 to 10, or of the unit square, the Delaunay triangulation of a grid
+    whose inner points are moved at random.
+    """
     if dimension == 1:
         points = np.cumsum(np.concatenate([[0.0], np.geomspace(1, 10, m + 1)]))[:, None]
         cells = np.stack([np.arange(m + 1), np.arange(1, m + 2)], axis=1)
@@ -99,9 +102,7 @@ def _assemble(points, cells):
 def factored(A: scipy.sparse.csc_array) -> scipy.sparse.linalg.SuperLU:
     """The factorisation of a symmetric matrix by SuperLU, in an ordering of A + A^T and with pivots on the diagonal."""
     symmetric = {"SymmetricMode": True}
-    return scipy.sparse.linalg.splu(
-        A, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric
-    )
+    return scipy.sparse.linalg.splu(A, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric)
 
 
 def lowest(A, B, k: int, shift: float) -> np.ndarray:

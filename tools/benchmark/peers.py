@@ -14,7 +14,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 
 import torch
-from benchmark import matrices, upstream
+from benchmark import adjoint, matrices, upstream
 
 
 class NotOffered(Exception):
@@ -276,6 +276,15 @@ class ShiftInvert(SciPyPeer):
         return self.ordered(E, X)
 
 
+class Adjoint(SciPyPeer):
+    """Pairs by SciPy's fastest way, the adjoint equations by hand: see adjoint.py."""
+
+    def solve(self, A, B, seed, tol):
+        if B is not None or self.case.largest:
+            raise NotOffered("smallest pairs, gradients in A alone")
+        return adjoint.ByHand.apply(A, self.A, self.case.k, self.random(seed), tol)
+
+
 class _Factor:
     """The inverse of a sparse symmetric matrix by its factorisation."""
 
@@ -384,6 +393,7 @@ CLASSES = {
     "scipy": Scipy,
     "eigsh": Eigsh,
     "shift-invert": ShiftInvert,
+    "adjoint": Adjoint,
     "primme": Primme,
     "xitorch": Xitorch,
     "xitorch-davidson": XitorchDavidson,

@@ -255,7 +255,9 @@ def _assembled(spec):
         return matrices.elements(spec["dimension"], spec["m"])
     if spec["shape"] == "adjacency":
         return matrices.random_adjacency(spec["m"]), None
-    return matrices.laplacian({"geometric": matrices.geometric, "blobs": matrices.blobs}[spec["shape"]](spec["m"])), None
+    return matrices.laplacian(
+        {"geometric": matrices.geometric, "blobs": matrices.blobs}[spec["shape"]](spec["m"])
+    ), None
 
 
 def _tensor(M, dtype):

@@ -8,6 +8,7 @@ import os
 import queue
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,9 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXP
 
 
 class Row:
-    """The parent's end of a row. `error` is None while the row lives. `say` is called with what goes on while it does."""
+    """The parent's end of a row. `error` is None while the row lives; `say` is told now and then that it runs."""
+
+    spoken = time.monotonic()  # when a line of progress was last written, by any row
 
     def __init__(self, case: Case, peer: str, options: Options, say: Callable[[str], None] = lambda text: None):
         self.case, self.peer, self.options = case, peer, options
@@ -62,18 +65,21 @@ class Row:
         self.process.wait()
 
     def _answer(self) -> dict:
-        waited = 0.0
+        start = time.monotonic()
         while True:
+            silence = time.monotonic() - Row.spoken
+            if silence >= SILENCE:
+                self.say(f"running for {time.monotonic() - start:.0f} s")
+                Row.spoken, silence = time.monotonic(), 0.0
+            left = start + self.patience - time.monotonic()
             try:
-                line = self.answers.get(timeout=min(SILENCE, self.patience - waited))
+                line = self.answers.get(timeout=max(min(SILENCE - silence, left), 0.0))
                 break
             except queue.Empty:
-                waited += SILENCE
-                if waited >= self.patience:
+                if left <= 0:
                     self.error = f"no answer within {self.patience:g} s"
                     self.close()
                     return {}
-                self.say(f"running for {waited:g} s")
         if line is None:
             status = self.process.wait()
             self.error = f"the process ended with status {status}: " + (self.noise[-1] if self.noise else "no message")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -68,9 +69,7 @@ class Row:
 
         Done before the memory is measured, so that these are not counted as the problem's.
         """
-        case = dataclasses.replace(
-            self.case, problem=problems.tiny(self.case.problem, self.case.k), iK="", calls=1
-        )
+        case = dataclasses.replace(self.case, problem=problems.tiny(self.case.problem, self.case.k), iK="", calls=1)
         kept = self.instance, self.peer, self.case, self.tol
         self.instance, self.case = problems.Instance(case), case
         self.peer, self.tol = self.make(self.instance, self.options), case.tol
@@ -92,7 +91,7 @@ class Row:
         versions["scipy"] = scipy.__version__
         for name in ("pyamg", "xitorch", "primme"):
             if name in sys.modules:
-                versions[name] = getattr(sys.modules[name], "__version__", "?")
+                versions[name] = importlib.metadata.version(name)
         about = {"versions": versions, "threads": torch.get_num_threads()}
         if self.instance is not None:
             about |= {"m": self.instance.m, "nnz": self.instance.nnz, "k": self.case.k, "setup": self.instance.setup}
@@ -116,10 +115,10 @@ class Row:
         first = self._measure(seed, keep=True)
         memory = {"extra_mb": (_peak() - resident) / 1e6, "peak_mb": max(_peak(), before, self.highest) / 1e6}
         found = []
-        for self.peer.variant in self.peer.variants:
-            self.tol = self.case.tol
+        for variant in self.peer.variants:
+            self.peer.variant, self.tol = variant, self.case.tol
             answer = first if not found else self._measure(seed)
-            found.append((self._settle(seed, answer), self.peer.variant))
+            found.append((self._settle(seed, answer), variant))
         # of the variants that give what is asked for, the fastest; else the one with the smallest residual
         answer, variant = min(found, key=lambda one: self._demerit(one[0]))
         self.tol, self.peer.variant = answer["tol"], variant
