@@ -1,5 +1,5 @@
 # Owner(s): ["module: linear algebra"]
-"""torch.lobpcg with matrices known by their products: gradients in what the callables read, and what they must not do."""
+"""torch.lobpcg with matrices known by their products: gradients in what callables read, and what they must not do."""
 
 import itertools
 import math
@@ -7,6 +7,7 @@ import unittest
 import warnings
 
 import torch
+from torch._lobpcg_impl.operand import operand
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.testing._internal.common_utils import run_tests
@@ -20,7 +21,11 @@ def random(*shape, dtype=REAL, seed=0):
     """Numbers of size one without a pattern, and without a generator, which torch.vmap refuses."""
     t = torch.arange(1.0, math.prod(shape) + 1, dtype=REAL).reshape(shape)
     T = 1.5 * torch.sin((t + 1000 * seed).square())
-    return torch.complex(T, 1.5 * torch.cos((t + seed).square())) if dtype == COMPLEX else T
+    return (
+        torch.complex(T, 1.5 * torch.cos((t + seed).square()))
+        if dtype == COMPLEX
+        else T
+    )
 
 
 def hermitian(T):
@@ -116,8 +121,9 @@ class CallableCase(unittest.TestCase):
                 g = torch.autograd.grad(value, leaves, create_graph=True)
                 orders.append([x.detach() for x in g])
                 value = sum(
-                    (x * (1 + torch.arange(x.numel()).reshape(x.shape).sin()))
-                    .real.sum()
+                    (
+                        x * (1 + torch.arange(x.numel()).reshape(x.shape).sin())
+                    ).real.sum()
                     for x in g
                 )
             found.append(orders)
@@ -188,7 +194,7 @@ class TestLobpcgCallable(CallableCase):
         self.assert_orders(ours, oracle, self.leaves(), (1e-8, 1e-6))
 
     def test_gradient_of_a_result_itself(self):
-        T, w = self.leaves()
+        T, _ = self.leaves()
         S = T * 1.5
         value = loss_of(*self.solve(lambda V: products_of_A(S, V)))
         got = torch.autograd.grad(value, (S, T))
@@ -262,6 +268,19 @@ class TestLobpcgCallable(CallableCase):
         self.assertEqual(len(seen), 1)
         self.assertLess((w.grad - 2 * seen[0]).abs().max().item(), 1e-15)
         self.assertLess((w.grad - 2 * (1 + w.cos()) * v.grad).abs().max().item(), 1e-8)
+
+    def test_sparse_parameter(self):
+        """A sparse matrix that the callable multiplies by: right on the stored entries."""
+        shift = torch.eye(M, dtype=REAL).roll(1, 0)
+        D = torch.diag(ladder()) + 0.1 * (shift + shift.mT)
+        for S in (D.to_sparse_coo(), D.to_sparse_csr()):
+            S.requires_grad_()
+            (g,) = torch.autograd.grad(loss_of(*self.solve(lambda V: S @ V)), S)
+            F = D.clone().requires_grad_()
+            pairs = dense_eigenpairs(hermitian(F), torch.eye(M, dtype=REAL))
+            (right,) = torch.autograd.grad(loss_of(*pairs), F)
+            g = hermitian(g.to_dense() * (D != 0))
+            self.assert_close((g,), (right * (D != 0),), 1e-8)
 
     def test_checkpoint(self):
         from torch.utils.checkpoint import checkpoint
@@ -369,6 +388,23 @@ class HiddenProduct(torch.autograd.Function):
         return (g * V.conj()).sum(-1).real, d[:, None] * g
 
 
+class HiddenInTransforms(torch.autograd.Function):
+    """d V in the newer style, which torch.func takes."""
+
+    @staticmethod
+    def forward(d, V):
+        return d[:, None] * V
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        d, V = ctx.saved_tensors
+        return (g * V).sum(-1), d[:, None] * g
+
+
 class TestLobpcgCallableInside(CallableCase):
     """Callables that use autograd themselves."""
 
@@ -423,7 +459,7 @@ class TestLobpcgCallableInside(CallableCase):
     def test_hessian_products_under_func_grad(self):
         for products in (
             lambda t, s: self.by_func(t.clone(), s),
-            lambda t, s: self.by_autograd(t, s),
+            self.by_autograd,
         ):
             ours = lambda t, s: loss_of(*self.solve(products(t, s)))
             leaves = (self.theta.detach(), self.scale.detach())
@@ -473,12 +509,34 @@ class TestLobpcgCallableInside(CallableCase):
         right = loss_of(*dense_eigenpairs(A, torch.eye(M, dtype=REAL)))
         self.assert_close((d.grad,), torch.autograd.grad(right, d), 1e-8)
 
-    def test_older_functions_under_func_grad_are_an_error(self):
-        def ours(d):
-            return self.solve(lambda V: HiddenProduct.apply(d, V))[0].sum()
+    def test_functions_under_func_grad_are_an_error(self):
+        """Nothing can be put in the place of what an autograd.Function reads; operations beside it do not help."""
+        for hidden in (HiddenProduct, HiddenInTransforms):
 
-        with self.assertRaises(RuntimeError):
+            def ours(d):
+                A = lambda V: hidden.apply(d, V) + d[:, None] * V
+                return self.solve(A)[0].sum()
+
+            with self.assertRaises(RuntimeError):
+                torch.func.grad(ours)(ladder())
+        with self.assertRaisesRegex(
+            RuntimeError, r"A depends on a tensor.*\(24,.*closure"
+        ):
             torch.func.grad(ours)(ladder())
+
+    def test_functions_of_copies_under_func_grad(self):
+        """A copy made inside is seen."""
+        d = ladder() + random(M, seed=4) / 5
+
+        def ours(d):
+            E, X = self.solve(lambda V: HiddenInTransforms.apply(d.clone(), V))
+            return loss_of(E, X)
+
+        def right(d):
+            return loss_of(*dense_eigenpairs(torch.diag(d), torch.eye(M, dtype=REAL)))
+
+        got = torch.func.grad(ours)(d)
+        self.assert_close((got,), (torch.func.grad(right)(d),), 1e-8)
 
 
 class TestLobpcgCallableTransforms(CallableCase):
@@ -518,7 +576,9 @@ class TestLobpcgCallableTransforms(CallableCase):
 
     def test_vjp(self):
         self.assert_same(
-            lambda f: torch.func.vjp(f, self.T, self.w)[1](torch.tensor(0.3, dtype=REAL))
+            lambda f: torch.func.vjp(f, self.T, self.w)[1](
+                torch.tensor(0.3, dtype=REAL)
+            )
         )
 
     def test_jvp(self):
@@ -726,6 +786,9 @@ class TestLobpcgCallableContract(CallableCase):
         for identity in (lambda V: V, lambda V: V[:], lambda V: V.mT.mT):
             E, _ = self.solve(self.A, identity)
             self.assertLess((E - ladder()[:K]).abs().max().item(), 1e-10)
+            X = self.start()
+            operand(identity, "B").apply(X).zero_()
+            self.assertTrue(torch.equal(X, self.start()))
 
     def test_not_linear(self):
         wrong = {
@@ -839,12 +902,13 @@ class TestLobpcgCallableContract(CallableCase):
         def ours(w):
             def A(V):
                 m, p = V.shape
-                return ((ladder() + w)[:, None] * V).reshape(4, 6, p).reshape(m, p)
+                U = products_of_B(w, V) + ladder()[:, None] * V
+                return U.reshape(4, 6, p).reshape(m, p)
 
             return loss_of(*self.solve(A))
 
         def dense(w):
-            D = torch.diag(ladder() + w)
+            D = matrix_B(w) + torch.diag(ladder())
             return loss_of(*dense_eigenpairs(D, torch.eye(M, dtype=REAL)))
 
         for jacobian in (torch.func.jacrev, torch.func.jacfwd):

@@ -62,7 +62,8 @@ def lobpcg(
     :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
     :ref:`lobpcg-gradient`.
 
-    Where the matrices are dense and small (m up to 512; 128 if :attr:`iK` is given), or too small for the method
+    Where the matrices are dense and small (m up to about 800 + 15 k; 512 on a
+    device or with :attr:`X`, 128 with :attr:`iK`), or too small for the method
     (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
     :attr:`tracker` asks for them.
 
@@ -114,7 +115,9 @@ def lobpcg(
             cannot improve any more. Default: 1000.
         tol (float, optional): a pair has converged when
             :math:`\|A x - \lambda B x\|_2 \le tol (\|A\| + |\lambda| \|B\|) \|x\|_2`, norms being the root mean square
-            of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1.
+            of the eigenvalues. Default: the square root of the spacing of floating-point numbers at 1, and then a pair
+            has converged when besides its eigenvalue is accurate to tol relative to itself and, where a derivative may
+            follow, its eigenvector to 1e-3 (single precision) or 1e-6 (double), or when rounding allows no better.
         largest (bool, optional): the largest (in descending order) or the smallest (ascending). Default: True.
         method (str, optional): "ortho" orthogonalises the new directions explicitly where digits would be lost
             otherwise, "basic" never. Default: "ortho".
@@ -328,7 +331,9 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     k = options.k
     found = solve(pencil, X, options)
     warn_unconverged(found, pencil, options)
-    last = found.E.shape[-1] if options.differentiated else k
+    # All m, of a dense solve, or as many as were asked for: columns that joined the block on the way are not counted on.
+    n = found.E.shape[-1] if found.E.shape[-1] == pencil.m else options.n
+    last = n if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
     pairs = Pairs(
         pencil,
@@ -336,8 +341,8 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         found.E[..., :k],
         found.X[..., :k],
         *further,
-        found.residual,
-        found.scale,
+        found.residual[..., :n],
+        found.scale[..., :n],
     )
     pairs = corrected(pairs)
     copies = (

@@ -63,7 +63,7 @@ class Operand:
     def largest(self, probe: Probe) -> Tensor:
         """The size of the largest entry of each matrix, NaN or infinite if any entry is: (*) or ().
 
-        probe(), here and below: a block (*, m, 2) of fixed numbers, from whose product an operand without entries knows.
+        probe(), here and below: a block (*, m, 2) of fixed numbers; its product tells where entries are not known.
         """
         raise NotImplementedError
 
@@ -76,8 +76,8 @@ class Operand:
         return None
 
     def row_squares(self, d: Tensor) -> Optional[Tensor]:
-        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None where
-        entries are not known."""
+        """Sums of the squared entries of each row of D^-1/2 M D^-1/2, D = diag(d), d (*, m) in double: (*, m); None
+        where entries are not known."""
         return None
 
     def scaled(self, scale: Tensor) -> "Operand":

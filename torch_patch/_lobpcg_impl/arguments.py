@@ -193,7 +193,7 @@ def _multiplies(M: Any) -> bool:
 
 
 def model_of(A: Any, X: Any, B: Any) -> Tuple[Any, str]:
-    """A tensor (*, m, ...) with the size, dtype and device of the problem, and whose they are; None where nothing tells.
+    """A tensor (*, m, ...) with the size, dtype and device of the problem, and whose they are; or None.
 
     A tensor tells before an object that carries shape and dtype: only the tensor is sure of the device.
     """

@@ -90,8 +90,12 @@ def solve_on_complement(
     if further is not None and eps < 1e-10 and _is_all_of_it(pencil, X, b, further):
         z = _by_known_pairs(E, b, *further, eps)
         if z is not None:
-            return z
-    if eps > 1e-10 and is_small_and_dense(pencil):
+            return z.to(b.dtype)
+    m, k = X.shape[-2:]
+    small = is_small_and_dense(pencil)
+    if further is not None and further[0].shape[-1] == m - k and pencil.is_known():
+        small = small or m < _SMALL_BELOW  # a dense solve, of sparse matrices
+    if eps > 1e-10 and small:
         z = _solve_in_double(pencil, X, b, largest, tol, use)
     else:
         z = _solve(pencil, E, X, b, largest, tol, further, use, eps)

@@ -45,7 +45,7 @@ from torch._lobpcg_impl.gauge import (
     Seen,
 )
 from torch._lobpcg_impl.operand import Pencil
-from torch._lobpcg_impl.pairs import in_masses, missed, Pairs, pencil_size
+from torch._lobpcg_impl.pairs import in_masses, longer, missed, Pairs, pencil_size
 from torch._lobpcg_impl.report import OneWarning
 from torch._lobpcg_impl.resolvent import (
     distance_of_quotient,
@@ -103,12 +103,12 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         return E, X, residual
     if eps < 1e-10 and bool((residual <= math.sqrt(m) * eps * scale).all()):
         return E, X, residual
-    pencil, e, x = pencil.in_double(), in_double(E), in_double(X)
-    r = _residuals(pencil, e, x)
+    # One step alone: a second one would settle on whatever eigenvalue is near, the next one beyond k for one.
+    pencil, E, X = pencil.in_double(), in_double(E), in_double(X)
+    r, largest = _residuals(pencil, E, X), pairs.options.largest
     before = norms(r)
-    largest = pairs.options.largest
     # A relative error of the step is as good as the square of what it corrects.
-    Z = x - solve_on_complement(pencil, e, x, r, largest, 1e-4, use="step")
+    Z = X - solve_on_complement(pencil, E, X, r, largest, 1e-4, use="step")
     L, info = torch.linalg.cholesky_ex(gram(Z, pencil.B.apply(Z)))
     Z = torch.linalg.solve_triangular(L, Z.mH, upper=False).mH
     H = gram(Z, pencil.A.apply(Z))
@@ -119,9 +119,9 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     after = norms(_residuals(pencil, ritz, Z))
     better = ((after.amax(-1) < before.amax(-1)) & (info == 0)).unsqueeze(-1)
     return (
-        torch.where(better, ritz, e),
-        torch.where(better.unsqueeze(-1), Z, x),
-        torch.where(better, after.to(E.dtype), residual),
+        torch.where(better, ritz, E),
+        torch.where(better.unsqueeze(-1), Z, X),
+        torch.where(better, after, before),
     )
 
 
@@ -143,15 +143,42 @@ def _factors(
     if b is not None and Z is not None:
         b, Z = b.detach(), Z.detach()
         left = norms(b - known.pencil.B.product(known.X) @ (known.X.mH @ b))
+    residual = known.residual[..., : known.E.shape[-1]]
     if not pairs.all_known:
         T = _with_values_outside(known, Z)
+        if Z is not None and pairs.pencil.generalized:
+            residual = residual * longer(known, Z)
+    E, eps = pairs.E, torch.finfo(known.E.dtype).eps
+    if eps > 1e-10 and _was_in_double(known):
+        values, nearest = _values_in_double(known)
+        first = nearest.shape[-1]
+        nearest = nearest.expand(tuple(T.shape[:-1]) + (first,))
+        E, T = values + (E - known.E), torch.cat([nearest, T[..., first:]], -1)
+        eps = eps * eps
     seen = Seen(
-        pairs.E, known.X, T, known.residual[..., : known.E.shape[-1]], known.late, known.size, G, gE, b, Z, left
+        E, known.X, T, residual, known.late, known.size, G, gE, b, Z, left
     )
-    # Unit rounding of the arithmetic that the pairs have gone through, in `corrected` or in a dense solve.
-    double = is_small_and_dense(pairs.pencil) or pairs.all_known and found_in_double(pairs.pencil)
-    wide = torch.float64 if double else known.E.dtype
-    return pair_factors(seen, pairs.options, torch.finfo(wide).eps, forward_mode)
+    F, clustered = pair_factors(seen, pairs.options, eps, forward_mode)
+    return F.to(known.E.dtype), clustered
+
+
+def _was_in_double(pairs: Pairs) -> bool:
+    """Whether the pairs have gone through double precision, in `corrected` or in a dense solve."""
+    if is_small_and_dense(pairs.pencil):
+        return True
+    return pairs.all_known and pairs.pencil.is_known() and found_in_double(pairs.pencil)
+
+
+def _values_in_double(pairs: Pairs) -> Tuple[Tensor, Tensor]:
+    """E and the first of T before they were rounded to single precision, but for the square of that rounding: gaps
+    below eps |E| are told then.  They are Rayleigh quotients of the rounded vectors."""
+    k = pairs.E.shape[-1]
+    V = in_double(torch.cat([pairs.X, pairs.Y[..., :4]], -1))
+    pencil = pairs.pencil.in_double()
+    BV = pencil.B.product(V)
+    values = (V.conj() * pencil.A.product(V)).sum(-2) / (V.conj() * BV).sum(-2)
+    values = torch.real(values) if values.is_complex() else values
+    return values[..., :k], values[..., k:]
 
 
 def _with_values_outside(pairs: Pairs, Z: Optional[Tensor]) -> Tensor:

@@ -30,10 +30,10 @@ class Seen(NamedTuple):
     the norms of (I - B X X^H) gX_j.
     """
 
-    E: Tensor  # (*, k)
+    E: Tensor  # (*, k), in double precision where that is known
     X: Tensor  # (*, m, k)
     T: Tensor  # (+, *, q), further eigenvalues
-    residual: Tensor  # (*, k)
+    residual: Tensor  # (+, *, k)
     late: Tensor  # (*, k)
     size: Tensor  # (*, k)
     G: Optional[Tensor]  # (+, *, k, k)
@@ -52,7 +52,7 @@ def pair_factors(
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E; and whether some
     pairs are a cluster to it.
 
-    eps: unit rounding of the arithmetic in which the pairs were found.  Raises RuntimeError where no derivative exists;
+    eps: unit rounding of what E and X were before they were rounded to their precision.  Raises RuntimeError where no derivative exists;
     reports where it exists only in part or is inaccurate.
     """
     E = seen.E
@@ -242,15 +242,12 @@ class Gaps(NamedTuple):
 
 def _gaps(seen: Seen, setting: _Setting) -> Gaps:
     E, T, r = seen.E, seen.T, seen.residual
-    eps = torch.finfo(E.dtype).eps
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
-    # Pairs found in double precision, and then rounded to single, have eigenvalues that are rounded once.
-    rounded = eps * E.abs() if setting.eps < eps else torch.zeros_like(E)
-    rounding = 10 * setting.eps * seen.size + rounded
-    blur = undetermined(seen.size, setting.eps) + _pairwise(rounded)
+    rounding = 10 * setting.eps * seen.size
+    blur = undetermined(seen.size, setting.eps)
     exactly = distinct & (gap <= blur)
-    error = _pairwise(setting.eps * seen.size + rounded)
+    error = _pairwise(setting.eps * seen.size)
     rest = torch.full_like(E, math.inf)
     if T.shape[-1]:
         rest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
@@ -268,7 +265,7 @@ def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
     E, G, gE, gX = seen.E, seen.G, seen.gE, seen.gX
     if not setting.forward_mode and is_clear(seen, setting.eps):
         return ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
-    eps, m = torch.finfo(E.dtype).eps, seen.X.shape[-2]
+    eps, m = torch.finfo(seen.X.dtype).eps, seen.X.shape[-2]
     gaps = _gaps(seen, setting)
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
     mask = distinct & ~gaps.equal
@@ -290,12 +287,12 @@ def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
         amplitude = (amplitude + amplitude.mT) / 2
         if G.is_complex():
             _check_phase(seen, amplitude)
-        skew, rounding = (G - G.mH).abs() / 2, eps * amplitude
+        skew, rounding = (G - G.mH).abs() / 2, 4 * eps * amplitude
         # Rounding in G of a loss that does not see the gauge: inner products of length m.
-        noise = 8 * math.sqrt(m) * rounding
+        noise = 2 * math.sqrt(m) * rounding
         _check_gauge(seen, gaps, skew, noise, amplitude)
-        # With a loss of values too, a skew part beyond the usual rounding, 4 eps for any m, may be more than that.
-        used = used | (skew > (noise if gE is None else 4 * rounding))
+        # With a loss of values too, a skew part beyond the usual rounding, 4 eps for any m, may be more.
+        used = used | (skew > (noise if gE is None else rounding))
         # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3).  A loss that is invariant in a
         # cluster has a Hermitian block there, skew part zero up to noise: the exact factor is zero.
         close = gaps.gap <= eps ** (1 / 3) * _pairwise(seen.size)
@@ -360,7 +357,7 @@ def _check_gauge(
         return
     batch, k = seen.E.dim() - 1, seen.E.shape[-1]
     why = "the loss depends on the choice of eigenvectors among them"
-    eps = torch.finfo(seen.E.dtype).eps
+    eps = torch.finfo(seen.X.dtype).eps
     certain = bad & gaps.exactly & (skew > math.sqrt(eps) * amplitude)
     if bool(certain.any()) and seen.E.numel() == k:
         text = _cluster_text(certain, gaps.gap, batch, why)

@@ -440,10 +440,13 @@ class LOBPCG:
         suspicious = bool((rerr < self.eps**0.25).any())
         whole = niter < 0 or niter >= FEW_ITERATIONS
         self.guarded = suspicious or whole and self.iparams.get("chosen", 0) > 0
-        # With iK an iteration more is dearer than a column more: there they join at once, too.
-        at_once = suspicious or self.guarded and self.pencil.iK is not None
-        if at_once and self.n < self.m:
+        if suspicious and self.n < self.m:
             self.join(self.n, max(_FRESH, k // 4))
+        elif self.guarded and self.pencil.iK is not None and self.n < self.m:
+            # With iK a few iterations more would be half of the solve: a fresh column takes the place of the last guard.
+            self.probe = max(k, self.n - _FRESH)
+            self.join(self.probe, _FRESH)
+            self.guarded = False
 
     def join(self, kept: int, count: int) -> None:
         """Go on with the first `kept` columns of X and `count` fresh ones, P empty."""

@@ -27,7 +27,6 @@ from torch._lobpcg_impl.transforms import (
     without_autocast,
 )
 from torch.autograd import forward_ad, Function
-from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 
@@ -110,7 +109,7 @@ class MatrixFree(Operand):
                 self._raise_written()
             self._check_finite(U)
             U = U.detach()
-            if torch._C._is_alias_of(U, block):
+            if _shares_memory(U, block):
                 U = U.clone()  # whoever gets a product may write to it
             if self.scale is not None:
                 U = _times(U, self.scale)
@@ -234,10 +233,9 @@ class MatrixFree(Operand):
         self, pairs: Sequence[Tuple[Tensor, Tensor]]
     ) -> Tuple[Tensor, Tensor]:
         """All U and all V as one block each: one product serves them all."""
-        both = [
-            [self._columns(T) for T in torch.broadcast_tensors(U, V)] for U, V in pairs
-        ]
-        U, V = (torch.cat(blocks, -1) for blocks in zip(*both))
+        both = [torch.broadcast_tensors(U, V) for U, V in pairs]
+        U = torch.cat([self._columns(blocks[0]) for blocks in both], -1)
+        V = torch.cat([self._columns(blocks[1]) for blocks in both], -1)
         return U, V
 
     # -- what the products say of the matrix --------------------------------------------------------------------------
@@ -313,9 +311,9 @@ class MatrixFree(Operand):
         skew = (forms - forms.mH).abs().amax((-2, -1))
         if bool((skew > limit).any()):
             warnings.warn(
-                f"lobpcg: the callable {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} "
-                f"for fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} expected; pairs and "
-                f"gradients are those of a Hermitian matrix only: pass the products of one",
+                f"lobpcg: the callable {name} is not Hermitian: |u^H {name} v - (v^H {name} u)^H| = "
+                f"{float(skew.max())} for fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} "
+                "expected; pairs and gradients are those of a Hermitian matrix only: pass the products of one",
                 stacklevel=2,
             )
         elif bool((apart > limit).any()):
@@ -335,10 +333,11 @@ class MatrixFree(Operand):
                 f"lobpcg: {name} returned {type(U).__name__}; a callable {name} must map a block (*, m, p) to a tensor "
                 "of the same shape"
             )
-        if U.shape != V.shape or U.dtype != V.dtype or U.device != V.device:
+        kept = (U.shape, U.dtype, U.device) == (V.shape, V.dtype, V.device)
+        if not kept or U.layout != torch.strided:
             raise ValueError(
-                f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.device} for a block of shape "
-                f"{tuple(V.shape)}, {V.dtype}, {V.device}; a callable must keep shape, dtype and device"
+                f"lobpcg: {name} returned shape {tuple(U.shape)}, {U.dtype}, {U.layout}, {U.device} for a block of "
+                f"shape {tuple(V.shape)}, {V.dtype}, {V.device}; a callable must keep shape, dtype, layout and device"
             )
 
     def _check_finite(self, U: Tensor) -> None:
@@ -388,6 +387,10 @@ def _three(V: Tensor) -> Tensor:
     return torch.cat([u, v, u + (1j * v if V.is_complex() else v)], -1)
 
 
+def _shares_memory(U: Tensor, V: Tensor) -> bool:
+    return U.untyped_storage().data_ptr() == V.untyped_storage().data_ptr()
+
+
 def _times(U: Tensor, scale: Tensor) -> Tensor:
     return U * scale[..., None, None].to(U.dtype.to_real())
 
@@ -425,8 +428,6 @@ class _OfArrays:
         import numpy
 
         block = V.detach().resolve_conj().resolve_neg().cpu().numpy()
-        # A view that cannot be written to, so that an object which does so fails by itself.
-        block.flags.writeable = False
         array = numpy.asarray(self.given @ block)
         if not array.flags.writeable or any(step < 0 for step in array.strides):
             array = array.copy()
@@ -458,9 +459,7 @@ class _Pure:
         return self.substituted(parameters, V)
 
     def substituted(self, parameters: Sequence[Tensor], V: Tensor) -> Tensor:
-        others = {
-            id(o): p for o, p in zip(self.originals, parameters) if o is not p
-        }
+        others = {id(o): p for o, p in zip(self.originals, parameters) if o is not p}
         with _Substitution(self.name, others) if others else contextlib.nullcontext():
             return self.call(V)
 
@@ -548,7 +547,7 @@ class _Discovery(TorchFunctionMode):
         self.made: Dict[int, Tensor] = {}  # held, so that no identity comes twice
         self.level = _level()
         with torch.enable_grad():
-            node = torch.zeros((), requires_grad=True).clone().grad_fn
+            node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
         self.first: int = node._sequence_nr()
 
     def __torch_function__(
@@ -616,8 +615,8 @@ class _Substitution(TorchFunctionMode):
 
 def _raise_inside(name: str, T: Tensor) -> None:
     raise RuntimeError(
-        f"lobpcg: the callable {name} hands a tensor of shape {tuple(T.shape)} to torch.func, which does not show it to "
-        "the transform around lobpcg, and its gradient would be lost; hand on a copy: tensor.clone()"
+        f"lobpcg: the callable {name} hands a tensor of shape {tuple(T.shape)} to torch.func, which does not show it "
+        "to the transform around lobpcg, and its gradient would be lost; hand on a copy: tensor.clone()"
     )
 
 
@@ -625,25 +624,21 @@ def _ends(U: Tensor, known: Dict[int, Tensor]) -> List[Tensor]:
     """The tensors in which the graph of U ends: those of the known ones that it meets, and leaves."""
     if not U.requires_grad:
         return []
-    edges = {}
-    for T in known.values():
-        if T.grad_fn is not None:
-            edges[_edge(T)] = T
+    edges = {(T.grad_fn, T.output_nr): T for T in known.values() if not T.is_leaf}
     ends: Dict[int, Tensor] = {}
-    pending = [_edge(U)]
+    pending: List[Any] = [(U.grad_fn, U.output_nr)]
     seen = set()
     while pending:
         edge = pending.pop()
-        node = edge[0]
-        if node is None or edge in seen:
+        if edge[0] is None or edge in seen:
             continue
         seen.add(edge)
-        end = edges.get(edge, getattr(node, "variable", None))
+        end = edges.get(edge, getattr(edge[0], "variable", None))
         if end is not None:
             ends[id(end)] = end
         else:
-            pending.extend(node.next_functions)
-    return list(ends.values())
+            pending.extend(edge[0].next_functions)
+    return [U] if U.is_leaf else list(ends.values())
 
 
 # ------------------------------------------------------------------------------- derivatives without torch.func
@@ -656,29 +651,27 @@ def _has_hooks(p: Tensor) -> bool:
 
 def _follow_others(parameters: Sequence[Tensor]) -> Tuple[bool, ...]:
     """Whether a parameter was computed from another one, whose gradient would then come through both."""
-    edges = {_edge(p) for p in parameters}
+    edges = {(p.grad_fn, p.output_nr) for p in parameters if not p.is_leaf}
+    leaves = {id(p) for p in parameters if p.is_leaf}
     return tuple(
-        p.grad_fn is not None and len(edges) > 1 and _leads_to(p.grad_fn, edges)
+        not p.is_leaf and len(parameters) > 1 and _leads_to(p.grad_fn, edges, leaves)
         for p in parameters
     )
 
 
-def _leads_to(node: Any, edges: Any) -> bool:
-    """Whether a path from the node meets one of the edges; true as well where the graph is too large to tell."""
+def _leads_to(node: Any, edges: Any, leaves: Any) -> bool:
+    """Whether a path from the node meets an edge or a leaf; true as well where the graph is too large to tell."""
     pending, seen = list(node.next_functions), set()
     while pending:
         edge = pending.pop()
-        if edge in edges or len(seen) > _MOST_NODES:
+        if edge[0] is None or edge in seen:
+            continue
+        seen.add(edge)
+        met = edge in edges or id(getattr(edge[0], "variable", None)) in leaves
+        if met or len(seen) > _MOST_NODES:
             return True
-        if edge[0] is not None and edge not in seen:
-            seen.add(edge)
-            pending.extend(edge[0].next_functions)
+        pending.extend(edge[0].next_functions)
     return False
-
-
-def _edge(T: Tensor) -> Tuple[Any, int]:
-    edge = get_gradient_edge(T)
-    return edge.node, edge.output_nr
 
 
 def _gradients(

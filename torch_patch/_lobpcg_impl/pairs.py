@@ -1,10 +1,11 @@
 """Pairs: what a solve has found, with the pencil and the options that it was found for, and the sizes to judge it by.
 
-All sizes are in units in which diag B = I, where an eigenvalue, a residual and the pencil can be compared with each
-other, however the unknowns are scaled:
+All sizes are in units in which D = diag B is I (of a callable B its root mean square), where an eigenvalue, a residual
+and the pencil can be compared with each other, however the unknowns are scaled.  With l_j = |D^1/2 x_j|, which is 1 where
+B is diagonal, and the root of the condition of D^-1/2 B D^-1/2 at most:
 
-    |r_j| = |D^-1/2 (A x_j - E_j B x_j)|,  D = diag B, or of a callable B its root mean square
-    N_j   = max(|D^-1/2 A D^-1/2|, |E_j|) + |E_j| |D^-1/2 B D^-1/2|,  norms being the root mean square of the eigenvalues
+    |r_j| = |D^-1/2 (A x_j - E_j B x_j)| max l
+    N_j   = (max(|D^-1/2 A D^-1/2|, |E_j|) + |E_j| |D^-1/2 B D^-1/2|) l_j^2, norms being root mean square eigenvalues
 """
 
 import math
@@ -82,7 +83,7 @@ def pencil_size(pairs: Pairs) -> Tensor:
         return pairs.scale / torch.where(length > 0, length, torch.ones_like(length))
     masses, E = root_of_masses(pencil), E.abs()
     size_A, size_B = (_mean_size(M, pencil.probe(), masses) for M in pencil.operands[:2])
-    return torch.maximum(size_A, E) + E * size_B
+    return (torch.maximum(size_A, E) + E * size_B) * norms(V * masses).square()
 
 
 def root_of_masses(pencil: Pencil) -> Tensor:
@@ -99,11 +100,24 @@ def _mean_size(M: Operand, probe: Tensor, masses: Tensor) -> Tensor:
     return (safe_norms(image) / safe_norms(probe)).squeeze(-2).amax(-1, keepdim=True)
 
 
+def longer(pairs: Pairs, Z: Tensor) -> Tensor:
+    """(+, *, 1): by what max l grows where the columns of Z are known too, at least 1: their l is |D^1/2 z| for z of
+    length one in B.  Without guards the wanted pairs alone do not tell the condition of B.  Cost: k products with B."""
+    masses = root_of_masses(pairs.pencil)
+    Z = Z / safe_norms(Z).clamp_min(torch.finfo(Z.dtype).tiny)
+    form = (Z.conj() * pairs.pencil.B.product(Z)).sum(-2).abs()
+    form = torch.where(form > 0, form, torch.full_like(form, math.inf))
+    there = norms(Z * masses) / form.sqrt()
+    here = norms(torch.cat([pairs.X, pairs.Y], -1) * masses).amax(-1, keepdim=True)
+    return (there.amax(-1, keepdim=True) / here).clamp_min(1.0)
+
+
 def in_masses(pairs: Pairs, R: Tensor) -> Tensor:
     """|r_j|, (*, n), for the 2-norms in pairs.residual, by what becomes of the residuals R (*, m, n)."""
-    length = safe_norms(R)
+    masses, length = root_of_masses(pairs.pencil), safe_norms(R)
     there = length > 0
-    factor = safe_norms(R / root_of_masses(pairs.pencil))
+    factor = safe_norms(R / masses)
     factor = factor / torch.where(there, length, torch.ones_like(length))
-    V = torch.cat([pairs.X, pairs.Y], -1)[..., : R.shape[-1]]
-    return pairs.residual * torch.where(there, factor, safe_norms(V)).squeeze(-2)
+    X = torch.cat([pairs.X, pairs.Y], -1)
+    factor = torch.where(there, factor, safe_norms(X)[..., : R.shape[-1]])
+    return pairs.residual * factor.squeeze(-2) * norms(X * masses).amax(-1, keepdim=True)

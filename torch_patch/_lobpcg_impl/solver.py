@@ -13,9 +13,13 @@ from torch._lobpcg_impl.report import members, warn
 from torch._lobpcg_impl.ritz import hermitian
 
 
-# Measured on one thread: with k = 5, eigh costs as much as the iterations near m = 512; with a preconditioner that is
-# any good, near m = 128.
+# With a preconditioner that is any good eigh costs as much as the iterations near m = 128; where a start block or a
+# device that iterates faster speaks for them, near 512.
 _DENSE_UP_TO, _DENSE_UP_TO_WITH_IK = 512, 128
+# Elsewhere from this order on, and so much higher for each pair in double and in single precision.  Measured on one
+# thread: dense matrices with the spectrum of the Gaussian ensemble break even at m = 700, 900, 1020 and 1550 for k = 1,
+# 5, 20 and 50 in double, at 780, 940, 1170 and 1900 in single.
+_DENSE_FROM, _DENSE_PER_PAIR, _DENSE_PER_PAIR_SINGLE = 780, 15, 21
 # Up to this order a standard problem in single precision is solved in double: eigh takes 1.4 to 1.6 times as long, and
 # what corrected its pairs in double before took more.  Above, eigh in single precision, backward stable as well.
 _DOUBLE_UP_TO = 256
@@ -84,8 +88,18 @@ def dense_is_cheaper(pencil: Pencil, options: Options) -> bool:
         return False
     if pencil.m < 3 * options.n:
         return True
-    return pencil.is_dense() and pencil.m <= (
-        _DENSE_UP_TO if pencil.iK is None else _DENSE_UP_TO_WITH_IK
+    return pencil.is_dense() and pencil.m <= _dense_up_to(pencil, options)
+
+
+def _dense_up_to(pencil: Pencil, options: Options) -> int:
+    """The largest order of a dense matrix that is factorised."""
+    if pencil.iK is not None:
+        return _DENSE_UP_TO_WITH_IK
+    if options.chosen > 0 or pencil.device.type != "cpu":
+        return _DENSE_UP_TO
+    single = pencil.dtype in (torch.float32, torch.complex64)
+    return _DENSE_FROM + options.k * (
+        _DENSE_PER_PAIR_SINGLE if single else _DENSE_PER_PAIR
     )
 
 
