@@ -276,9 +276,8 @@ class LOBPCGAutogradFunction(Function):
         if gE is None and gX is None:
             return (None,) * len(ctx.needs_input_grad)
         pairs = _saved_pairs(ctx)
-        need_A, need_B, *_ = (
-            any(needed) for needed in pairs.pencil.split(ctx.needs_input_grad[3:])
-        )
+        needed = pairs.pencil.split(ctx.needs_input_grad[3:])
+        need_A, need_B = any(needed[0]), any(needed[1])
         with without_autocast(pairs.X):
             gA, gB = reverse_mode(pairs, gE, gX, need_A, need_B)
         of_iK = (None,) * (len(ctx.needs_input_grad) - 3 - len(gA) - len(gB))
@@ -309,10 +308,10 @@ class LOBPCGAutogradFunction(Function):
         *parameters: Any,
     ) -> Any:
         size = info.batch_size
-        pencil, parameters, (X,), _ = pencil.mapped(
+        pencil, mapped, (X,), _ = pencil.mapped(
             size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
         )
-        return LOBPCGAutogradFunction.apply(pencil, options, X, *parameters), (0,) * 6
+        return LOBPCGAutogradFunction.apply(pencil, options, X, *mapped), (0,) * 6
 
 
 def _saved_pairs(ctx: Any) -> Pairs:
@@ -331,7 +330,7 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     k = options.k
     found = solve(pencil, X, options)
     warn_unconverged(found, pencil, options)
-    # All m, of a dense solve, or as many as were asked for: columns that joined the block on the way are not counted on.
+    # All m, of a dense solve, or as many as were asked for: columns may have joined the block on the way.
     n = found.E.shape[-1] if found.E.shape[-1] == pencil.m else options.n
     last = n if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
