@@ -62,9 +62,8 @@ def lobpcg(
     :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
     :ref:`lobpcg-gradient`.
 
-    Where the matrices are dense and small (m up to about 800 + 15 k; 512 on a
-    device or with :attr:`X`, 128 with :attr:`iK`), or too small for the method
-    (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
+    Where the matrices are dense and small (m up to about 800 + 15 k; 512 with :attr:`X`, 128 with :attr:`iK`), or too
+    small for the method (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
     :attr:`tracker` asks for them.
 
     **When not to use it.** For all eigenvalues, or more than a third of them, :func:`torch.linalg.eigh` is faster, as
