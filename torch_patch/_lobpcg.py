@@ -103,7 +103,8 @@ def lobpcg(
         X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
             not differentiated. Default: fixed pseudo-random numbers, the same in every call.
         n (int, optional): columns of the default start block, at least :attr:`k`. The pairs beyond :attr:`k` are not
-            returned; they speed up the iteration and the gradient. Default: max(4, k) more, if m >= 3 n allows.
+            returned; they speed up the iteration and the gradient. Default: max(4, k) more, or 4 where a polynomial stands in for :attr:`iK` and
+            k >= 20, if m >= 3 n allows.
         iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
             :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
             outside TorchScript, a callable on blocks. Used in backward as well; not differentiated. Default: where
