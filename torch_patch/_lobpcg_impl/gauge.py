@@ -290,7 +290,9 @@ def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
         skew, rounding = (G - G.mH).abs() / 2, 4 * eps * amplitude
         # Rounding in G of a loss that does not see the gauge: inner products of length m.
         noise = 2 * math.sqrt(m) * rounding
-        _check_gauge(seen, gaps, skew, noise, amplitude)
+        # A column of gX whose terms cancel, as of x exp(-x) at 1, keeps the rounding of the others.
+        floor = 4 * eps * _pairwise(x * g.amax(-1, keepdim=True))
+        _check_gauge(seen, gaps, skew, noise + floor, amplitude)
         # With a loss of values too, a skew part beyond the usual rounding, 4 eps for any m, may be more.
         used = used | (skew > (noise if gE is None else rounding))
         # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3).  A loss that is invariant in a
