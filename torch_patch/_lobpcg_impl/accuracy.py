@@ -22,16 +22,16 @@ _FEW = 16
 
 
 def check_accuracy(
-    seen: Any, gaps: Any, options: Options, skew: Tensor, lost: Tensor
+    seen: Any, gaps: Any, setting: Any, skew: Tensor, lost: Tensor
 ) -> None:
-    """Report the pair, or the two, with the largest error, if it is large.  seen, gaps: of module gauge.
+    """Report the pair, or the two, with the largest error, if it is large.  seen, gaps, setting: of module gauge.
 
     skew: (+, *, k, k), what is divided by the gaps; lost: what rounding and residuals change in that.
     """
     width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
-    share, total = _shares(seen, gaps, skew / width)
+    share, total = _shares(seen, gaps, skew / width, setting.forward_mode)
     relative = lost / width / total.unsqueeze(-1)
-    _check_outside(seen, gaps, options, share, relative)
+    _check_outside(seen, gaps, setting.options, share, relative)
     # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
     # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.
     most = 30 * math.sqrt(torch.finfo(seen.X.dtype).eps)
@@ -103,7 +103,7 @@ def _pairwise(a: Tensor) -> Tensor:
     return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
 
 
-def _shares(seen: Any, gaps: Any, C: Tensor) -> Any:
+def _shares(seen: Any, gaps: Any, C: Tensor, forward_mode: bool) -> Any:
     """(+, *, k): by what an error relative to x_j enters that of W = X (diag(gE) + C) - Z; and the size of W,
     (+, *, 1)."""
     x = norms(seen.X)
@@ -122,8 +122,9 @@ def _shares(seen: Any, gaps: Any, C: Tensor) -> Any:
         even = g / (rest * math.sqrt(seen.X.shape[-2]))
         weight_Z = torch.where(there, torch.maximum(weight_Z, even), weight_Z)
         weight = weight + weight_Z
-        # A cotangent in span X but for a ten thousandth leaves a gradient that is as good as zero.
-        z = torch.maximum(z, 1e-4 * weight_Z)
+        # A cotangent in span X but for a ten thousandth leaves a gradient that is as good as zero; a tangent in span X,
+        # vectors that do not move, beside the others that would.
+        z = torch.maximum(z, (1.0 if forward_mode else 1e-4) * weight_Z)
         total = torch.maximum(total, z.amax(-1, keepdim=True))
     total = torch.where(total > 0, total, torch.ones_like(total))
     return weight / total, total

@@ -308,7 +308,7 @@ def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
     if gE is not None:
         lost = lost + gaps.error * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
     lost = lost * (used & distinct & ~gaps.equal)
-    check_accuracy(seen, gaps, setting.options, skew * mask, lost)
+    check_accuracy(seen, gaps, setting, skew * mask, lost)
     return mask
 
 
