@@ -16,6 +16,7 @@ Invariants at the top of `update`, up to `drift`: X^H B X = I, X^H B P = 0, P^H 
 rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S as the next Ritz problem uses it.
 """
 
+import math
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -37,6 +38,7 @@ from torch._lobpcg_impl.convergence import (
     judge_batch,
     judge_one,
     Measures,
+    Progress,
     Rules,
     settled,
     Verdict,
@@ -174,8 +176,10 @@ class LOBPCG:
         )
         self.guarded = False  # fresh columns join the block and have to settle
         self.joined = 0  # how many did, last
-        self.best = self.best_rerr = self.level = float("inf")
-        self.best_step = 0
+        self.best_rerr = float("inf")
+        self.progress = Progress(
+            math.prod(self.batch), iparams["k"], self.sign, self.eps
+        )
         self.active = 0
         self._clear(X)
 
@@ -312,14 +316,7 @@ class LOBPCG:
             return True
         if self.ivars["iterations_left"] == 0 or self.converged():
             return True
-        return self.active == 0 or self.stagnated()
-
-    def stagnated(self) -> bool:
-        """Near rounding level: no residual smaller by a tenth in 50 iterations; elsewhere: in 1000 (convergence may
-        pause, not that long)."""
-        istep = self.ivars["istep"]
-        patience = 50 if self.best < 100.0 * self.eps else 1000
-        return istep - self.best_step >= patience
+        return self.active == 0 or self.progress.stalled(self.ivars["istep"])
 
     def call_tracker(self) -> None:
         if self.tracker is not None:
@@ -461,6 +458,7 @@ class LOBPCG:
         self.before, self.joined = (self.e[..., :k], self.measures.rho[..., :k]), count
         fresh = deduct(fresh, X, gram(BX, fresh))
         self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, first + 7)
+        self.progress.restart(self.ivars["istep"])
         self.update_residual()
         self.update_converged_count()
 
@@ -700,13 +698,9 @@ class LOBPCG:
             )
         self.check_verdict(verdict)
         self.active, self.ivars["converged_count"] = verdict.active, verdict.lead
-        self.best_rerr, self.level = verdict.worst, verdict.level
+        self.best_rerr = verdict.worst
         self.w_index, self.w_valid = verdict.index, verdict.valid
-        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.  Or it is a
-        # basis that falls apart.
-        better = self.level < 0.9 * self.best
-        if better or self.level > 100.0 * self.best and self.orthonormality_loss() < 1e-3:
-            self.best, self.best_step = self.level, self.ivars["istep"]
+        self.progress.note(self.ivars["istep"], verdict, self.orthonormality_loss)
         if verdict.nearest < 200.0 * self.eps and not self.converged():
             self.keep_best()
         return self.ivars["converged_count"]
@@ -737,20 +731,20 @@ class LOBPCG:
         return Kept(*map(pick, one[:-1], other[:-1]), measures=measures)
 
     def restore_best(self) -> None:
-        """The best pairs again where the last are five times worse, unless these are orthonormal and have the better
-        trace: then a pair that was missed before has come in."""
+        """The best pairs again where the last are five times worse, unless these have a trace better by more than their
+        loss of orthonormality explains: then a pair that was missed before has come in."""
         kept, k = self.kept, self.iparams["k"]
         if kept is None or kept.X.shape[-1] != self.n or self.converged():
             return
         X = self.basis.part(0, 0, k)
         (G,) = self.down(gram(X, self.pencil.B.apply(X)))
         G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-        whole = G.abs().amax((-2, -1)) <= 1e-3
+        loss = self.eps + G.abs().amax((-2, -1))
         size = kept.measures.size[..., :k].amax(-1)
         gain = (kept.e[..., :k] - self.e[..., :k]).sum(-1) * self.sign
         level = self.measures.level[..., :k].amax(-1)
         worse = ~(level <= 5.0 * kept.level)
-        restored = worse & ~(whole & (gain > 20.0 * k * self.eps * size))
+        restored = worse & ~((loss < 1e-3) & (gain > 20.0 * k * loss * size))
         now = Kept(
             level,
             self.basis.part(0, 0, self.n),
