@@ -53,6 +53,7 @@ from torch._lobpcg_impl.ritz import (
     ritz_step,
     whiten_scaled,
 )
+from torch._lobpcg_impl.unreached import unreached
 
 
 # Fresh columns that join a caller's block: a second one saves a third of the iterations and none of the products.
@@ -345,6 +346,9 @@ class LOBPCG:
             X = X * root.unsqueeze(-1)
             residual = residual / sA * root
             scale = scale / sA * root
+        # Columns that joined the block on the way differ from member to member of a batch.
+        n = self.iparams["n"]
+        E, X, residual, scale = (T[..., :n] for T in (E, X, residual, scale))
         k = self.iparams["k"]
         missed = self.missed().to(E.device)
         # Relative to |E|: the same in every scale.
@@ -366,10 +370,15 @@ class LOBPCG:
     def start(self) -> None:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
-        self.complete_start(columns(self.W), 0)
-        niter = self.iparams["niter"]
+        niter, X = self.iparams["niter"], self.W
         # A solve of few iterations is cut short on purpose: it takes the products that these cost without q.
-        if niter < 0 or niter >= FEW_ITERATIONS:
+        whole = niter < 0 or niter >= FEW_ITERATIONS
+        if whole and self.pencil.iK is not None:
+            count = min(self.iparams["k"], self.m - self.n)
+            Z = unreached(self.pencil, self.sign, count)
+            X = torch.cat([X.mT, Z.mT], -2).mT
+        self.complete_start(columns(X), 0)
+        if whole:
             most = self.iparams.get("ortho_degree", 60)
             self.polynomial = polynomial(self.pencil, self.sign, most)
 
