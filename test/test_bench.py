@@ -95,6 +95,20 @@ class TestCases(unittest.TestCase):
         self.assertLessEqual(set(report.PUBLISHED_PEERS), set(report.OVERVIEW))
         self.assertEqual({case.group for case in CASES.values()}, set(cases.GROUPS))
 
+    def test_the_page_shows_what_was_published(self):
+        """Rows of the README's table are cases of the benchmark, and the picture has the ratios of the same run."""
+        import re
+
+        table = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- times -->")[1].split("<!-- /times -->")[0]
+        rows = re.findall(r"^\| `([\w-]+)` \| .*? \| .*? \| ([\d.]*) \|", table, re.MULTILINE)
+        self.assertTrue(rows)
+        self.assertLessEqual({name for name, _ in rows}, set(report.PUBLISHED))
+        picture = bench.PICTURE.read_text(encoding="utf-8")
+        for name, ratio in rows:
+            with self.subTest(case=name):
+                self.assertIn(f">{CASES[name].title}</text>", picture)
+                self.assertIn(f">{float(ratio):.2g} × ", picture)
+
     def test_unknown_names(self):
         for arguments in ((["nothing*"], []), ([], ["nobody"]), (["batch-256x32"], ["scipy"])):
             with self.subTest(arguments=arguments), self.assertRaises(ValueError):
@@ -320,7 +334,7 @@ class TestCommand(unittest.TestCase):
             text = (folder / "README.md").read_text()
             self.assertTrue(text.startswith("text\n<!-- times -->\n1 thread, wall time"))
             self.assertTrue(text.endswith("|\n<!-- /times -->\nmore\n"))
-            self.assertIn("| 1 | 4 |  |  | 4 |  | 8 missed |  |  |", text)
+            self.assertIn("| 1 | 4 |  |  | 4 |  | 8 missed |  |  |  |", text)
             self.assertIn("4 × evr", (folder / "times.svg").read_text())
 
     def test_a_row_that_dies_is_reported(self):

@@ -110,6 +110,12 @@ def test_an_interpreter_without_torch(capsys):
     assert "--python" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(capsys):
+    assert device.run("cuda", 1.0, True) == 2
+    assert "no GPU" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_whole_of_it(tmp_path):
     command = [sys.executable, ROOT / "tools" / "gpu.py", "--device", "cpu", "--tiny", "--output", tmp_path / "table"]

@@ -958,7 +958,9 @@ class TestLobpcgPolynomial(LobpcgTestCase):
         R = self.start(p.m, 3)
         for sign in (1.0, -1.0):
             E = p.extreme(4, sign < 0)
-            Z, q = self.directions(A, B.to_dense().diag().diag().to_sparse_csr(), sign, E, R)
+            Z, q = self.directions(
+                A, B.to_dense().diag().diag().to_sparse_csr(), sign, E, R
+            )
             exact = self.exact_directions(A.to_dense(), d, sign, q, R)
             self.assertEqual(Z, exact, atol=1e-10, rtol=1e-10)
 
@@ -967,7 +969,9 @@ class TestLobpcgPolynomial(LobpcgTestCase):
         E, R = spectrum[:, :4], self.start(35, 3, batch=(3,))
         Z, q = self.directions(A.to_sparse(), None, 1.0, E, R)
         for i in range(3):
-            alone, own = self.directions(A[i].to_sparse(), None, 1.0, E[i], R[i], q.degree)
+            alone, own = self.directions(
+                A[i].to_sparse(), None, 1.0, E[i], R[i], q.degree
+            )
             self.assertEqual(own.degree, q.degree)
             self.assertEqual(Z[i], alone, atol=1e-10, rtol=1e-10)
 

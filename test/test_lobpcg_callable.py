@@ -644,7 +644,6 @@ class TestLobpcgCallableTransforms(CallableCase):
         self.assert_same(lambda f: torch.func.hessian(few(f))(self.v[:2] / 10), 1e-6)
 
     def test_jacrev(self):
-
         def ours(s):
             return self.solve(lambda V: products_of_A(self.T * s, V))[0]
 

@@ -167,10 +167,10 @@ class ResolventTest(FormulaTest):
                     "spectral": lambda: complement._spectral(op, rhs, A, B),
                     "iterations": lambda: complement._iterate(op, rhs, None, 1e-14),
                     "deflated": lambda: complement._iterate(
-                        op, rhs, Y + 1e-2 * b[:, :2], 1e-14
+                        op, rhs, (E[:2], Y + 1e-2 * b[:, :2]), 1e-14
                     ),
                     "preconditioned": lambda: complement._iterate(
-                        preconditioned, rhs, Y, 1e-14
+                        preconditioned, rhs, (E[:2], Y), 1e-14
                     ),
                 }
                 for name, route in routes.items():

@@ -353,7 +353,7 @@ class TestLobpcgGraphs(LobpcgGradientCase):
     @parametrize("dtype", [torch.float64, torch.complex128])
     @parametrize("generalized", [False, True])
     def test_values_while_a_graph_is_traced(self, dtype, generalized):
-        """make_fx on tensors with values solves as an eager call does; A^H is a view that its kernels do not resolve."""
+        """make_fx on tensors with values solves as an eager call does: A^H is a view that they do not resolve."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
         A = self.hermitian(8, dtype)

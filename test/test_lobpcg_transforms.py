@@ -1,5 +1,5 @@
 # Owner(s): ["module: autograd"]
-"""torch.lobpcg under torch.func, hooks, autocast, checkpoints and threads; transform by layout, a test for each cell."""
+"""torch.lobpcg under torch.func, hooks, autocast, checkpoints, threads; transform by layout, a test for each cell."""
 
 import itertools
 import warnings

@@ -62,9 +62,8 @@ def lobpcg(
     :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
     :ref:`lobpcg-gradient`.
 
-    Where the matrices are dense and small (m up to about 800 + 15 k; 512 on a
-    device or with :attr:`X`, 128 with :attr:`iK`), or too small for the method
-    (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
+    Where the matrices are dense and small (m up to about 800 + 15 k; 512 with :attr:`X`, 128 with :attr:`iK`), or too
+    small for the method (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
     :attr:`tracker` asks for them.
 
     **When not to use it.** For all eigenvalues, or more than a third of them, :func:`torch.linalg.eigh` is faster, as
@@ -104,7 +103,8 @@ def lobpcg(
         X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
             not differentiated. Default: fixed pseudo-random numbers, the same in every call.
         n (int, optional): columns of the default start block, at least :attr:`k`. The pairs beyond :attr:`k` are not
-            returned; they speed up the iteration and the gradient. Default: max(4, k) more, if m >= 3 n allows.
+            returned; they speed up the iteration and the gradient. Default: max(4, k) more, or 4 where a polynomial stands in for :attr:`iK` and
+            k >= 20, if m >= 3 n allows.
         iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
             :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
             outside TorchScript, a callable on blocks. Used in backward as well; not differentiated. Default: where
@@ -276,9 +276,8 @@ class LOBPCGAutogradFunction(Function):
         if gE is None and gX is None:
             return (None,) * len(ctx.needs_input_grad)
         pairs = _saved_pairs(ctx)
-        need_A, need_B, *_ = (
-            any(needed) for needed in pairs.pencil.split(ctx.needs_input_grad[3:])
-        )
+        needed = pairs.pencil.split(ctx.needs_input_grad[3:])
+        need_A, need_B = any(needed[0]), any(needed[1])
         with without_autocast(pairs.X):
             gA, gB = reverse_mode(pairs, gE, gX, need_A, need_B)
         of_iK = (None,) * (len(ctx.needs_input_grad) - 3 - len(gA) - len(gB))
@@ -309,10 +308,10 @@ class LOBPCGAutogradFunction(Function):
         *parameters: Any,
     ) -> Any:
         size = info.batch_size
-        pencil, parameters, (X,), _ = pencil.mapped(
+        pencil, mapped, (X,), _ = pencil.mapped(
             size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
         )
-        return LOBPCGAutogradFunction.apply(pencil, options, X, *parameters), (0,) * 6
+        return LOBPCGAutogradFunction.apply(pencil, options, X, *mapped), (0,) * 6
 
 
 def _saved_pairs(ctx: Any) -> Pairs:
@@ -331,7 +330,7 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     k = options.k
     found = solve(pencil, X, options)
     warn_unconverged(found, pencil, options)
-    # All m, of a dense solve, or as many as were asked for: columns that joined the block on the way are not counted on.
+    # All m, of a dense solve, or as many as were asked for: columns may have joined the block on the way.
     n = found.E.shape[-1] if found.E.shape[-1] == pencil.m else options.n
     last = n if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])

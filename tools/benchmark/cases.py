@@ -51,7 +51,7 @@ GROUPS = {
     "dense": "dense",
     "batch": "batches",
     "small": "one small dense call",
-    "truncated": "a few iterations, float32",
+    "truncated": "a few iterations",
     "gradient": "forward and backward",
     "check": "checks",
 }
@@ -195,12 +195,12 @@ def _dense_cases() -> list[Case]:
     for m in (10, 50, 100):
         for backward in (False, True):
             name = f"small-{m}" + ("-grad" if backward else "")
-            title = f"m = {m}, k = 3" + (", with backward" if backward else "")
+            title = f"one call, m = {m}, k = 3" + (", with backward" if backward else "")
             problem, peers = _gapped(m, 3), ("patched", "eigh") if backward else ("patched", "eigh", "evr")
             cases.append(Case(name, title, problem, 3, peers, "small", calls=200, backward=backward))
     for k in (64, 256):
         for niter in (5, 20):
-            name, title = f"truncated-k{k}-niter{niter}", f"adjacency, m = 4000, k = {k}, {niter} iterations"
+            name, title = f"truncated-k{k}-niter{niter}", f"float32 adjacency, m = 4000, k = {k}, {niter} iterations"
             limits = {"niter": niter, "truncated": True, "largest": True, "dtype": "float32", **_CSR}
             problem, peers = {"kind": "graph", "shape": "adjacency", "m": 4000}, ("patched", "upstream", "scipy")
             cases.append(Case(name, title, problem, k, peers, "truncated", **limits))
@@ -250,7 +250,7 @@ def _checks() -> list[Case]:
 
 def _backward_cases() -> list[Case]:
     def case(name, title, problem, k, peers=("patched",), **more):
-        return Case(f"grad-{name}", title, problem, k, peers, "gradient", backward=True, **more)
+        return Case(f"grad-{name}", f"gradient, {title}", problem, k, peers, "gradient", backward=True, **more)
 
     xitorch = ("upstream", "xitorch", "xitorch-davidson")
     dense = {"peers": ("patched", "eigh", "adjoint"), "more": xitorch}

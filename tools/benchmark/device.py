@@ -329,6 +329,9 @@ def run(device: str, minutes: float, tiny: bool) -> int:
     """Checks, then the table; 1 if a check failed or a timing raised."""
     start = time.monotonic()
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
+    if device != "cpu" and not torch.cuda.is_available():
+        print(f"gpu.py: torch {torch.__version__} finds no GPU; a build with CUDA and a driver are needed", flush=True)
+        return 2
     name = platform.processor() or platform.machine() if device == "cpu" else torch.cuda.get_device_name()
     print(
         f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads on the CPU, float64 unless said",

@@ -163,9 +163,9 @@ def overview(results: dict, peers: tuple = OVERVIEW) -> str:
             row = rows.get(peer, {})
             mark = "" if right(row, name) else " missed" if row.get("missed") else " (residual)"
             ratio = ours["seconds"] / row["seconds"] if row.get("seconds") and ours.get("seconds") else None
-            cells.append("" if ratio is None else number(ratio) + mark)
-        title = f"{GROUPS[CASES[name].group]}: {CASES[name].title}"
-        lines.append([f"`{name}`", title, number(ours.get("seconds")), number(best[1]) if best else "", *cells])
+            cells.append("" if ratio is None else two_digits(ratio) + mark)
+        shown = [two_digits(ours.get("seconds")), two_digits(best[1]) if best else ""]
+        lines.append([f"`{name}`", CASES[name].title, *shown, *cells])
     return table(["`--case`", "problem", "seconds", "over the best peer", *peers], lines)
 
 
@@ -176,6 +176,10 @@ def number(value: float | None) -> str:
     if not math.isfinite(value) or (value == int(value) and abs(value) < 1e6):
         return f"{value:g}"
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
+
+
+def two_digits(value: float | None) -> str:
+    return number(None if value is None else float(f"{value:.2g}"))
 
 
 def word(met: bool | None) -> str:

@@ -86,8 +86,8 @@ def options_of(
             )
     if isinstance(k, Tensor) and k.dim() > 0:
         raise TypeError(
-            f"lobpcg: k is a tensor of shape {list(k.shape)}; it must be an int, the number of pairs: pass a start block "
-            "as X="
+            f"lobpcg: k is a tensor of shape {list(k.shape)}; it must be an int, the number of pairs: pass a start "
+            "block as X="
         )
     if largest is not None and not isinstance(largest, bool):
         raise TypeError(
@@ -129,8 +129,10 @@ def options_of(
     # expense and no gain.
     truncated = niter is not None and 0 <= niter < FEW_ITERATIONS
     sparse = isinstance(A, Tensor) and A.layout != torch.strided
-    few_guards = iK is None and (truncated or sparse and B is None)
-    return settle(m, model.dtype, k, n, columns, niter, tol, largest, method, few_guards, **others)
+    few_guards = iK is None and (truncated or (sparse and B is None))
+    return settle(
+        m, model.dtype, k, n, columns, niter, tol, largest, method, few_guards, **others
+    )
 
 
 def settle(
@@ -184,7 +186,9 @@ def settle(
         iterate=iterate,
         accurate=tol is None,
         tracker=tracker,
-        **{key: value or {} for key, value in ortho.items()},
+        ortho_iparams=ortho.get("ortho_iparams") or {},
+        ortho_fparams=ortho.get("ortho_fparams") or {},
+        ortho_bparams=ortho.get("ortho_bparams") or {},
     )
 
 
@@ -208,9 +212,7 @@ def model_of(A: Any, X: Any, B: Any) -> Tuple[Any, str]:
     return None, ""
 
 
-def declared(
-    M: Any, name: str
-) -> Tuple[Optional[List[int]], Optional[torch.dtype]]:
+def declared(M: Any, name: str) -> Tuple[Optional[List[int]], Optional[torch.dtype]]:
     """Shape and dtype that a callable or an object with products carries; NumPy's dtypes by their names."""
     if M is None or isinstance(M, Tensor):
         return None, None

@@ -107,8 +107,8 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
         (1e-6, 1e6) if dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
     )
     if largest.dim() == 0:
-        size = float(largest)
-        if size == 0.0 or low <= size <= high:
+        value = float(largest)
+        if value == 0.0 or low <= value <= high:
             return UNSCALED
     extreme = (largest > 0) & ((largest < low) | (largest > high))
     size = torch.where(extreme, largest, torch.ones_like(largest))

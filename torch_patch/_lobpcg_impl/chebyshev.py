@@ -144,9 +144,7 @@ class Polynomial:
         ritz = torch.linalg.eigvalsh(T)
         low, top, last = ritz[..., 0], ritz[..., -1], b[..., -1]
         up = top + last + 0.01 * (top - low + 2 * last)
-        return list(
-            zip(low.reshape(-1).tolist(), up.reshape(-1).tolist())
-        )
+        return list(zip(low.reshape(-1).tolist(), up.reshape(-1).tolist()))
 
     def learn(self, W: Tensor, of_A: Tensor, of_B: Tensor) -> None:
         """Chebyshev.learn: of (sign A, D), by a fifth of the width."""

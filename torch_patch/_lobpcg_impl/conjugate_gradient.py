@@ -4,7 +4,7 @@ The operator K_j = s (A - E_j B) / scale is a projected.Complement, positive def
 eigenvectors.  Extra columns that the forward carried are deflated (Saad, Yeung, Erhel, Guyomarc'h 2000).
 """
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -107,10 +107,10 @@ def conjugate_gradients(
         r = r - part(z)
     for _ in range(1 + _RESTARTS):
         coarse = deflation and deflation.restrict(columns)
-        norm, used, indefinite = _sweep(
-            part, r, z, columns, coarse, precondition, rtol[columns], budget
-        )
-        budget -= used
+        sweep = _Sweep(part, r, z, columns, coarse, precondition, rtol[columns])
+        indefinite = sweep.run(budget)
+        norm = sweep.norm
+        budget -= sweep.steps
         r = take(b, columns).sub_(part(take(z, columns)))
         size = norms(r)
         # Two products and a subtraction, each with an error of a few eps |K| |z|.
@@ -134,90 +134,109 @@ def conjugate_gradients(
     )
 
 
-def _sweep(
-    op: Any,
-    r: Tensor,
-    z: Tensor,
-    columns: Tensor,
-    deflation: Optional[Deflation],
-    precondition: Optional[Callable[[Tensor], Tensor]],
-    rtol: Tensor,
-    budget: int,
-) -> Tuple[Tensor, int, bool]:
-    """One run from residuals r of `columns` of z, improved in place: estimate of |K|, iterations, is K indefinite.
+class _Sweep:
+    """One run from residuals r of `columns` of z, improved in place.
 
     Columns that stop leave the block, so products are with active columns only.  One synchronisation per iteration.
+    After it, norm is an estimate of |K|, steps the number of iterations.
     """
-    eps = torch.finfo(op.shifts.dtype).eps
-    size0 = norms(take(z, columns), keepdim=True)
-    tiny = torch.finfo(op.shifts.dtype).tiny
-    if deflation is None:
-        dz = torch.zeros_like(r)
-    else:
-        dz, image = deflation.solve(r)
-        r = r - image
-    norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
-    nothing: Any = None  # before the first step
-    p = Kp = rho = alpha = nothing
-    step = 0
-    while True:
-        size = norms(r, keepdim=True)
-        reach = 2 * eps * norm * (size0 + norms(dz, keepdim=True))
-        active = (size > torch.maximum(reach, rtol)).reshape(-1, columns.numel()).any(0)
-        flags = active.tolist()  # the synchronisation
-        if not all(flags) or step >= budget:
-            going = [i for i, flag in enumerate(flags) if flag and step < budget]
-            done = torch.tensor(
-                [i for i in range(len(flags)) if i not in going], device=r.device
-            )
-            z.index_add_(-1, columns[done], take(dz, done))
-            if not going:
-                return norm, step, False
-            keep = torch.tensor(going, device=r.device)
-            op = op.restrict(keep)
-            deflation = deflation and deflation.restrict(keep)
-            columns, rtol, r, dz, size0 = (
-                columns[keep],
-                rtol[keep],
-                take(r, keep),
-                take(dz, keep),
-                size0[..., keep],
-            )
-            size, reach = size[..., keep], reach[..., keep]
-            if p is not None:
-                p, Kp, rho, alpha = (
-                    take(p, keep),
-                    take(Kp, keep),
-                    rho[..., keep],
-                    alpha[..., keep],
-                )
-        t = r
-        if precondition is not None or op.pencil.generalized:
-            t = op.project(t if precondition is None else columnwise(precondition(t)))
-        if deflation is not None:
-            t = deflation(t)
-        new = inner(r, t, keepdim=True)
-        if p is None:
-            p = t
+
+    # Before the first step there are no direction, no image of it, no r^H t and no length of a step.
+    p: Any = None
+    Kp: Any = None
+    rho: Any = None
+    alpha: Any = None
+    steps = 0
+
+    def __init__(
+        self,
+        op: Any,
+        r: Tensor,
+        z: Tensor,
+        columns: Tensor,
+        deflation: Optional[Deflation],
+        precondition: Optional[Callable[[Tensor], Tensor]],
+        rtol: Tensor,
+    ) -> None:
+        self.op, self.z, self.columns, self.rtol = op, z, columns, rtol
+        self.deflation, self.precondition = deflation, precondition
+        self.size0 = norms(take(z, columns), keepdim=True)
+        if deflation is None:
+            self.r, self.dz = r, torch.zeros_like(r)
         else:
-            # <t, r_old> = 0 for a fixed symmetric preconditioner; written out it may vary or be nonsymmetric.
-            beta = (
-                new / rho
-                if precondition is None
-                else -alpha * inner(t, Kp, keepdim=True) / rho
-            )
-            p = torch.addcmul(t, p, beta.to(p.dtype))
-        rho = torch.clamp(new, min=tiny)
-        del t
-        Kp = op(p)
+            self.dz, image = deflation.solve(r)
+            self.r = r - image
+        self.norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
+
+    def run(self, budget: int) -> bool:
+        """Whether K turned out to be indefinite, which ends the run."""
+        while True:
+            waiting = self._waiting()
+            active = waiting.reshape(-1, self.columns.numel()).any(0)
+            flags = active.tolist()  # the synchronisation
+            if not all(flags) or self.steps >= budget:
+                going = [i for i, flag in enumerate(flags) if flag]
+                going = going if self.steps < budget else []
+                self._leave([i for i in range(len(flags)) if i not in going])
+                if not going:
+                    return False
+                self._keep(torch.tensor(going, device=self.r.device))
+                waiting = waiting[..., going]
+            good = self._step(self._direction())
+            if self.steps % 8 == 0 and bool((~good & waiting).any()):
+                self.z.index_add_(-1, self.columns, self.dz)
+                return True
+
+    def _waiting(self) -> Tensor:
+        """(*, 1, q): which residuals are above what is asked for, and above what rounding allows."""
+        eps = torch.finfo(self.op.shifts.dtype).eps
+        reach = 2 * eps * self.norm * (self.size0 + norms(self.dz, keepdim=True))
+        return norms(self.r, keepdim=True) > torch.maximum(reach, self.rtol)
+
+    def _leave(self, done: List[int]) -> None:
+        index = torch.tensor(done, device=self.r.device)
+        self.z.index_add_(-1, self.columns[index], take(self.dz, index))
+
+    def _keep(self, index: Tensor) -> None:
+        self.op = self.op.restrict(index)
+        self.deflation = self.deflation and self.deflation.restrict(index)
+        self.columns, self.rtol = self.columns[index], self.rtol[index]
+        self.r, self.dz = take(self.r, index), take(self.dz, index)
+        self.size0 = self.size0[..., index]
+        if self.p is not None:
+            self.p, self.Kp = take(self.p, index), take(self.Kp, index)
+            self.rho, self.alpha = self.rho[..., index], self.alpha[..., index]
+
+    def _direction(self) -> Tensor:
+        """The next direction p; r^H t, t the preconditioned residual."""
+        t, precondition = self.r, self.precondition
+        if precondition is not None or self.op.pencil.generalized:
+            t = t if precondition is None else columnwise(precondition(t))
+            t = self.op.project(t)
+        if self.deflation is not None:
+            t = self.deflation(t)
+        new = inner(self.r, t, keepdim=True)
+        if self.p is None:
+            self.p = t
+            return new
+        # <t, r_old> = 0 for a fixed symmetric preconditioner; written out it may vary or be nonsymmetric.
+        beta = new / self.rho
+        if precondition is not None:
+            beta = -self.alpha * inner(t, self.Kp, keepdim=True) / self.rho
+        self.p = torch.addcmul(t, self.p, beta.to(t.dtype))
+        return new
+
+    def _step(self, new: Tensor) -> Tensor:
+        """Go along p; (*, 1, q): where curvature and r^H t are positive, as of a definite K."""
+        p = self.p
+        self.rho = torch.clamp(new, min=torch.finfo(new.dtype).tiny)
+        self.Kp = Kp = self.op(p)
         curvature = inner(p, Kp, keepdim=True)
-        norm = torch.maximum(norm, (norms(Kp) / norms(p)).amax())
+        self.norm = torch.maximum(self.norm, (norms(Kp) / norms(p)).amax())
         good = (curvature > 0) & (new > 0)
-        alpha = torch.where(good, new / curvature, torch.zeros_like(new))
-        dz.addcmul_(p, alpha.to(p.dtype))
+        self.alpha = torch.where(good, new / curvature, torch.zeros_like(new))
+        self.dz.addcmul_(p, self.alpha.to(p.dtype))
         # Not in place: without a preconditioner the first p is r.
-        r = torch.addcmul(r, Kp, -alpha.to(p.dtype))
-        step += 1
-        if step % 8 == 0 and bool((~good & (size > torch.maximum(reach, rtol))).any()):
-            z.index_add_(-1, columns, dz)
-            return norm, step, True
+        self.r = torch.addcmul(self.r, Kp, -self.alpha.to(p.dtype))
+        self.steps += 1
+        return good

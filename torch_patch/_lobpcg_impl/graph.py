@@ -1,8 +1,8 @@
 """lobpcg in graphs: operators for torch.compile, torch.export, make_fx, fake and meta tensors, and TorchScript.
 
 A tracer sees tensors without values.  What decides by values is therefore an operator to it, which runs what an eager
-call runs, its errors and warnings included: the solve, the reduced resolvent, the mask of pairs, the distance to the rest
-of the spectrum.  The formulas between them are traced like any code, so a graph has derivatives of every order.
+call runs, its errors and warnings included: the solve, the reduced resolvent, the mask of pairs, the distance to the
+rest of the spectrum.  The formulas between them are traced like any code, so a graph has derivatives of every order.
 
 Each operator is the forward of one autograd Function, and the Function has its derivatives and its rule for vmap:
 
@@ -107,9 +107,9 @@ _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 def _from_the_start() -> Any:
     """The dispatcher at its beginning, as in an eager call.
 
-    PyTorch runs a kernel that a dispatch mode calls, such as that of make_fx on tensors with values, without the keys that
-    stand above the mode.  One of them resolves M.mH before a factorisation that knows no conjugate views: without it
-    torch.linalg.solve_triangular(M.mH, ...) solves with M^T.  Without others, results differ by rounding.
+    PyTorch runs a kernel that a dispatch mode calls, such as that of make_fx on tensors with values, without the keys
+    that stand above the mode.  One of them resolves M.mH before a factorisation that knows no conjugate views: without
+    it torch.linalg.solve_triangular(M.mH, ...) solves with M^T.  Without others, results differ by rounding.
     """
     included = torch._C._dispatch_tls_local_include_set()
     return torch._C._ForceDispatchKeyGuard(included, _EXCLUDED)
@@ -142,8 +142,8 @@ def restore_pencil(
 
 
 def refuse_in_graph(A: Any, B: Any, X: Any, iK: Any, options: Options) -> None:
-    """NotImplementedError for what a graph cannot hold: a callable, a tracker, and a sparse matrix whose gradient is asked
-    for, since the number of its stored entries is a value."""
+    """NotImplementedError for what a graph cannot hold: a callable, a tracker, and a sparse matrix whose gradient is
+    asked for, since the number of its stored entries is a value."""
     if options.tracker is not None:
         raise NotImplementedError(
             "lobpcg: a tracker looks at values, which do not exist while a graph is traced; leave it out, or call "

@@ -140,7 +140,7 @@ class MatrixFree(Operand):
         """The pull back is linear in U, and the tangent is its adjoint: so no operation inside needs a forward rule."""
         block = self._columns(V)
         pull = self._pull_by_transform(block)
-        _, transposed = torch.func.vjp(pull, torch.zeros_like(block))
+        transposed = torch.func.vjp(pull, torch.zeros_like(block))[1]
         given = [
             torch.zeros_like(p) if t is None else t
             for t, p in zip(tangents, self.values)

@@ -142,14 +142,9 @@ class Dense(_Matrix):
             # One matrix and many blocks are one product with a wide block instead of many products.
             return _unfold(torch.matmul(A, _fold(V)), V)
         blocked = (
-            V.device.type == "cpu" and 4 <= p and p < A.shape[-1] and A.shape[-1] > 512
+            V.device.type == "cpu" and p >= 4 and p < A.shape[-1] and A.shape[-1] > 512
         )
-        if (
-            not blocked
-            or torch.is_grad_enabled()
-            or in_transform()
-            or is_traced(A, V)
-        ):
+        if not blocked or torch.is_grad_enabled() or in_transform() or is_traced(A, V):
             return torch.matmul(A, V)
         rows, U = V.mT, V.new_empty((p, V.shape[-2]))
         for i in range(0, A.shape[-1], _ROWS_AT_A_TIME):
@@ -407,17 +402,17 @@ class Sparse(_Matrix):
         if bool(bad.any()):
             name = self.name
             raise ValueError(
-                f"lobpcg: sparse {name} is not Hermitian{members(bad, bad.dim())}: |u^H {name} v - (v^H {name} u)^H| = {float(skew.max())} for "
-                f"fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} expected; pass a Hermitian "
-                f"matrix, such as ({name} + {name}^H) / 2"
+                f"lobpcg: sparse {name} is not Hermitian{members(bad, bad.dim())}: |u^H {name} v - (v^H {name} u)^H| = "
+                f"{float(skew.max())} for fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} "
+                f"expected; pass a Hermitian matrix, such as ({name} + {name}^H) / 2"
             )
 
     def check_positive(self) -> None:
         bad = (self.diagonal() <= 0).any(-1)
         if bool(bad.any()):
             raise ValueError(
-                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())}: a diagonal entry is not positive; {self.name} must be "
-                "Hermitian positive definite"
+                f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())}: a diagonal entry is not "
+                f"positive; {self.name} must be Hermitian positive definite"
             )
 
 
@@ -646,12 +641,8 @@ class Pencil:
 
     def member(self, position: Tuple[int, ...]) -> "Pencil":
         """The pencil of one matrix of the batch."""
-        same = self.of_operands(
-            *(
-                None if M is None else M.member(position)
-                for M in (self.A, self.B, self.iK)
-            )
-        )
+        iK = None if self.iK is None else self.iK.member(position)
+        same = self.of_operands(self.A.member(position), self.B.member(position), iK)
         same.batch = []
         same.scale_A, same.scale_B = (
             _at(scale, position) for scale in (self.scale_A, self.scale_B)

@@ -40,7 +40,7 @@ class OneWarning:
         _this_thread.block = self
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
         _this_thread.block = self.outer
         if self.text is not None and kind is None:
             found(self.text, self.error)
@@ -60,7 +60,7 @@ def found(text: str, error: float = 1e30) -> None:
 
 
 def members(bad: Tensor, batch: int) -> str:
-    """"" or " (member 3 of the batch)": where bad, with further dimensions in front of the `batch` last ones, is true."""
+    """Nothing, or " (member 3 of the batch)": where bad is true; its last `batch` dimensions are those of the batch."""
     if batch == 0:
         return ""
     where = bad.reshape((-1,) + tuple(bad.shape[bad.dim() - batch :])).any(0).nonzero()

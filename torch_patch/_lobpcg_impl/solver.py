@@ -13,8 +13,8 @@ from torch._lobpcg_impl.report import members, warn
 from torch._lobpcg_impl.ritz import hermitian
 
 
-# With a preconditioner that is any good eigh costs as much as the iterations near m = 128; where a start block or a
-# device that iterates faster speaks for them, near 512.
+# With a preconditioner that is any good eigh costs as much as the iterations near m = 128; where a start block speaks
+# for them, near 512.
 _DENSE_UP_TO, _DENSE_UP_TO_WITH_IK = 512, 128
 # Elsewhere from this order on, and so much higher for each pair in double and in single precision.  Measured on one
 # thread: dense matrices with the spectrum of the Gaussian ensemble break even at m = 700, 900, 1020 and 1550 for k = 1,
@@ -92,10 +92,11 @@ def dense_is_cheaper(pencil: Pencil, options: Options) -> bool:
 
 
 def _dense_up_to(pencil: Pencil, options: Options) -> int:
-    """The largest order of a dense matrix that is factorised."""
+    """The largest order of a dense matrix that is factorised: the same on every device, since a graph is traced on none
+    and must have the shapes of what will run."""
     if pencil.iK is not None:
         return _DENSE_UP_TO_WITH_IK
-    if options.chosen > 0 or pencil.device.type != "cpu":
+    if options.chosen > 0:
         return _DENSE_UP_TO
     single = pencil.dtype in (torch.float32, torch.complex64)
     return _DENSE_FROM + options.k * (

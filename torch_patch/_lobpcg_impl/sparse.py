@@ -422,7 +422,9 @@ def _refuse_accumulation(node: Any) -> None:
     try:
         if not torch._C._will_engine_execute_node(node):
             return
-    except RuntimeError:  # autograd.grad captures the gradient of a leaf: nothing is accumulated
+    except (
+        RuntimeError
+    ):  # autograd.grad captures the gradient of a leaf: nothing is accumulated
         return
     raise RuntimeError(
         f"lobpcg: backward() cannot accumulate a gradient in a leaf of layout {leaf.layout}; PyTorch does that for "

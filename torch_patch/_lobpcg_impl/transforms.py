@@ -55,11 +55,8 @@ def without_autocast(like: Tensor) -> ContextManager[Any]:
 
 def broadcast(*shapes: Sequence[int]) -> List[int]:
     """The shape that broadcastable shapes have together.  torch.broadcast_shapes imports a symbolic algebra package."""
-    out: List[int] = []
-    for sizes in itertools.zip_longest(
-        *(reversed(shape) for shape in shapes), fillvalue=1
-    ):
-        out.append(next((size for size in sizes if size != 1), 1))
+    by_dimension = itertools.zip_longest(*map(reversed, shapes), fillvalue=1)
+    out = [next((size for size in sizes if size != 1), 1) for sizes in by_dimension]
     return out[::-1]
 
 

@@ -2,8 +2,8 @@
 
 """What tests of torch.lobpcg have in common: one way to call it, one way to judge pairs, and oracles of its gradients.
 
-The oracles share no code with lobpcg: all pairs by Cholesky and eigh, differentiated by autograd where the spectrum is simple, and
-a sum over all pairs, which holds for repeated eigenvalues too.
+The oracles share no code with lobpcg: all pairs by Cholesky and eigh, differentiated by autograd where the spectrum is
+simple, and a sum over all pairs, which holds for repeated eigenvalues too.
 """
 
 import os

@@ -50,7 +50,7 @@ import math
 import warnings
 import zlib
 from dataclasses import dataclass, field
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -72,7 +72,7 @@ class Matrix:
     m: int
     parameter: torch.Tensor
     index: Optional[torch.Tensor] = None
-    entries: Optional[Callable] = None
+    entries: Optional[Callable[..., Any]] = None
     layout: torch.layout = torch.strided
 
     def values(self, parameter):
@@ -81,7 +81,9 @@ class Matrix:
     def assemble(self, values):
         if self.index is None:
             return values
-        A = torch.sparse_coo_tensor(self.index, values, (self.m, self.m), check_invariants=False)
+        A = torch.sparse_coo_tensor(
+            self.index, values, (self.m, self.m), check_invariants=False
+        )
         if self.layout == torch.strided:
             return A.to_dense()
         return A.coalesce() if self.layout == torch.sparse_coo else A.to_sparse_csr()
@@ -115,7 +117,10 @@ class Matrix:
             r, c = self.index
             g = ((W[r] * X[c].conj()).sum(-1) + (X[r] * W[c].conj()).sum(-1)) / 2
         if noise:
-            g = g * (1 + noise * torch.randn(g.shape, dtype=torch.float64, generator=generator))
+            g = g * (
+                1
+                + noise * torch.randn(g.shape, dtype=torch.float64, generator=generator)
+            )
         if self.entries is None:
             return g
         parameter = self.parameter.to(torch.float64).requires_grad_(True)
@@ -164,7 +169,13 @@ class _Draw:
     def size(self, most):
         """Mostly a few hundred; a few as large as allowed."""
         t = float(self.uniform())
-        bands = ((0.3, 20, 60), (0.8, 60, 300), (0.93, 300, 640), (0.98, 700, 1100), (1.0, 2000, 2000))
+        bands = (
+            (0.3, 20, 60),
+            (0.8, 60, 300),
+            (0.93, 300, 640),
+            (0.98, 700, 1100),
+            (1.0, 2000, 2000),
+        )
         low, high = next((low, high) for upto, low, high in bands if t <= upto)
         return min(self.integer(low, high), most)
 
@@ -181,12 +192,16 @@ def _sparse(m, index, values, dtype, layout, entries=None):
     """A matrix from its entries; duplicates are added up where the values are the parameter."""
     if entries is not None:
         return Matrix(m, values.to(dtype), index, entries, layout)
-    A = torch.sparse_coo_tensor(index, values, (m, m), check_invariants=False).coalesce()
+    A = torch.sparse_coo_tensor(
+        index, values, (m, m), check_invariants=False
+    ).coalesce()
     return Matrix(m, A.values().to(dtype), A.indices(), None, layout)
 
 
 def _layout(draw):
-    return draw.pick(torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csr)
+    return draw.pick(
+        torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csr
+    )
 
 
 def _goe(draw, dtype, most):
@@ -218,7 +233,9 @@ def _rbf(draw, dtype, most):
 
     def kernel(Z):
         squares = (Z[:, None, :] - Z[None, :, :]).square().sum(-1)
-        return torch.exp(-squares / (2 * width**2)) + ridge * torch.eye(len(Z), dtype=Z.dtype)
+        return torch.exp(-squares / (2 * width**2)) + ridge * torch.eye(
+            len(Z), dtype=Z.dtype
+        )
 
     largest = draw.chance(0.9)
     if m <= 300 and draw.chance(0.5):
@@ -240,7 +257,9 @@ def _of_edges(m, edges, diagonal):
     """index and entries(w) of diagonal + sum_e w_e (e_u - e_v)(e_u - e_v)^T."""
     u, v = edges
     loop = torch.arange(m)
-    index = torch.cat([torch.stack([loop, loop]), torch.stack([u, v]), torch.stack([v, u])], 1)
+    index = torch.cat(
+        [torch.stack([loop, loop]), torch.stack([u, v]), torch.stack([v, u])], 1
+    )
 
     def entries(w):
         degree = w.new_zeros(m).index_add(0, u, w).index_add(0, v, w)
@@ -269,7 +288,11 @@ def _grid(draw, dtype, most):
     weights = torch.ones(edges.shape[1], dtype=torch.float64)
     if draw.chance(0.3):
         weights = 0.5 + draw.uniform(edges.shape[1])
-    return _from_weights(draw, dtype, m, edges, weights, full - inner + potential), None, draw.chance(0.25)
+    return (
+        _from_weights(draw, dtype, m, edges, weights, full - inner + potential),
+        None,
+        draw.chance(0.25),
+    )
 
 
 def _neighbours(draw, most):
@@ -281,7 +304,9 @@ def _neighbours(draw, most):
     near = distance.topk(min(draw.integer(5, 9), m), largest=False).indices
     u, v = torch.arange(m).repeat_interleave(near.shape[1]), near.flatten()
     path = torch.stack([torch.arange(m - 1), torch.arange(1, m)])
-    pairs = torch.cat([torch.stack([torch.minimum(u, v), torch.maximum(u, v)]), path], 1)
+    pairs = torch.cat(
+        [torch.stack([torch.minimum(u, v), torch.maximum(u, v)]), path], 1
+    )
     edges = torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1)
     length = distance[edges[0], edges[1]]
     return m, edges, torch.exp(-((length / length.mean()) ** 2) / 2)
@@ -290,14 +315,22 @@ def _neighbours(draw, most):
 def _graph(draw, dtype, most):
     m, edges, weights = _neighbours(draw, most)
     diagonal = draw.pick(0.0, 0.0, 0.1) * draw.uniform(m)
-    return _from_weights(draw, dtype, m, edges, weights, diagonal), None, draw.chance(0.1)
+    return (
+        _from_weights(draw, dtype, m, edges, weights, diagonal),
+        None,
+        draw.chance(0.1),
+    )
 
 
 def _normalised_cut(draw, dtype, most):
     """(D - W) x = lambda D x."""
     m, edges, weights = _neighbours(draw, most)
-    A = _from_weights(draw, dtype, m, edges, weights, torch.zeros(m, dtype=torch.float64))
-    degree = torch.zeros(m, dtype=torch.float64).index_add(0, edges.flatten(), weights.repeat(2))
+    A = _from_weights(
+        draw, dtype, m, edges, weights, torch.zeros(m, dtype=torch.float64)
+    )
+    degree = torch.zeros(m, dtype=torch.float64).index_add(
+        0, edges.flatten(), weights.repeat(2)
+    )
     loop = torch.arange(m).repeat(2, 1)
     return A, _sparse(m, loop, degree, dtype, A.layout), draw.chance(0.1)
 
@@ -310,24 +343,41 @@ def _random_sparse(draw, dtype, most):
     loop = torch.arange(m).repeat(2, 1)
     index = torch.cat([loop, edges, edges.flip(0)], 1)
     diagonal = draw.pick(1.0, 4.0) * draw.normal(m)
-    return _sparse(m, index, torch.cat([diagonal, values, values]), dtype, _layout(draw)), None, draw.chance(0.5)
+    return (
+        _sparse(m, index, torch.cat([diagonal, values, values]), dtype, _layout(draw)),
+        None,
+        draw.chance(0.5),
+    )
 
 
 def _bar(draw, dtype, most):
     """A bar of linear elements, clamped at both ends: stiffness and consistent mass, graded mesh or material."""
     m = draw.size(min(most, 1000))
     grading = draw.pick(1.0, 1.0, 10.0, 100.0)
-    h = grading ** torch.linspace(0, -1, m + 1, dtype=torch.float64) * (0.8 + 0.4 * draw.uniform(m + 1))
+    h = grading ** torch.linspace(0, -1, m + 1, dtype=torch.float64) * (
+        0.8 + 0.4 * draw.uniform(m + 1)
+    )
     h = h / h.sum()
     stiff = draw.pick(1.0, 10.0) ** draw.uniform(m + 1) / h
     if draw.chance(0.5):
         stiff = 1 / h
     i = torch.arange(m)
-    index = torch.cat([torch.stack([i, i]), torch.stack([i[1:], i[:-1]]), torch.stack([i[:-1], i[1:]])], 1)
+    index = torch.cat(
+        [
+            torch.stack([i, i]),
+            torch.stack([i[1:], i[:-1]]),
+            torch.stack([i[:-1], i[1:]]),
+        ],
+        1,
+    )
     K = torch.cat([stiff[:-1] + stiff[1:], -stiff[1:-1], -stiff[1:-1]])
     M = torch.cat([(h[:-1] + h[1:]) / 3, h[1:-1] / 6, h[1:-1] / 6])
     layout = _layout(draw)
-    return _sparse(m, index, K, dtype, layout), _sparse(m, index, M, dtype, layout), draw.chance(0.25)
+    return (
+        _sparse(m, index, K, dtype, layout),
+        _sparse(m, index, M, dtype, layout),
+        draw.chance(0.25),
+    )
 
 
 def _spins(draw, dtype, most):
@@ -344,18 +394,28 @@ def _spins(draw, dtype, most):
     bond = torch.kron(z, z) + hop + hop.mH
 
     def at(site, term):
-        sides = [torch.eye(2**n, dtype=wide) for n in (site, sites - site - (1 if len(term) == 2 else 2))]
+        sides = [
+            torch.eye(2**n, dtype=wide)
+            for n in (site, sites - site - (1 if len(term) == 2 else 2))
+        ]
         return torch.kron(torch.kron(sides[0], term), sides[1])
 
     H = sum(at(i, bond) for i in range(sites - 1))
-    H = H + sum(at(i, float(draw.normal()) * z + 0.5 * float(draw.normal()) * x) for i in range(sites))
+    H = H + sum(
+        at(i, float(draw.normal()) * z + 0.5 * float(draw.normal()) * x)
+        for i in range(sites)
+    )
     if complex_chain:
         dtype = dtype.to_complex()
     layout = _layout(draw)
     if layout == torch.strided:
         return _dense(H, dtype), None, draw.chance(0.2)
     index = H.abs().nonzero().T.contiguous()
-    return _sparse(2**sites, index, H[index[0], index[1]], dtype, layout), None, draw.chance(0.2)
+    return (
+        _sparse(2**sites, index, H[index[0], index[1]], dtype, layout),
+        None,
+        draw.chance(0.2),
+    )
 
 
 FAMILIES = {
@@ -379,7 +439,16 @@ def draw(seed, dtype=torch.float32, most=2000, family=None):
     A, B, largest = FAMILIES[family](numbers, dtype, most)
     k = min(numbers.integer(1, 10), max(1, A.m // 6))
     values = A.values(A.parameter)
-    return Ordinary(family, seed, A, B, k, largest, values.dtype, B is not None and numbers.chance(0.5))
+    return Ordinary(
+        family,
+        seed,
+        A,
+        B,
+        k,
+        largest,
+        values.dtype,
+        B is not None and numbers.chance(0.5),
+    )
 
 
 # Losses -------------------------------------------------------------------------------------------------------------
@@ -399,17 +468,24 @@ class _Data:
 
     def to(self, dtype):
         real = dtype.to_real()
-        parts = [t.to(dtype) for t in (self.u, self.v)] + [t.to(real) for t in (self.d, self.c)]
-        return _Data(*parts, self.Q.to(dtype), self.rows, self.scale)
+        u, v, Q = (t.to(dtype) for t in (self.u, self.v, self.Q))
+        d, c = (t.to(real) for t in (self.d, self.c))
+        return _Data(u, v, d, c, Q, self.rows, self.scale)
 
 
 def _data(problem, scale):
-    numbers, m, k = _Draw("losses", problem.family, problem.seed), problem.A.m, problem.k
+    numbers, m, k = (
+        _Draw("losses", problem.family, problem.seed),
+        problem.A.m,
+        problem.k,
+    )
     wide = torch.complex128 if problem.dtype.is_complex else torch.float64
     u, v = (numbers.normal(m, dtype=wide) / math.sqrt(m) for _ in range(2))
     Q = torch.linalg.qr(numbers.normal(m, k, dtype=wide)).Q
     rows = torch.randint(m, (2, 4 * k + 8), generator=numbers.generator)
-    return _Data(u, v, 0.5 + numbers.uniform(m), 0.5 + numbers.uniform(k), Q, rows, scale)
+    return _Data(
+        u, v, 0.5 + numbers.uniform(m), 0.5 + numbers.uniform(k), Q, rows, scale
+    )
 
 
 def _projector(E, X, t):
@@ -428,7 +504,7 @@ def _spectral(E, X, t):
 
 
 # Functions of E (k,), X (m, k) and the constants above; none depends on signs or phases.
-LOSSES: dict[str, Callable] = {
+LOSSES: dict[str, Callable[..., Any]] = {
     "sum": lambda E, X, t: E.sum(),
     "log-sum": lambda E, X, t: torch.logsumexp(E / t.scale, 0),
     "gap": lambda E, X, t: E[-1] - E[0] if len(E) > 1 else E[0] ** 2 + E[0] * t.scale,
@@ -467,21 +543,35 @@ class Oracle:
             s = self.B.diagonal().real.rsqrt()
             L = torch.linalg.cholesky(s[:, None] * self.B * s)
             C = torch.linalg.solve_triangular(L, s[:, None] * A * s, upper=False)
-            e, U = torch.linalg.eigh(_symmetric(torch.linalg.solve_triangular(L, C.mH, upper=False)))
+            e, U = torch.linalg.eigh(
+                _symmetric(torch.linalg.solve_triangular(L, C.mH, upper=False))
+            )
             V = s[:, None] * torch.linalg.solve_triangular(L.mH, U, upper=True)
         self.e, self.V = (e.flip(0), V.flip(1)) if problem.largest else (e, V)
         self.eps, self.norm = eps, float(e.abs().max())
         E, X = self.e[: self.k], self.V[:, : self.k]
         if self.B is None:
-            self.mixing = torch.full((problem.A.m, self.k), eps * self.norm, dtype=torch.float64)  # (m, k)
+            self.mixing = torch.full(
+                (problem.A.m, self.k), eps * self.norm, dtype=torch.float64
+            )  # (m, k)
         else:
             V2, X2 = self.V.abs().square(), X.abs().square()
-            square = V2.T @ (A.abs().square() @ X2) + E.square() * (V2.T @ (self.B.abs().square() @ X2))
+            square = V2.T @ (A.abs().square() @ X2) + E.square() * (
+                V2.T @ (self.B.abs().square() @ X2)
+            )
             self.mixing = 4 * eps * square.sqrt()
         scale = float(E.abs().max())
-        self.data = _data(problem, scale if scale > 100 * eps * self.norm else self.norm)
-        self.samples = [self._perturbed(_Draw("perturbed", problem.seed, i)) for i in range(2)]
-        self.moved = torch.stack([V[:, : self.k].abs() - X.abs() for _, V, _, _ in self.samples]).abs().amax(0)
+        self.data = _data(
+            problem, scale if scale > 100 * eps * self.norm else self.norm
+        )
+        self.samples = [
+            self._perturbed(_Draw("perturbed", problem.seed, i)) for i in range(2)
+        ]
+        self.moved = (
+            torch.stack([V[:, : self.k].abs() - X.abs() for _, V, _, _ in self.samples])
+            .abs()
+            .amax(0)
+        )
 
     def _perturbed(self, numbers):
         """Eigenvalues (m,), vectors (m, m), factors that round X (m, k): a perturbation of the size of ``mixing``."""
@@ -491,18 +581,31 @@ class Oracle:
         if self.problem.largest:
             small, U = small.flip(0), U.flip(1)
         distance = e[:k] - e[k:, None]
-        K = C[k:] / torch.maximum(distance.abs(), C[k:].abs() + torch.finfo(torch.float64).tiny) * distance.sign()
+        K = (
+            C[k:]
+            / torch.maximum(
+                distance.abs(), C[k:].abs() + torch.finfo(torch.float64).tiny
+            )
+            * distance.sign()
+        )
         X = (V[:, :k] + V[:, k:] @ K) @ U
         rest = V[:, k:] - V[:, :k] @ K.mH
         shift = self.mixing[k:].amax(-1) * numbers.normal(len(e) - k)
         rounded = 1 + self.eps * numbers.normal(*X.shape)
-        return torch.cat([small, e[k:] + shift]), torch.cat([X, rest], 1), rounded, numbers
+        return (
+            torch.cat([small, e[k:] + shift]),
+            torch.cat([X, rest], 1),
+            rounded,
+            numbers,
+        )
 
     def aligned(self, X):
         """V with the wanted vectors turned towards X: by a phase, inside a cluster of rounding by a unitary matrix."""
         V = self.V.clone()
         for j, stop in self.groups(10.0):
-            if stop > self.k:  # the cluster continues behind the wanted pairs: only phases are left
+            if (
+                stop > self.k
+            ):  # the cluster continues behind the wanted pairs: only phases are left
                 stop, parts = self.k, [slice(i, i + 1) for i in range(j, self.k)]
             else:
                 parts = [slice(j, stop)]
@@ -518,7 +621,9 @@ class Oracle:
         """(first, end) of the clusters of eigenvalues that ``factor`` times the mixing cannot tell apart."""
         near = (self.e.diff().abs() <= factor * self.mixing.amax(0).max()).tolist()
         if self.B is not None:
-            size = factor * torch.maximum(self.mixing[:-1].amax(1), self.mixing[1:].amax(1))
+            size = factor * torch.maximum(
+                self.mixing[:-1].amax(1), self.mixing[1:].amax(1)
+            )
             near = (self.e.diff().abs() <= size).tolist()
         found, first = [], 0
         for i in range(self.k):
@@ -526,7 +631,9 @@ class Oracle:
                 found.append((first, i + 1))
                 first = i + 1
         if first < self.k:
-            stop = next((i + 1 for i in range(self.k, len(near)) if not near[i]), len(self.e))
+            stop = next(
+                (i + 1 for i in range(self.k, len(near)) if not near[i]), len(self.e)
+            )
             found.append((first, stop))
         return found
 
@@ -565,11 +672,19 @@ class Oracle:
 
     def _typical(self, loss):
         """As _factors, for cotangents of this loss's size in a random direction, and a random X of the same lengths."""
-        e, X, numbers = self._separated(self.e), self.V[:, : self.k], _Draw("typical", self.problem.seed)
+        e, X, numbers = (
+            self._separated(self.e),
+            self.V[:, : self.k],
+            _Draw("typical", self.problem.seed),
+        )
         E, elsewhere = e[: self.k], self.data.Q * torch.linalg.norm(X, dim=0)
-        (gE, gX), (other_gE, other_gX) = (self._cotangents(loss, E, Y) for Y in (X, elsewhere))
+        (gE, gX), (other_gE, other_gX) = (
+            self._cotangents(loss, E, Y) for Y in (X, elsewhere)
+        )
         gE = torch.maximum(gE.abs(), other_gE.abs())
-        length = torch.maximum(torch.linalg.norm(gX, dim=0), torch.linalg.norm(other_gX, dim=0))
+        length = torch.maximum(
+            torch.linalg.norm(gX, dim=0), torch.linalg.norm(other_gX, dim=0)
+        )
         direction = numbers.normal(*X.shape, dtype=X.dtype)
         gX = direction * (length / torch.linalg.norm(direction, dim=0))
         return elsewhere, *self._pulled(e, self.V, gE, gX)
@@ -587,11 +702,21 @@ class Oracle:
         Y = V[:, : self.k]
         exact = leaves(self.e, V)
         T, *both = self._typical(loss)
-        sizes = [float(torch.linalg.norm(M.pull_back(W, T))) for M, W in zip(matrices, both)]
+        sizes = [
+            float(torch.linalg.norm(M.pull_back(W, T))) for M, W in zip(matrices, both)
+        ]
         # zero by structure: the oracle's own rounding of V^H gX; zero to rounding: of the dtype, with all that it makes
-        structure = max(1e-10, 30 * math.sqrt(len(self.e)) * torch.finfo(torch.float64).eps)
+        structure = max(
+            1e-10, 30 * math.sqrt(len(self.e)) * torch.finfo(torch.float64).eps
+        )
         others = [
-            leaves(e, U, U[:, : self.k] * rounded, noise=4 * self.eps, generator=numbers.generator)
+            leaves(
+                e,
+                U,
+                U[:, : self.k] * rounded,
+                noise=4 * self.eps,
+                generator=numbers.generator,
+            )
             for e, U, rounded, numbers in self.samples
         ]
         others.append(leaves(self.e, V, Y * (Y.abs() > 4 * self.moved)))
@@ -599,10 +724,15 @@ class Oracle:
         kinked = leaves(self.e, V, Y * (Y.abs() > small))
         found = []
         for i, g in enumerate(exact):
-            allowed = 2 * max(float(torch.linalg.norm(other[i] - g)) for other in others)
+            allowed = 2 * max(
+                float(torch.linalg.norm(other[i] - g)) for other in others
+            )
             kink = 2 * float(torch.linalg.norm(kinked[i] - g))
             norm = float(torch.linalg.norm(g))
-            zero = norm <= structure * sizes[i] or norm + allowed <= 30 * self.eps * sizes[i]
+            zero = (
+                norm <= structure * sizes[i]
+                or norm + allowed <= 30 * self.eps * sizes[i]
+            )
             found.append((g, allowed, kink, sizes[i], zero))
         return found
 
@@ -621,7 +751,10 @@ class Bars:
     entry: float
 
 
-_SINGLE, _DOUBLE = Bars(1e-2, 5e-2, 1e-3, 1e-2, 1e-3), Bars(1e-4, 1e-3, 1e-7, 1e-4, 1e-6)
+_SINGLE, _DOUBLE = (
+    Bars(1e-2, 5e-2, 1e-3, 1e-2, 1e-3),
+    Bars(1e-4, 1e-3, 1e-7, 1e-4, 1e-6),
+)
 
 
 def bars(dtype):
@@ -637,12 +770,16 @@ class Report:
     """
 
     problem: Ordinary
-    forwards: list = field(default_factory=list)
-    gradients: list = field(default_factory=list)
+    forwards: list[Any] = field(default_factory=list)
+    gradients: list[Any] = field(default_factory=list)
 
     def bad(self):
         """What the contract forbids: (what, verdict, error, text)."""
-        found = [("forward", *entry) for entry in self.forwards if "silent" in entry[0] or "refused" in entry[0]]
+        found = [
+            ("forward", *entry)
+            for entry in self.forwards
+            if "silent" in entry[0] or "refused" in entry[0]
+        ]
         for loss, verdict, error, _, text in self.gradients:
             if "silent" in verdict or "refused" in verdict:
                 found.append((loss, verdict, error, text))
@@ -657,7 +794,9 @@ def _call(function):
             result = function()
         except (RuntimeError, ValueError, NotImplementedError) as error:
             return None, f"{type(error).__name__}: {error}"
-    return result, next((str(w.message) for w in caught if "lobpcg" in str(w.message)), "")
+    return result, next(
+        (str(w.message) for w in caught if "lobpcg" in str(w.message)), ""
+    )
 
 
 def _judge_values(oracle, E):
@@ -679,10 +818,16 @@ def _judge_vectors(oracle, X, needs_grad):
     gram = oracle._overlap(X, X)
     worst = _finite((gram - torch.eye(oracle.k)).abs().max()) / (1e3 * eps)
     for first, stop in oracle.groups(60.0):
-        own = oracle._overlap(oracle.V[:, first:stop], X[:, first : min(stop, oracle.k)])
+        own = oracle._overlap(
+            oracle.V[:, first:stop], X[:, first : min(stop, oracle.k)]
+        )
         lengths = gram.diagonal().real[first : min(stop, oracle.k)]
         angle = (1 - own.abs().square().sum(0) / lengths).clamp_min(0).sqrt()
-        gaps = [float((oracle.e[a] - oracle.e[a - 1]).abs()) for a in (first, stop) if 0 < a < len(oracle.e)]
+        gaps = [
+            float((oracle.e[a] - oracle.e[a - 1]).abs())
+            for a in (first, stop)
+            if 0 < a < len(oracle.e)
+        ]
         gap = min(gaps, default=math.inf)
         allowed = max(bar.vector, 20 * float(oracle.mixing[first:stop].max()) / gap)
         if not needs_grad:
@@ -716,8 +861,14 @@ def _judge_gradient(oracle, exact, found, said, before):
     """Verdict, relative error, what rounding allows, of the worst leaf. said, before: in backward, in forward."""
     bar, rank = bars(oracle.problem.dtype), []
     for i, (g, allowed, kink, size, zero) in enumerate(exact):
-        scale = (size if zero else float(torch.linalg.norm(g))) or torch.finfo(torch.float64).tiny
-        error = math.inf if found is None else _finite(torch.linalg.norm(found[i] - g)) / scale
+        scale = (size if zero else float(torch.linalg.norm(g))) or torch.finfo(
+            torch.float64
+        ).tiny
+        error = (
+            math.inf
+            if found is None
+            else _finite(torch.linalg.norm(found[i] - g)) / scale
+        )
         rank.append((error, allowed / scale, kink / scale, zero))
     error, rounding, kink, zero = max(rank)
     head = "zero: " if zero else ""
@@ -751,7 +902,9 @@ def examine(problem, losses=None, lobpcg=None):
         pairs = lobpcg(matrices[0][0], problem.k, B, largest=problem.largest)
         return pairs, [leaf for _, leaf in matrices if leaf.requires_grad]
 
-    parts = [(problem.A, True)] + ([(problem.B, problem.learn_B)] if problem.B is not None else [])
+    parts = [(problem.A, True)] + (
+        [(problem.B, problem.learn_B)] if problem.B is not None else []
+    )
     result, text = _call(lambda: solve(False))
     report.forwards.append(_judge_forward(oracle, result and result[0], text, False))
     result, before = _call(lambda: solve(True))
@@ -764,7 +917,11 @@ def examine(problem, losses=None, lobpcg=None):
     for name in losses or LOSSES:
         exact = oracle.gradients(name, X.detach().to(oracle.V.dtype))
         loss = LOSSES[name]
-        found, said = _call(lambda loss=loss: torch.autograd.grad(loss(E, X, data), leaves, retain_graph=True))
+        found, said = _call(
+            lambda loss=loss: torch.autograd.grad(
+                loss(E, X, data), leaves, retain_graph=True
+            )
+        )
         if found is not None:
             found = [M.read(g) for M, g in zip(wanted, found)]
         verdict, error, allowed = _judge_gradient(oracle, exact, found, said, before)
