@@ -673,9 +673,7 @@ class TestSingularPreconditioners:
             cycles.append(rest @ K @ rest if "removed" in kind else K)
         A, K = torch.block_diag(*blocks), hermitian(torch.block_diag(*cycles))
         X = torch.randn(A.shape[0], 5, generator=generator(0), dtype=dtype) if start else None
-        (E, X), said = call(
-            lambda: torch.lobpcg(A.to(dtype), k=4, iK=K.to(dtype), X=X, largest=False, method=method)
-        )
+        (E, X), said = call(lambda: torch.lobpcg(A.to(dtype), k=4, iK=K.to(dtype), X=X, largest=False, method=method))
         exact = torch.linalg.eigvalsh(A)
         assert said == []
         bound = 20 * torch.finfo(dtype).eps * exact[-1] + (1e-3 if dtype == SINGLE else 1e-7) * exact[:4]

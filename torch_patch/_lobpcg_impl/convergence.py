@@ -97,12 +97,12 @@ class Verdict(NamedTuple):
     """lead: wanted pairs converged before the first that has not, the fewest over a batch; active: columns that go on,
     the most over a batch; index (*, active): those columns; valid (*, active): one, or zero for a filler.
 
-    worst: largest rerr of a wanted pair that has not converged; levels: largest rho / N of one, of each matrix; awaited:
-    of each matrix how many have not, -1 where the wanted pairs have but not settled; traces: of each matrix the sum of
-    the wanted eigenvalues; sizes: the largest N of one; total: sum of all rerr (NaN where
-    one is); least: the smallest kept squared sine of Ritz.d; losses: whether one lies under the bound asked
-    about; least_B, least_K: smallest w^H B w and r^H K r met; nearest: least rho / N over a batch of the worst wanted
-    pair.
+    Of each matrix, levels: largest rho / N of a wanted pair that has not converged; awaited: how many have not, -1
+    where all have but not settled; traces: the sum of the wanted eigenvalues; sizes: the largest N of one.
+
+    worst: largest rerr of a wanted pair that has not converged; total: sum of all rerr (NaN where one is); least:
+    the smallest kept squared sine of Ritz.d; losses: whether one lies under the bound asked about; least_B,
+    least_K: smallest w^H B w and r^H K r met; nearest: least rho / N over a batch of the worst wanted pair.
     """
 
     lead: int
@@ -208,7 +208,7 @@ def judge_one(
         total += values[i]
         if i < candidates and lead < k and not is_locked[i]:
             running.append(i)
-        if i < k and not is_done[i] or unsettled and i < rules.more:
+        if (i < k and not is_done[i]) or (unsettled and i < rules.more):
             worst, level = max(worst, values[i]), max(level, levels[i])
             awaited += 1
     losses = least < rules.loss

@@ -67,8 +67,8 @@ class EigenPairs(NamedTuple):
     k or more); scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has
     converged iff residual_j <= tol scale_j.
 
-    missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error: (*, k),
-    bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
+    missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error:
+    (*, k), bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
     """
 
     E: Tensor
@@ -187,8 +187,8 @@ class LOBPCG:
     def _set_graded_scale(self) -> None:
         """D = diag(B), in whose scale rho is measured, and the row norms of A and B in that scale.
 
-        root: D^-1/2 (*, m, 1), None where D is taken as a multiple of the identity: without B, or of a callable its root
-        mean square.  rows: (*, m, 2), D times the squared row norms of D^-1/2 A D^-1/2 and of D^-1/2 B D^-1/2.
+        root: D^-1/2 (*, m, 1), None where D is taken as a multiple of the identity: without B, or of a callable its
+        root mean square.  rows: (*, m, 2), D times the squared row norms of D^-1/2 A D^-1/2 and of D^-1/2 B D^-1/2.
         """
         pencil = self.pencil
         self.root: Optional[Tensor] = None
@@ -432,7 +432,7 @@ class LOBPCG:
             self.raise_not_positive("B", bad)
 
     def guard_against_missed_pairs(self) -> None:
-        """Decide when fresh columns join a caller's block, which may lack a wanted vector without anything in it to show
+        """Decide when fresh columns join a caller's block, which may lack a wanted vector with nothing in it to show
         that: now if it is almost invariant, else once its pairs have converged (see search()).
 
         An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart
@@ -445,11 +445,11 @@ class LOBPCG:
             return
         suspicious = bool((rerr < self.eps**0.25).any())
         whole = niter < 0 or niter >= FEW_ITERATIONS
-        self.guarded = suspicious or whole and self.iparams.get("chosen", 0) > 0
+        self.guarded = suspicious or (whole and self.iparams.get("chosen", 0) > 0)
         if suspicious and self.n < self.m:
             self.join(self.n, max(_FRESH, k // 4))
         elif self.guarded and self.pencil.iK is not None and self.n < self.m:
-            # With iK a few iterations more would be half of the solve: a fresh column takes the place of the last guard.
+            # With iK a few iterations more would be half of the solve: a fresh column takes the last guard's place.
             self.probe = max(k, self.n - _FRESH)
             self.join(self.probe, _FRESH)
             self.guarded = False

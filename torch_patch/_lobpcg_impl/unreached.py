@@ -1,9 +1,9 @@
 """Start vectors that products with a preconditioner iK do not reach, as where both A and iK are singular.
 
-A pseudoinverse of a graph's Laplacian, or a multigrid cycle for it, has no part in the null space of A, or a small one.
-New directions K r, K = iK, then hold nothing of the vectors there; a block loses the little of them that it started with
-to the smooth vectors that K serves first, and a wanted pair is missed without a trace in any residual.  Conjugate
-gradients on A z = 0 from a generic z, preconditioned by K, take away what K reaches and leave the rest as it was.
+A pseudoinverse of a graph's Laplacian, or a multigrid cycle for it, has no part in the null space of A, or a small
+one.  New directions K r, K = iK, then hold nothing of the vectors there; a block loses the little of them that it
+started with to the smooth vectors that K serves first, and a wanted pair is missed without a trace in any residual.
+Conjugate gradients on A z = 0 from a generic z, preconditioned by K, take away what K reaches and leave the rest.
 """
 
 from typing import Tuple
@@ -14,7 +14,7 @@ from torch._lobpcg_impl.blocks import fixed_block, inner, norms
 from torch._lobpcg_impl.operand import Pencil
 
 
-# A multigrid cycle lowers the energy of what it reaches by 100 in each, from one to less than the 1 / m of a null vector.
+# Each lowers the energy of what a multigrid cycle reaches by 100, from one to below the 1 / m of a null vector.
 _STEPS = 6
 # K does not reach z if (z^H K z) (z^H A z) lies this far below |z|^4 in the scale in which K A is near one.  Six steps
 # with a diagonal K smooth a vector to 1e-2.
