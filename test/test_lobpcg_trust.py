@@ -569,14 +569,26 @@ class TestBelowRounding:
         assert ((E.double() - exact[..., :3]).abs() <= 200 * eps * exact.abs().amax(-1, True)).all()
         assert (X.mT @ X - torch.eye(3)).abs().max() <= 200 * eps
 
-    @pytest.mark.parametrize("seed", range(3))
-    @pytest.mark.parametrize("m", [15, 24])
-    def test_until_rounding_ends(self, seed, m):
-        A = torch.stack([wishart(m, seed), m * torch.eye(m, dtype=DOUBLE) - 1])
-        with deadline(4):
-            (E, _), _ = call(lambda: torch.lobpcg(A, k=2, niter=-1, tol=0.0))
-        exact = wanted(torch.linalg.eigvalsh(A), 2, True)
-        assert relative(E, exact) < 1e-12
+    @pytest.mark.parametrize("other", ["complete graph", "identity", "ones"])
+    @pytest.mark.parametrize(("m", "seed"), [(10, 0), (15, 1), (15, 4), (15, 7), (24, 7), (40, 8)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_until_rounding_ends(self, dtype, m, seed, other):
+        """Beside a matrix whose residuals never settle, and which loses its basis in the search for a last digit."""
+        I, ones, steps = torch.eye(m, dtype=DOUBLE), torch.ones(m, m, dtype=DOUBLE), []
+        A = torch.stack([wishart(m, seed), {"complete graph": m * I - ones, "identity": I, "ones": ones}[other]])
+        A = A.to(dtype)
+
+        def product(V):
+            steps.append(1)
+            assert len(steps) < 400
+            return A @ V
+
+        start = torch.randn(2, m, 2, generator=generator(seed), dtype=dtype)
+        exact, eps = wanted(torch.linalg.eigvalsh(A.double()), 2, True), torch.finfo(dtype).eps
+        for operand, X in ((A, None), (product, start)):
+            (E, X), _ = call(lambda: torch.lobpcg(operand, X=X, k=2, niter=-1, tol=0.0))
+            assert (E.double() - exact).abs().max() <= 200 * eps * exact.max()
+            assert (X.mT @ X - torch.eye(2)).abs().max() <= 200 * eps
 
 
 # Start blocks -------------------------------------------------------------------------------------------------------
@@ -618,6 +630,73 @@ class TestStarts:
         X = torch.cat([torch.randn(60, 6, generator=generator(seed), dtype=dtype), torch.zeros(60, 6, dtype=dtype)])
         (E, _), _ = call(lambda: torch.lobpcg(A, k=3, X=X))
         assert relative(E, wanted(pencil_pairs(A)[0], 3, True)) < 1e-3
+
+
+# Singular preconditioners --------------------------------------------------------------------------------------------
+
+
+def two_grids(A, p, q):
+    """A symmetric two-grid cycle for a p x q grid: damped Jacobi, aggregates of 2 x 2, the pseudoinverse below."""
+    I = torch.eye(p * q, dtype=DOUBLE)
+    P = torch.kron(*(torch.eye((s + 1) // 2, dtype=DOUBLE).repeat_interleave(2, 0)[:s] for s in (p, q)))
+    smoother = 0.7 * I / A.diagonal()
+    K = smoother + P @ torch.linalg.pinv(P.T @ A @ P, hermitian=True, rtol=1e-10) @ P.T @ (I - A @ smoother)
+    return hermitian(K + smoother @ (I - A @ K))
+
+
+def free_grid(p, q):
+    """Laplacian of a grid without a boundary condition: constants have eigenvalue zero."""
+    L = []
+    for s in (p, q):
+        chain = torch.diag(torch.ones(s - 1, dtype=DOUBLE), 1)
+        chain = chain + chain.T
+        L.append(torch.diag(chain.sum(-1)) - chain)
+    I = [torch.eye(s, dtype=DOUBLE) for s in (p, q)]
+    return torch.kron(L[0], I[1]) + torch.kron(I[0], L[1])
+
+
+class TestSingularPreconditioners:
+    """A wanted vector in the null space of iK, which no new direction holds."""
+
+    @pytest.mark.parametrize("method", ["ortho", "basic"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("start", [False, True])
+    @pytest.mark.parametrize("kind", ["pseudoinverse", "multigrid", "multigrid, constants removed"])
+    @pytest.mark.parametrize("sizes", [[(15, 14)], [(9, 8), (8, 7), (10, 9)]])
+    def test_null_vectors_are_found(self, sizes, kind, start, dtype, method):
+        blocks = [free_grid(*s) for s in sizes]
+        cycles = []
+        for A, s in zip(blocks, sizes):
+            m = A.shape[0]
+            rest = torch.eye(m, dtype=DOUBLE) - 1.0 / m
+            K = two_grids(A, *s) if "multi" in kind else torch.linalg.pinv(A, hermitian=True, rtol=1e-10)
+            cycles.append(rest @ K @ rest if "removed" in kind else K)
+        A, K = torch.block_diag(*blocks), hermitian(torch.block_diag(*cycles))
+        X = torch.randn(A.shape[0], 5, generator=generator(0), dtype=dtype) if start else None
+        (E, X), said = call(lambda: torch.lobpcg(A.to(dtype), k=4, iK=K.to(dtype), X=X, largest=False, method=method))
+        exact = torch.linalg.eigvalsh(A)
+        assert said == []
+        bound = 20 * torch.finfo(dtype).eps * exact[-1] + (1e-3 if dtype == SINGLE else 1e-7) * exact[:4]
+        assert ((E.double() - exact[:4]).abs() <= bound).all()
+        assert (X.mT @ X - torch.eye(4)).abs().max() <= 200 * torch.finfo(dtype).eps
+
+    def test_one_member_of_a_batch(self):
+        L = free_grid(12, 11)
+        A = torch.stack([L + torch.eye(132, dtype=DOUBLE), L])
+        K = torch.stack([torch.linalg.inv(A[0]), torch.linalg.pinv(L, hermitian=True, rtol=1e-10)])
+        (E, _), said = call(lambda: torch.lobpcg(A, k=3, iK=K, largest=False, method="ortho"))
+        assert said == []
+        assert (E - torch.linalg.eigvalsh(A)[:, :3]).abs().max() < 1e-12
+
+    @pytest.mark.parametrize("kind", ["inverse", "multigrid", "diagonal"])
+    def test_regular_ones_cost_a_few_columns_of_products_more(self, kind):
+        """Nothing joins the block where iK reaches every vector."""
+        A, columns = free_grid(15, 14) + 0.01 * torch.eye(210, dtype=DOUBLE), []
+        K = {"inverse": torch.linalg.inv, "multigrid": lambda A: two_grids(A, 15, 14)}
+        K = K.get(kind, lambda A: torch.diag(1 / A.diagonal()))(A)
+        product = lambda R: (columns.append(R.shape[-1]), K @ R)[1]
+        torch.lobpcg(A, k=3, n=6, iK=product, largest=False, method="ortho")
+        assert max(columns) <= 6
 
 
 # Spectral functions -------------------------------------------------------------------------------------------------

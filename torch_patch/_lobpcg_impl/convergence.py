@@ -3,7 +3,7 @@
 The iteration's transfer of numbers that decide is here.
 """
 
-from typing import List, NamedTuple, Optional
+from typing import Callable, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -97,16 +97,21 @@ class Verdict(NamedTuple):
     """lead: wanted pairs converged before the first that has not, the fewest over a batch; active: columns that go on,
     the most over a batch; index (*, active): those columns; valid (*, active): one, or zero for a filler.
 
-    worst: largest rerr of a wanted pair that has not converged; level: largest rho / N of one; total: sum of all rerr
-    (NaN where one is); least: the smallest kept squared sine of Ritz.d; losses: whether one lies under the bound asked
-    about; least_B, least_K: smallest w^H B w and r^H K r met; nearest: least rho / N over a batch of the worst wanted
-    pair.
+    Of each matrix, levels: largest rho / N of a wanted pair that has not converged; awaited: how many have not, -1
+    where all have but not settled; traces: the sum of the wanted eigenvalues; sizes: the largest N of one.
+
+    worst: largest rerr of a wanted pair that has not converged; total: sum of all rerr (NaN where one is); least:
+    the smallest kept squared sine of Ritz.d; losses: whether one lies under the bound asked about; least_B,
+    least_K: smallest w^H B w and r^H K r met; nearest: least rho / N over a batch of the worst wanted pair.
     """
 
     lead: int
     active: int
     worst: float
-    level: float
+    levels: List[float]
+    awaited: List[float]
+    traces: List[float]
+    sizes: List[float]
     total: float
     least: float
     losses: bool
@@ -115,6 +120,52 @@ class Verdict(NamedTuple):
     nearest: float
     index: Tensor  # type: ignore[assignment]  # tuple's method of this name is not called
     valid: Tensor
+
+
+class Progress:
+    """When each matrix of a batch last came closer to its pairs, in iterations."""
+
+    def __init__(self, count: int, k: int, sign: float, eps: float) -> None:
+        self.sign, self.eps, self.noise = sign, eps, 20.0 * k * eps
+        self.count = count
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Other columns stand in the block."""
+        # Wanted pairs, and the columns that have to settle behind them, are two goals: a matrix may fall back from the
+        # second to the first without having lost anything.
+        self.best = [[float("inf")] * self.count for _ in range(2)]
+        self.traces = [float("inf")] * self.count
+        self.steps = [step] * self.count
+        self.going = [True] * self.count
+
+    def note(self, step: int, verdict: Verdict, loss: Callable[[], float]) -> None:
+        """Take note of an iteration; loss: how far the basis is from an orthonormal one.
+
+        Progress is a residual lower by a tenth.  Or it is one that rises by 100 while the trace falls by more than
+        rounding and that loss explain: then a pair that was missed before has appeared.  Else a rise is noise, or a
+        basis that falls apart.
+        """
+        for i, (level, awaited) in enumerate(zip(verdict.levels, verdict.awaited)):
+            self.going[i] = awaited != 0
+            best, trace = self.best[awaited < 0], verdict.traces[i] * self.sign
+            closer = level < 0.9 * best[i]
+            if not closer and level > 100.0 * best[i]:
+                gain, noise = self.traces[i] - trace, self.noise * verdict.sizes[i]
+                # Beyond three digits the eigenvalues are no bound of anything.
+                lost = loss() if gain > noise else 1.0
+                closer = lost < 1e-3 and gain > noise * (1.0 + lost / self.eps)
+            if closer:
+                best[i], self.traces[i], self.steps[i] = level, trace, step
+
+    def stalled(self, step: int) -> bool:
+        """Whether none of the matrices that wait for a pair came closer lately: in 50 iterations near rounding level,
+        elsewhere in 1000 (convergence may pause, not that long)."""
+        for i, last in enumerate(self.steps):
+            near = self.best[0][i] < 100.0 * self.eps
+            if self.going[i] and step - last < (50 if near else 1000):
+                return False
+        return True
 
 
 def judge_one(
@@ -151,14 +202,15 @@ def judge_one(
     if unsettled:
         lead, candidates = k - 1, rules.more
     running: List[int] = []
-    total, worst, level = 0.0, 0.0, 0.0
+    total, worst, level, awaited = 0.0, 0.0, 0.0, 0
     levels: List[float] = measures.level.tolist()
     for i in range(n):
         total += values[i]
         if i < candidates and lead < k and not is_locked[i]:
             running.append(i)
-        if i < k and not is_done[i] or unsettled and i < rules.more:
+        if (i < k and not is_done[i]) or (unsettled and i < rules.more):
             worst, level = max(worst, values[i]), max(level, levels[i])
+            awaited += 1
     losses = least < rules.loss
     for i in range(n, n + p):
         if values[i] > rules.drop:
@@ -173,7 +225,10 @@ def judge_one(
         lead,
         len(running),
         worst,
-        level,
+        [level],
+        [-1.0 if unsettled else awaited],
+        [sum(measures.e[:k].tolist())],
+        [max(measures.size[:k].tolist())],
         total,
         least,
         losses,
@@ -199,6 +254,7 @@ def judge_batch(
     k, rerr = rules.k, measures.rerr
     lead = torch.cumprod(done[..., :k], -1).sum(-1)  # (*)
     awaited = ~done[..., :k]
+    number = awaited.sum(-1).to(rerr.dtype)
     going = ~locked[..., : rules.more]
     waiting = going & (lead < k).unsqueeze(-1)
     waiting[..., rules.candidates :] = False
@@ -209,6 +265,7 @@ def judge_batch(
             [awaited, unsettled.expand(lead.shape + (rules.more - k,))], -1
         )
         lead = lead - unsettled.squeeze(-1).to(lead.dtype)
+        number = number.masked_fill(unsettled.squeeze(-1), -1.0)
     least, losses = torch.ones_like(definite[0]), torch.zeros_like(definite[0])
     if d.shape[-1] > 0:
         least = d.masked_fill(d <= rules.drop, 1.0).min()
@@ -218,13 +275,18 @@ def judge_batch(
     count = awaited.shape[-1]
     sizes = [
         (rerr[..., :count] * awaited).max(),
-        (measures.level[..., :count] * awaited).max(),
         rerr.sum(),
         least,
         losses,
         measures.level[..., :k].amax(-1).min(),
     ]
-    values: List[float] = torch.cat([torch.stack(counts + sizes), definite]).tolist()
+    level = (measures.level[..., :count] * awaited).amax(-1)
+    trace, size = measures.e[..., :k].sum(-1), measures.size[..., :k].amax(-1)
+    each = [T.reshape(-1) for T in (level, number, trace, size)]
+    values: List[float] = torch.cat([torch.stack(counts + sizes), definite, *each]).tolist()
+    # of each matrix, behind nine numbers of the batch
+    some = lead.numel()
+    rest = [values[i : i + some] for i in range(9, 9 + 4 * some, some)]
     active = int(values[0])
     order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
     index = order[..., :active]
@@ -233,13 +295,13 @@ def judge_batch(
         int(values[1]),
         active,
         values[2],
+        *rest,
         values[3],
         values[4],
-        values[5],
-        values[6] > 0.0,
-        values[8],
-        values[9],
+        values[5] > 0.0,
         values[7],
+        values[8],
+        values[6],
         index,
         valid,
     )

@@ -16,6 +16,7 @@ Invariants at the top of `update`, up to `drift`: X^H B X = I, X^H B P = 0, P^H 
 rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S as the next Ritz problem uses it.
 """
 
+import math
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -37,6 +38,7 @@ from torch._lobpcg_impl.convergence import (
     judge_batch,
     judge_one,
     Measures,
+    Progress,
     Rules,
     settled,
     Verdict,
@@ -51,6 +53,7 @@ from torch._lobpcg_impl.ritz import (
     ritz_step,
     whiten_scaled,
 )
+from torch._lobpcg_impl.unreached import unreached
 
 
 # Fresh columns that join a caller's block: a second one saves a third of the iterations and none of the products.
@@ -64,8 +67,8 @@ class EigenPairs(NamedTuple):
     k or more); scale: (*, n), (||A|| + |E_j| ||B||) ||x_j||, norms as root mean square eigenvalues: pair j has
     converged iff residual_j <= tol scale_j.
 
-    missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error: (*, k),
-    bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
+    missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error:
+    (*, k), bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
     """
 
     E: Tensor
@@ -174,16 +177,18 @@ class LOBPCG:
         )
         self.guarded = False  # fresh columns join the block and have to settle
         self.joined = 0  # how many did, last
-        self.best = self.best_rerr = self.level = float("inf")
-        self.best_step = 0
+        self.best_rerr = float("inf")
+        self.progress = Progress(
+            math.prod(self.batch), iparams["k"], self.sign, self.eps
+        )
         self.active = 0
         self._clear(X)
 
     def _set_graded_scale(self) -> None:
         """D = diag(B), in whose scale rho is measured, and the row norms of A and B in that scale.
 
-        root: D^-1/2 (*, m, 1), None where D is taken as a multiple of the identity: without B, or of a callable its root
-        mean square.  rows: (*, m, 2), D times the squared row norms of D^-1/2 A D^-1/2 and of D^-1/2 B D^-1/2.
+        root: D^-1/2 (*, m, 1), None where D is taken as a multiple of the identity: without B, or of a callable its
+        root mean square.  rows: (*, m, 2), D times the squared row norms of D^-1/2 A D^-1/2 and of D^-1/2 B D^-1/2.
         """
         pencil = self.pencil
         self.root: Optional[Tensor] = None
@@ -312,14 +317,7 @@ class LOBPCG:
             return True
         if self.ivars["iterations_left"] == 0 or self.converged():
             return True
-        return self.active == 0 or self.stagnated()
-
-    def stagnated(self) -> bool:
-        """Near rounding level: no residual smaller by a tenth in 50 iterations; elsewhere: in 1000 (convergence may
-        pause, not that long)."""
-        istep = self.ivars["istep"]
-        patience = 50 if self.best < 100.0 * self.eps else 1000
-        return istep - self.best_step >= patience
+        return self.active == 0 or self.progress.stalled(self.ivars["istep"])
 
     def call_tracker(self) -> None:
         if self.tracker is not None:
@@ -348,6 +346,9 @@ class LOBPCG:
             X = X * root.unsqueeze(-1)
             residual = residual / sA * root
             scale = scale / sA * root
+        # Columns that joined the block on the way differ from member to member of a batch.
+        n = self.iparams["n"]
+        E, X, residual, scale = (T[..., :n] for T in (E, X, residual, scale))
         k = self.iparams["k"]
         missed = self.missed().to(E.device)
         # Relative to |E|: the same in every scale.
@@ -369,10 +370,15 @@ class LOBPCG:
     def start(self) -> None:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
-        self.complete_start(columns(self.W), 0)
-        niter = self.iparams["niter"]
+        niter, X = self.iparams["niter"], self.W
         # A solve of few iterations is cut short on purpose: it takes the products that these cost without q.
-        if niter < 0 or niter >= FEW_ITERATIONS:
+        whole = niter < 0 or niter >= FEW_ITERATIONS
+        if whole and self.pencil.iK is not None:
+            count = min(self.iparams["k"], self.m - self.n)
+            Z = unreached(self.pencil, self.sign, count)
+            X = torch.cat([X.mT, Z.mT], -2).mT
+        self.complete_start(columns(X), 0)
+        if whole:
             most = self.iparams.get("ortho_degree", 60)
             self.polynomial = polynomial(self.pencil, self.sign, most)
 
@@ -426,7 +432,7 @@ class LOBPCG:
             self.raise_not_positive("B", bad)
 
     def guard_against_missed_pairs(self) -> None:
-        """Decide when fresh columns join a caller's block, which may lack a wanted vector without anything in it to show
+        """Decide when fresh columns join a caller's block, which may lack a wanted vector with nothing in it to show
         that: now if it is almost invariant, else once its pairs have converged (see search()).
 
         An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart
@@ -439,11 +445,11 @@ class LOBPCG:
             return
         suspicious = bool((rerr < self.eps**0.25).any())
         whole = niter < 0 or niter >= FEW_ITERATIONS
-        self.guarded = suspicious or whole and self.iparams.get("chosen", 0) > 0
+        self.guarded = suspicious or (whole and self.iparams.get("chosen", 0) > 0)
         if suspicious and self.n < self.m:
             self.join(self.n, max(_FRESH, k // 4))
         elif self.guarded and self.pencil.iK is not None and self.n < self.m:
-            # With iK a few iterations more would be half of the solve: a fresh column takes the place of the last guard.
+            # With iK a few iterations more would be half of the solve: a fresh column takes the last guard's place.
             self.probe = max(k, self.n - _FRESH)
             self.join(self.probe, _FRESH)
             self.guarded = False
@@ -461,6 +467,7 @@ class LOBPCG:
         self.before, self.joined = (self.e[..., :k], self.measures.rho[..., :k]), count
         fresh = deduct(fresh, X, gram(BX, fresh))
         self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, first + 7)
+        self.progress.restart(self.ivars["istep"])
         self.update_residual()
         self.update_converged_count()
 
@@ -700,13 +707,9 @@ class LOBPCG:
             )
         self.check_verdict(verdict)
         self.active, self.ivars["converged_count"] = verdict.active, verdict.lead
-        self.best_rerr, self.level = verdict.worst, verdict.level
+        self.best_rerr = verdict.worst
         self.w_index, self.w_valid = verdict.index, verdict.valid
-        # A rise by 100 is a pair that was missed before and has appeared now: its convergence is timed anew.  Or it is a
-        # basis that falls apart.
-        better = self.level < 0.9 * self.best
-        if better or self.level > 100.0 * self.best and self.orthonormality_loss() < 1e-3:
-            self.best, self.best_step = self.level, self.ivars["istep"]
+        self.progress.note(self.ivars["istep"], verdict, self.orthonormality_loss)
         if verdict.nearest < 200.0 * self.eps and not self.converged():
             self.keep_best()
         return self.ivars["converged_count"]
@@ -737,20 +740,20 @@ class LOBPCG:
         return Kept(*map(pick, one[:-1], other[:-1]), measures=measures)
 
     def restore_best(self) -> None:
-        """The best pairs again where the last are five times worse, unless these are orthonormal and have the better
-        trace: then a pair that was missed before has come in."""
+        """The best pairs again where the last are five times worse, unless these have a trace better by more than their
+        loss of orthonormality explains: then a pair that was missed before has come in."""
         kept, k = self.kept, self.iparams["k"]
         if kept is None or kept.X.shape[-1] != self.n or self.converged():
             return
         X = self.basis.part(0, 0, k)
         (G,) = self.down(gram(X, self.pencil.B.apply(X)))
         G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-        whole = G.abs().amax((-2, -1)) <= 1e-3
+        loss = self.eps + G.abs().amax((-2, -1))
         size = kept.measures.size[..., :k].amax(-1)
         gain = (kept.e[..., :k] - self.e[..., :k]).sum(-1) * self.sign
         level = self.measures.level[..., :k].amax(-1)
         worse = ~(level <= 5.0 * kept.level)
-        restored = worse & ~(whole & (gain > 20.0 * k * self.eps * size))
+        restored = worse & ~((loss < 1e-3) & (gain > 20.0 * k * loss * size))
         now = Kept(
             level,
             self.basis.part(0, 0, self.n),
@@ -769,7 +772,10 @@ class LOBPCG:
         """Which pairs have converged: (*, n).  Without tol the wanted ones have to be accurate besides."""
         k, tol = self.iparams["k"], self.fparams["tol"]
         done = self.measures.rerr <= tol
-        if self.bparams.get("accurate", False):
+        if not self.bparams.get("accurate", False):
+            return done
+        # On the host a look at the residuals spares twenty small operations in most iterations.
+        if not self.host or bool(done.any()):
             accurate = self.measures.accurate(k, tol, self.bparams["separate"])
             # A guard is needed as long as it is worse than the pairs that it serves.
             rho = self.measures.rho

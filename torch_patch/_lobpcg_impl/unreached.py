@@ -1,0 +1,68 @@
+"""Start vectors that products with a preconditioner iK do not reach, as where both A and iK are singular.
+
+A pseudoinverse of a graph's Laplacian, or a multigrid cycle for it, has no part in the null space of A, or a small
+one.  New directions K r, K = iK, then hold nothing of the vectors there; a block loses the little of them that it
+started with to the smooth vectors that K serves first, and a wanted pair is missed without a trace in any residual.
+Conjugate gradients on A z = 0 from a generic z, preconditioned by K, take away what K reaches and leave the rest.
+"""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor
+from torch._lobpcg_impl.blocks import fixed_block, inner, norms
+from torch._lobpcg_impl.operand import Pencil
+
+
+# Each lowers the energy of what a multigrid cycle reaches by 100, from one to below the 1 / m of a null vector.
+_STEPS = 6
+# K does not reach z if (z^H K z) (z^H A z) lies this far below |z|^4 in the scale in which K A is near one.  Six steps
+# with a diagonal K smooth a vector to 1e-2.
+_BLIND = 1e-3
+
+
+def unreached(pencil: Pencil, sign: float, count: int) -> Tensor:
+    """Columns (*, m, p) that K does not reach, p = count, or none where it reaches all.
+
+    sign: -1 where the largest pairs are wanted.  Cost: at most seven products of a column with A and with K; where K
+    leaves something, of count columns.
+    """
+    Z, blind = _relax(pencil, sign, 0, 1)
+    if count == 0 or not bool(blind.any()):
+        return Z[..., :0]
+    if count > 1:
+        more, _ = _relax(pencil, sign, 1, count - 1)
+        Z = torch.cat([Z.mT, more.mT], -2).mT
+    return Z
+
+
+def _relax(pencil: Pencil, sign: float, first: int, count: int) -> Tuple[Tensor, Tensor]:
+    """Generic columns (*, m, count) after conjugate gradients, and whether K does not reach them: (*, 1, count)."""
+    assert pencil.iK is not None
+    tiny = torch.finfo(pencil.dtype).tiny ** 0.5
+    Z = fixed_block(pencil.m, count, (1 << 22) + first, pencil.empty())
+    Z = (Z / norms(Z, keepdim=True)).expand([*pencil.batch, pencil.m, count])
+    R = pencil.A.apply(Z) * -sign
+    P = W = pencil.iK.apply(R)
+    rho = inner(R, W, keepdim=True)
+    scale = torch.zeros_like(rho)
+    for _ in range(_STEPS):
+        AP = pencil.A.apply(P) * sign
+        curvature = inner(P, AP, keepdim=True)
+        # Where A or K is not positive definite nothing is gained.
+        going = (curvature > tiny) & (rho > tiny)
+        step = torch.where(going, rho / curvature, torch.zeros_like(rho))
+        scale = torch.where(scale == 0, step, scale)
+        Z, R = Z + P * step, R - AP * step
+        square = inner(Z, Z, keepdim=True)
+        # A vector that K does not reach would have left about 1 / m.
+        if not bool((going & (square > 1e-4 / pencil.m)).any()):
+            break
+        W = pencil.iK.apply(R)
+        new = inner(R, W, keepdim=True)
+        P, rho = W + P * torch.where(going, new / rho, torch.zeros_like(rho)), new
+    energies = inner(Z, R, keepdim=True).abs() * inner(
+        Z, pencil.iK.apply(Z), keepdim=True
+    )
+    blind = (square > 1e-4 / pencil.m) & (energies.abs() * scale <= _BLIND * square**2)
+    return Z, blind & (scale > 0)
