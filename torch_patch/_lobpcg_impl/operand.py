@@ -48,6 +48,7 @@ from torch._lobpcg_impl.transforms import (
     is_traced,
     sum_to,
     twin,
+    unwrapped,
 )
 
 
@@ -250,7 +251,8 @@ class Sparse(_Matrix):
 
     def _once(self, what: str, make: Callable[[Tensor], Any]) -> Any:
         if what not in self.made:
-            self.made[what] = make(self.tensor.detach())
+            # No level of torch.func maps a sparse tensor, so what is inside holds the values.
+            self.made[what] = make(unwrapped(self.tensor.detach()))
         return self.made[what]
 
     @property
@@ -335,6 +337,10 @@ class Sparse(_Matrix):
         return self._per_matrix(values.abs().square()) / m
 
     def diagonal(self) -> Tensor:
+        # Looked at in the forward first: inside of torch.func no kernel takes a CSR matrix.
+        return self._once("diagonal", lambda _: self._diagonal())
+
+    def _diagonal(self) -> Tensor:
         M, m = self.rows, self.tensor.shape[-1]
         row, values = row_indices(M), M.values()
         # Not .real: a view of stored values cannot be viewed again.

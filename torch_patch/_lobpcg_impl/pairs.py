@@ -90,7 +90,9 @@ def root_of_masses(pencil: Pencil) -> Tensor:
     """D^1/2, (*, m, 1) or (*, 1, 1)."""
     d = pencil.B.diagonal()
     if d is None:
-        d = pencil.B.mean_square(pencil.probe).sqrt().unsqueeze(-1)
+        # Not mean_square(), which looks at values: a callable may be inside of a transform here.
+        V = pencil.probe()
+        d = (safe_norms(pencil.B.product(V)) / safe_norms(V)).amax(-1)
     return d.sqrt().unsqueeze(-1).to(pencil.dtype.to_real())
 
 

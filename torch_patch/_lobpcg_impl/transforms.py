@@ -23,6 +23,13 @@ def may_be_differentiated(*operands: Any) -> bool:
     return recorded or in_transform()
 
 
+def unwrapped(M: Tensor) -> Tensor:
+    """What is inside of the levels of torch.func."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(M):
+        M = torch._C._functorch.get_unwrapped(M)
+    return M
+
+
 def is_traced(*operands: Any) -> bool:
     """Whether a call is recorded or has no values: a tracing mode, fake, functional or meta tensors."""
     if torch._C._len_torch_dispatch_stack():
@@ -35,8 +42,7 @@ def is_traced(*operands: Any) -> bool:
     for M in operands:
         if not isinstance(M, Tensor):
             continue
-        while torch._C._functorch.is_functorch_wrapped_tensor(M):
-            M = torch._C._functorch.get_unwrapped(M)
+        M = unwrapped(M)
         if M.is_meta or getattr(type(M), "_mode_key", None) is not None:
             return True
     return False
