@@ -48,7 +48,14 @@ def hermitian(A):
 def tridiagonal(diagonal, beside, layout=torch.strided):
     """Symmetric (m, m), from m and m - 1 entries."""
     i = torch.arange(len(diagonal))
-    index = torch.cat([torch.stack([i, i]), torch.stack([i[1:], i[:-1]]), torch.stack([i[:-1], i[1:]])], 1)
+    index = torch.cat(
+        [
+            torch.stack([i, i]),
+            torch.stack([i[1:], i[:-1]]),
+            torch.stack([i[:-1], i[1:]]),
+        ],
+        1,
+    )
     return in_layout(index, torch.cat([diagonal, beside, beside]), len(diagonal), layout)
 
 
@@ -199,7 +206,11 @@ class TestOrdinaryProblems:
             for name in ("weighted", "overlap", "trace"):
                 found = oracle.gradients(name, oracle.V[:, : problem.k])
                 for which, (g, *_) in enumerate(found):
-                    assert math.isclose(*directional(problem, oracle, name, which, g), rel_tol=1e-5, abs_tol=1e-7), (
+                    assert math.isclose(
+                        *directional(problem, oracle, name, which, g),
+                        rel_tol=1e-5,
+                        abs_tol=1e-7,
+                    ), (
                         problem,
                         name,
                     )
@@ -264,7 +275,10 @@ class TestVerdicts:
         [
             (lambda E, X, k: (E[:k] * (1 + 1e-6), X[:, :k]), "E off, silent"),
             (lambda E, X, k: (E[1 : k + 1], X[:, 1 : k + 1]), "missed, silent"),
-            (lambda E, X, k: (E[:k], X[:, :k] + 1e-3 * X[:, 1 : k + 1]), "X mixed, silent"),
+            (
+                lambda E, X, k: (E[:k], X[:, :k] + 1e-3 * X[:, 1 : k + 1]),
+                "X mixed, silent",
+            ),
             (lambda E, X, k: (E[:k], X[:, :k] * (1 + 1e-6)), "X mixed, silent"),
             (lambda E, X, k: (E[:k] * math.nan, X[:, :k]), "E off, silent"),
         ],
@@ -280,14 +294,23 @@ class TestVerdicts:
         assert self.verdicts(fault) == ({"false alarm"}, {"right"})
 
     @pytest.mark.parametrize(
-        ("factor", "verdict"), [(1.1, "silent"), (1 + 5e-4, "loose"), (1 + 1e-6, "right"), (math.nan, "silent")]
+        ("factor", "verdict"),
+        [
+            (1.1, "silent"),
+            (1 + 5e-4, "loose"),
+            (1 + 1e-6, "right"),
+            (math.nan, "silent"),
+        ],
     )
     def test_faults_of_gradients(self, factor, verdict):
         assert self.verdicts(backward=self.scaled(factor)) == ({"right"}, {verdict})
 
     @pytest.mark.parametrize(("factor", "verdict"), [(1.1, "warned"), (1.0, "false alarm")])
     def test_gradients_warned_of(self, factor, verdict):
-        assert self.verdicts(backward=self.scaled(factor, "lobpcg: stand-in")) == ({"right"}, {verdict})
+        assert self.verdicts(backward=self.scaled(factor, "lobpcg: stand-in")) == (
+            {"right"},
+            {verdict},
+        )
 
     def test_refused(self):
         assert self.verdicts(backward=self.scaled(None)) == ({"right"}, {"refused"})
@@ -322,11 +345,22 @@ class TestScaleOfSparseBatches:
     @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
     @pytest.mark.parametrize(
         ("dtype", "scale"),
-        [(SINGLE, 1e7), (SINGLE, 2e11), (SINGLE, 1e-8), (SINGLE, 1e-20), (DOUBLE, 1e120), (DOUBLE, 1e-120)],
+        [
+            (SINGLE, 1e7),
+            (SINGLE, 2e11),
+            (SINGLE, 1e-8),
+            (SINGLE, 1e-20),
+            (DOUBLE, 1e120),
+            (DOUBLE, 1e-120),
+        ],
     )
     def test_eigenvalues(self, dtype, scale, layout, largest):
         members = [
-            tridiagonal(torch.arange(1.0, 71).double() + s, 0.5 * torch.ones(69).double(), torch.strided)
+            tridiagonal(
+                torch.arange(1.0, 71).double() + s,
+                0.5 * torch.ones(69).double(),
+                torch.strided,
+            )
             for s in (0, 3)
         ]
         S = (torch.stack(members) * scale).to(dtype)
@@ -340,7 +374,10 @@ class TestScaleOfSparseBatches:
     def test_masses(self, scale):
         i = torch.arange(60)
         K = torch.stack(
-            [tridiagonal(2 + 0.1 * i.float(), -torch.ones(59)), tridiagonal(3 + 0.1 * i.float(), -torch.ones(59))]
+            [
+                tridiagonal(2 + 0.1 * i.float(), -torch.ones(59)),
+                tridiagonal(3 + 0.1 * i.float(), -torch.ones(59)),
+            ]
         )
         M = torch.stack([torch.diag(1 + 0.01 * i.float())] * 2) * scale
         (E, _), _ = call(lambda: torch.lobpcg(K.to_sparse(), k=2, B=M.to_sparse()))
@@ -359,7 +396,8 @@ class TestScaleOfSparseBatches:
 
 class TestVectorsOfSeparatedEigenvalues:
     @pytest.mark.parametrize(
-        ("m", "low", "seed"), [(400, 1e-4, 0), (300, 1e-5, 1), (60, 1e-8, 2), (150, 1e-3, 3), (520, 1e-4, 4)]
+        ("m", "low", "seed"),
+        [(400, 1e-4, 0), (300, 1e-5, 1), (60, 1e-8, 2), (150, 1e-3, 3), (520, 1e-4, 4)],
     )
     @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo])
     def test_graded_mass(self, m, low, seed, layout):
@@ -390,7 +428,12 @@ class TestVectorsOfSeparatedEigenvalues:
     )
     def test_the_tolerance_holds_for_what_is_returned(self, dtype, m, gap, tol, options):
         Q = torch.linalg.qr(torch.randn(m, m, generator=generator(m), dtype=DOUBLE)).Q
-        w = torch.cat([torch.tensor([1.0, 1 - gap]).double(), torch.linspace(0.5, -0.9, m - 2).double()])
+        w = torch.cat(
+            [
+                torch.tensor([1.0, 1 - gap]).double(),
+                torch.linspace(0.5, -0.9, m - 2).double(),
+            ]
+        )
         A = hermitian((Q * w) @ Q.T).to(dtype)
         (E, X), said = call(lambda: torch.lobpcg(A, k=2, tol=tol, **options))
         A, E, X = A.double(), E.double(), X.double()
@@ -419,7 +462,10 @@ class TestCotangentsInsideTheSpan:
         assert relative_norm(g.to_dense(), exact) < (1e-2 if dtype == SINGLE else 1e-4)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("m", "k", "seed"), [(7, 1, 0), (100, 2, 1), (500, 1, 0), (1500, 3, 2), (3025, 1, 0)])
+    @pytest.mark.parametrize(
+        ("m", "k", "seed"),
+        [(7, 1, 0), (100, 2, 1), (500, 1, 0), (1500, 3, 2), (3025, 1, 0)],
+    )
     @pytest.mark.parametrize("loss", ["norm", "overlap with itself"])
     def test_constants_have_gradient_zero(self, dtype, m, k, seed, loss):
         g = generator(seed)
@@ -495,16 +541,25 @@ class TestDefaultArguments:
         assert relative(E, exact) < 2e-3  # 1e-3, and what rounding of the products leaves at m = 1000
         assert said == []
 
-    @pytest.mark.parametrize(("m", "low", "seed"), [(60, 1e-6, 0), (40, 1e-4, 1), (120, 1e-6, 2), (200, 1e-5, 3)])
+    @pytest.mark.parametrize(
+        ("m", "low", "seed"),
+        [(60, 1e-6, 0), (40, 1e-4, 1), (120, 1e-6, 2), (200, 1e-5, 3)],
+    )
     def test_dense_solve_with_a_graded_mass(self, m, low, seed):
         """As accurate as the iteration, right to seven digits there; no advice about iterations that never ran."""
-        A, B = wishart(m, seed, SINGLE), torch.diag(torch.logspace(0, math.log10(low), m))
+        A, B = (
+            wishart(m, seed, SINGLE),
+            torch.diag(torch.logspace(0, math.log10(low), m)),
+        )
         (E, _), said = call(lambda: torch.lobpcg(A, k=3, B=B, largest=False))
         assert relative(E, wanted(pencil_pairs(A, B)[0], 3, False)) < 1e-4
         assert [text for text in said if "niter" in text] == []
 
     @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo])
-    @pytest.mark.parametrize(("a", "b", "largest", "seed"), [(12, 17, False, 0), (20, 25, False, 1), (14, 14, True, 2)])
+    @pytest.mark.parametrize(
+        ("a", "b", "largest", "seed"),
+        [(12, 17, False, 0), (20, 25, False, 1), (14, 14, True, 2)],
+    )
     @pytest.mark.parametrize("loss", ["sum", "trace"])
     def test_gradients_in_single_are_quiet(self, layout, a, b, largest, seed, loss):
         potential = torch.rand(a * b, dtype=DOUBLE, generator=generator(seed))
@@ -525,7 +580,8 @@ class TestDefaultArguments:
         assert relative_norm(found.to_dense(), exact) < 1e-2
 
     @pytest.mark.parametrize(
-        ("m", "seed", "kind"), [(513, 0, "wishart"), (600, 1, "wishart"), (700, 2, "goe"), (520, 3, "rbf")]
+        ("m", "seed", "kind"),
+        [(513, 0, "wishart"), (600, 1, "wishart"), (700, 2, "goe"), (520, 3, "rbf")],
     )
     def test_vector_gradients_of_iterated_dense_matrices(self, m, seed, kind):
         if kind == "wishart":
@@ -552,11 +608,21 @@ class TestDefaultArguments:
 class TestBelowRounding:
     @pytest.mark.parametrize("tol", [0.0, 1e-16])
     @pytest.mark.parametrize(
-        "name", ["multiple of I in a batch", "rank one in a batch", "multiple of I", "complete graph"]
+        "name",
+        [
+            "multiple of I in a batch",
+            "rank one in a batch",
+            "multiple of I",
+            "complete graph",
+        ],
     )
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_best_pairs_are_returned(self, name, dtype, tol):
-        W, I, one = wishart(30, 0), torch.eye(30, dtype=DOUBLE), torch.ones(30, 30, dtype=DOUBLE)
+        W, I, one = (
+            wishart(30, 0),
+            torch.eye(30, dtype=DOUBLE),
+            torch.ones(30, 30, dtype=DOUBLE),
+        )
         A = {
             "multiple of I in a batch": torch.stack([W, 2 * I]),
             "rank one in a batch": torch.stack([W, one]),
@@ -575,7 +641,12 @@ class TestBelowRounding:
     def test_until_rounding_ends(self, dtype, m, seed, other):
         """Beside a matrix whose residuals never settle, and which loses its basis in the search for a last digit."""
         I, ones, steps = torch.eye(m, dtype=DOUBLE), torch.ones(m, m, dtype=DOUBLE), []
-        A = torch.stack([wishart(m, seed), {"complete graph": m * I - ones, "identity": I, "ones": ones}[other]])
+        A = torch.stack(
+            [
+                wishart(m, seed),
+                {"complete graph": m * I - ones, "identity": I, "ones": ones}[other],
+            ]
+        )
         A = A.to(dtype)
 
         def product(V):
@@ -584,7 +655,10 @@ class TestBelowRounding:
             return A @ V
 
         start = torch.randn(2, m, 2, generator=generator(seed), dtype=dtype)
-        exact, eps = wanted(torch.linalg.eigvalsh(A.double()), 2, True), torch.finfo(dtype).eps
+        exact, eps = (
+            wanted(torch.linalg.eigvalsh(A.double()), 2, True),
+            torch.finfo(dtype).eps,
+        )
         for operand, X in ((A, None), (product, start)):
             (E, X), _ = call(lambda: torch.lobpcg(operand, X=X, k=2, niter=-1, tol=0.0))
             assert (E.double() - exact).abs().max() <= 200 * eps * exact.max()
@@ -596,7 +670,8 @@ class TestBelowRounding:
 
 class TestStarts:
     @pytest.mark.parametrize(
-        ("m", "dtype", "seed"), [(120, SINGLE, 0), (120, SINGLE, 1), (64, SINGLE, 2), (120, DOUBLE, 3)]
+        ("m", "dtype", "seed"),
+        [(120, SINGLE, 0), (120, SINGLE, 1), (64, SINGLE, 2), (120, DOUBLE, 3)],
     )
     def test_level_crossings_of_a_training_loop(self, m, dtype, seed):
         """Last step's eigenvectors after another pair has entered the top three: at most a tenth of a percent off."""
@@ -625,9 +700,17 @@ class TestStarts:
     @pytest.mark.parametrize("seed", range(3))
     def test_start_on_one_block_of_a_disconnected_matrix(self, dtype, seed):
         """The extreme pairs live on the other block, where every product with the start is zero."""
-        parts = [wishart(60, seed, dtype), wishart(60, seed + 10, dtype) + 3 * torch.eye(60, dtype=dtype)]
+        parts = [
+            wishart(60, seed, dtype),
+            wishart(60, seed + 10, dtype) + 3 * torch.eye(60, dtype=dtype),
+        ]
         A = torch.block_diag(*parts).to_sparse_csr()
-        X = torch.cat([torch.randn(60, 6, generator=generator(seed), dtype=dtype), torch.zeros(60, 6, dtype=dtype)])
+        X = torch.cat(
+            [
+                torch.randn(60, 6, generator=generator(seed), dtype=dtype),
+                torch.zeros(60, 6, dtype=dtype),
+            ]
+        )
         (E, _), _ = call(lambda: torch.lobpcg(A, k=3, X=X))
         assert relative(E, wanted(pencil_pairs(A)[0], 3, True)) < 1e-3
 
@@ -777,7 +860,10 @@ def degenerate(m=12):
 class TestOneBadMember:
     """The other members of a batch get what they asked for; the bad one is named."""
 
-    @pytest.mark.parametrize(("shape", "member", "name"), [((64,), (37,), r"\b37\b"), ((3, 5), (1, 3), r"1, 3|\b8\b")])
+    @pytest.mark.parametrize(
+        ("shape", "member", "name"),
+        [((64,), (37,), r"\b37\b"), ((3, 5), (1, 3), r"1, 3|\b8\b")],
+    )
     @pytest.mark.parametrize("loss", ["fourth power", "sign"])
     def test_degenerate(self, shape, member, name, loss):
         A = batch_with(shape, member, degenerate()).requires_grad_()
@@ -828,7 +914,13 @@ class TestOneBadMember:
 
         g, said = call(gradient)
         for i in (0, 1, 2, 4, 5, 6, 7):
-            assert relative_norm(g[i], spectral_gradient(A.detach()[i], lambda E, X: E.sum(), 1, True)) < 1e-8
+            assert (
+                relative_norm(
+                    g[i],
+                    spectral_gradient(A.detach()[i], lambda E, X: E.sum(), 1, True),
+                )
+                < 1e-8
+            )
         assert [text for text in said if not re.search(r"\b3\b", text)] == []
 
 
@@ -860,7 +952,10 @@ class TestInterface:
         calls = {
             "A": (lambda: torch.lobpcg(inplace, k=2, X=X), [2.0, 2.0]),
             "B": (lambda: torch.lobpcg(A, k=2, B=inplace, X=X), [15.0, 14.5]),
-            "iK": (lambda: torch.lobpcg(A, k=2, iK=inplace, X=X, largest=False), [1.0, 2.0]),
+            "iK": (
+                lambda: torch.lobpcg(A, k=2, iK=inplace, X=X, largest=False),
+                [1.0, 2.0],
+            ),
         }
         function, exact = calls[what]
         try:

@@ -21,28 +21,14 @@ def test_samples_have_the_pairs_of_a_dense_solve(dtype):
     assert {len(sample.args) for sample in samples} == {1, 2}
     for sample in samples:
         A, k = sample.input, sample.args[0]
-        B = (
-            sample.args[1]
-            if len(sample.args) == 2
-            else torch.eye(A.shape[-1], dtype=dtype)
-        )
+        B = sample.args[1] if len(sample.args) == 2 else torch.eye(A.shape[-1], dtype=dtype)
         E, X = ENTRY(A, *sample.args, **sample.kwargs)
-        exact = (
-            torch.linalg.eigvals(torch.linalg.solve(hermitian(B), hermitian(A)))
-            .real.sort(-1)
-            .values
-        )
-        exact = (
-            exact[..., :k]
-            if sample.kwargs.get("largest") is False
-            else exact.flip(-1)[..., :k]
-        )
+        exact = torch.linalg.eigvals(torch.linalg.solve(hermitian(B), hermitian(A))).real.sort(-1).values
+        exact = exact[..., :k] if sample.kwargs.get("largest") is False else exact.flip(-1)[..., :k]
         torch.testing.assert_close(E, exact, rtol=1e-4, atol=1e-4)
         values, projectors = sample.output_process_fn_grad((E, X * -1))
         assert values is E
-        torch.testing.assert_close(
-            projectors, X.unsqueeze(-2) * X.conj().unsqueeze(-3), rtol=0, atol=0
-        )
+        torch.testing.assert_close(projectors, X.unsqueeze(-2) * X.conj().unsqueeze(-3), rtol=0, atol=0)
 
 
 def test_gaps_leave_room_for_differences():

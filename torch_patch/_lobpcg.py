@@ -63,8 +63,8 @@ def lobpcg(
     :ref:`lobpcg-gradient`.
 
     Where the matrices are dense and small (m up to about 800 + 15 k; 512 with :attr:`X`, 128 with :attr:`iK`), or too
-    small for the method (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`, :attr:`niter` or
-    :attr:`tracker` asks for them.
+    small for the method (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`,
+    :attr:`niter` or :attr:`tracker` asks for them.
 
     **When not to use it.** For all eigenvalues, or more than a third of them, :func:`torch.linalg.eigh` is faster, as
     it is for dense matrices of a few hundred rows. Interior eigenvalues, and matrices that are not Hermitian, are
@@ -103,8 +103,8 @@ def lobpcg(
         X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
             not differentiated. Default: fixed pseudo-random numbers, the same in every call.
         n (int, optional): columns of the default start block, at least :attr:`k`. The pairs beyond :attr:`k` are not
-            returned; they speed up the iteration and the gradient. Default: max(4, k) more, or 4 where a polynomial stands in for :attr:`iK` and
-            k >= 20, if m >= 3 n allows.
+            returned; they speed up the iteration and the gradient. Default: max(4, k) more, or 4 where a polynomial
+            stands in for :attr:`iK` and k >= 20, if m >= 3 n allows.
         iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
             :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
             outside TorchScript, a callable on blocks. Used in backward as well; not differentiated. Default: where

@@ -3,8 +3,8 @@
 The formulas take E and X as exact.  A residual r_j moves x_j by |r_j| / d_j, d_j the distance of E_j to the eigenvalues
 that were not wanted, and with it the terms of W that pair j enters: gE_j x_j, and Z_j by |R_j| |gX_j|, where
 |R_j| = |Z_j| / |(I - B X X^H) gX_j|.  Divided by the largest term that is a bound on the relative error.  It is 3 to 20
-times the error on ordinary problems, so in single precision, where little room is left, a warning is given where a third
-of it exceeds 1e-2; in double precision where all of it exceeds 1e-3.
+times the error on ordinary problems, so in single precision, where little room is left, a warning is given where a
+third of it exceeds 1e-2; in double precision where all of it exceeds 1e-3.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import norms
 from torch._lobpcg_impl.complement import report_cut_cluster
 from torch._lobpcg_impl.report import first, found, members
+
 
 # Pairs up to which a loop over them on the host takes less time than the kernels that it spares.
 _FEW = 16
@@ -35,11 +36,15 @@ def check_accuracy(
     # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
     # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.
     most = 30 * math.sqrt(torch.finfo(seen.X.dtype).eps)
-    bad = relative > (most if seen.gE is not None and seen.gX is not None else max(most, 1e-4))
+    bad = relative > (
+        most if seen.gE is not None and seen.gX is not None else max(most, 1e-4)
+    )
     if bool(bad.any()):
         worst = torch.where(bad, relative, torch.zeros_like(relative))
         i, j = first(worst == worst.max(), 2)
-        gap, size = (float(T[..., i, j].min()) for T in (gaps.gap, _pairwise(seen.size)))
+        gap, size = (
+            float(T[..., i, j].min()) for T in (gaps.gap, _pairwise(seen.size))
+        )
         where = members(bad[..., i, j], seen.E.dim() - 1)
         found(
             f"lobpcg: the loss distinguishes eigenpairs {i} and {j}, whose gap {gap:.1e} beside a pencil of size "
@@ -60,7 +65,7 @@ def is_clear(seen: Any, options: Options, eps: float) -> bool:
         return False
     if (gX is None) != (Z is None) or (gX is not None and gX.dim() > 2):
         return False
-    if seen.gE is not None and seen.gE.dim() > 1 or not seen.T.shape[-1]:
+    if (seen.gE is not None and seen.gE.dim() > 1) or not seen.T.shape[-1]:
         return False
     # Negative, where a pair was missed.
     rest = ((seen.T.unsqueeze(-2) - E.unsqueeze(-1)) * options.sign).amin(-1)
@@ -118,7 +123,9 @@ def _shares(seen: Any, gaps: Any, C: Tensor, forward_mode: bool) -> Any:
         left = torch.where(there, seen.left, torch.ones_like(g))
         weight_Z = z * torch.where(there, g / left, 1.0).clamp(min=1.0)
         # Where gX happens to be small along the nearest vector, of an even share of gX along it.
-        rest = torch.where(gaps.rest > 0, gaps.rest, torch.full_like(gaps.rest, math.inf))
+        rest = torch.where(
+            gaps.rest > 0, gaps.rest, torch.full_like(gaps.rest, math.inf)
+        )
         even = g / (rest * math.sqrt(seen.X.shape[-2]))
         weight_Z = torch.where(there, torch.maximum(weight_Z, even), weight_Z)
         weight = weight + weight_Z
@@ -140,12 +147,15 @@ def _check_outside(
         # Nothing is known of the rest: the gaps inside stand for it.
         equal = gaps.equal | torch.eye(k, dtype=torch.bool, device=E.device)
         nearest = gaps.gap.masked_fill(equal, math.inf).amin(-2)
-    residual = torch.maximum(seen.residual, least_residual(seen.residual, gaps.rounding))
+    residual = torch.maximum(
+        seen.residual, least_residual(seen.residual, gaps.rounding)
+    )
     error = residual / torch.where(nearest > 0, nearest, torch.ones_like(nearest))
     error = torch.where(share > 0, error * share, torch.zeros_like(error))
     late = (share > 0) & (seen.late > 0)
     if bool(late.any()):
-        return _report_late(seen, options, late, torch.maximum(error, inside.amax(-2)))
+        _report_late(seen, options, late, torch.maximum(error, inside.amax(-2)))
+        return
     if not T.shape[-1]:
         return
     most = 3e-2 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-3
@@ -198,9 +208,9 @@ def _report_near(seen: Any, nearest: Tensor, bad: Tensor, error: Tensor) -> None
     )
     estimate = float(worst.max())
     found(
-        f"lobpcg: the gradient has an estimated relative error of {estimate:.1e} (residual over gap): eigenvalue {j} of "
-        f"the k={k} asked for is at a distance of {gap:.1e} from those that were not, beside a residual of {r:.1e} and "
-        f"a pencil of size {size:.1e}{members(bad.any(-1), seen.E.dim() - 1)}. Raise k until the cluster is complete, "
+        f"lobpcg: the gradient has an estimated relative error of {estimate:.1e} (residual over gap): eigenvalue {j} "
+        f"of the k={k} asked for is at a distance of {gap:.1e} from those that were not, beside a residual of {r:.1e} "
+        f"and a pencil of size {size:.1e}{members(bad.any(-1), seen.E.dim() - 1)}. Raise k until the cluster is complete, "
         "tighten tol, or use a loss that does not depend on this pair.",
         estimate,
     )
@@ -214,8 +224,8 @@ def _report_missed(seen: Any, options: Options, missed: Tensor) -> None:
     which = "largest" if options.largest else "smallest"
     where = members(missed.any(-1).any(-1), seen.E.dim() - 1)
     found(
-        f"lobpcg: an eigenvalue near {value:.6g} was missed{where}, at a distance of {width:.1e} from eigenvalue {j}, so "
-        f"the pairs are not the k={seen.E.shape[-1]} {which} ones, and the gradient is that of the pairs returned. Tighten tol, raise n, or "
-        "pass another start block X.",
+        f"lobpcg: an eigenvalue near {value:.6g} was missed{where}, at a distance of {width:.1e} from eigenvalue {j}, "
+        f"so the pairs are not the k={seen.E.shape[-1]} {which} ones, and the gradient is that of the pairs returned. "
+        "Tighten tol, raise n, or pass another start block X.",
         1.0,
     )

@@ -90,7 +90,12 @@ class Polynomial:
     """
 
     def __init__(
-        self, pencil: Pencil, sign: float, most: int, D: Optional[Tensor], definite: bool
+        self,
+        pencil: Pencil,
+        sign: float,
+        most: int,
+        D: Optional[Tensor],
+        definite: bool,
     ) -> None:
         assert isinstance(pencil.A, Sparse)
         self.A, self.sign, self.most = pencil.A, sign, most
@@ -287,7 +292,9 @@ class _Wide:
         row = row_indices(rows)
         self.order = A.tensor.shape[-1]
         on = (row == rows.col_indices()).nonzero()[:, 0]
-        if on.numel() != m or not bool((row[on] == torch.arange(m, device=on.device)).all()):
+        if on.numel() != m or not bool(
+            (row[on] == torch.arange(m, device=on.device)).all()
+        ):
             rows = _with_diagonal(rows)
             row = row_indices(rows)
             on = (row == rows.col_indices()).nonzero()[:, 0]
@@ -313,7 +320,10 @@ class _Wide:
             values = self.values / half[self.which].to(real)
             values[self.on] += (middle / half)[self.which[self.on]].to(real)
         self.X = csr_matrix(
-            self.rows.crow_indices(), self.rows.col_indices(), values, self.rows.shape[0]
+            self.rows.crow_indices(),
+            self.rows.col_indices(),
+            values,
+            self.rows.shape[0],
         )
 
     def sum(self, coefficients: List[List[float]], R: Tensor) -> Tensor:
@@ -374,7 +384,10 @@ def _with_diagonal(M: Tensor) -> Tensor:
     m = M.shape[0]
     i = torch.arange(m, device=M.device)
     index = torch.stack(
-        [torch.cat([row_indices(M), i]), torch.cat([M.col_indices().to(torch.int64), i])]
+        [
+            torch.cat([row_indices(M), i]),
+            torch.cat([M.col_indices().to(torch.int64), i]),
+        ]
     )
     values = torch.cat([M.values(), M.values().new_zeros(m)])
     M = torch.sparse_coo_tensor(index, values, (m, m), check_invariants=False)

@@ -267,7 +267,7 @@ def _positive_matrix(
     On span X the quadratic form is s (E_i - E_j) / scale + sigma: sigma exceeds twice the spread of the shifts, and
     is of the size of the operator (1 after scaling) so that it does not spoil the condition.
     """
-    m, k = op.BX.shape[-2:]
+    m = op.BX.shape[-2]
     spread = (op.shifts.amax(-1) - op.shifts.amin(-1))[..., None, None] / op.scale
     factor = (op.sign / op.scale).unsqueeze(-3)
     moved = shifts[..., None, None] * factor  # (*, q, 1, 1)
@@ -405,7 +405,7 @@ def _iterate(
 ) -> Tensor:
     """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance."""
     eps = torch.finfo(op.shifts.dtype).eps
-    m, q = b.shape[-2:]
+    m = b.shape[-2]
     dense = op.pencil.is_dense()
     if op.pencil.iK is None:
         precondition = _polynomial(op, further)
@@ -445,7 +445,7 @@ def _iterate(
             _positive_matrix(op, A, B, first).squeeze(-3)
         )
         if not bool((info != 0).any()):
-            precondition = lambda r: torch.cholesky_solve(r, L)  # noqa: E731
+            precondition = lambda r: torch.cholesky_solve(r, L)
             z, state = conjugate_gradients(op, b, z, deflation, precondition, rtol, 200)
             if state.all_done:
                 return _without_cut_cluster(op, b, z, state, precondition, rtol)
@@ -521,7 +521,9 @@ def _without_cut_cluster(
     if not bool(singular.any()):
         return z
     if not op.quiet:
-        every = torch.zeros_like(op.shifts.expand(cut.shape[:-1] + op.shifts.shape[-1:]))
+        every = torch.zeros_like(
+            op.shifts.expand(cut.shape[:-1] + op.shifts.shape[-1:])
+        )
         where = every.bool().index_copy(-1, large, cut)
         widths = every.index_copy(-1, large, gap.abs().squeeze(-2))
         _report_cut_cluster(op, where, widths, op.X.shape[-1])

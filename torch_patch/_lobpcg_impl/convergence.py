@@ -283,7 +283,9 @@ def judge_batch(
     level = (measures.level[..., :count] * awaited).amax(-1)
     trace, size = measures.e[..., :k].sum(-1), measures.size[..., :k].amax(-1)
     each = [T.reshape(-1) for T in (level, number, trace, size)]
-    values: List[float] = torch.cat([torch.stack(counts + sizes), definite, *each]).tolist()
+    values: List[float] = torch.cat(
+        [torch.stack(counts + sizes), definite, *each]
+    ).tolist()
     # of each matrix, behind nine numbers of the batch
     some = lead.numel()
     rest = [values[i : i + some] for i in range(9, 9 + 4 * some, some)]

@@ -56,15 +56,16 @@ from torch._lobpcg_impl.solver import dense_is_cheaper, found_in_double
 from torch._lobpcg_impl.transforms import broadcast, in_transform
 
 
-# The first searches the span of the pairs and of what the residuals point to, which holds the neighbour that a narrow gap
-# has mixed in; Ritz values of a span that contains X are never farther from the end of the spectrum than those of X, so
-# what follows does not settle on whatever eigenvalue is near.  The others are Newton's: they leave no share of far ones.
+# The first searches the span of the pairs and of what the residuals point to, which holds the neighbour that a narrow
+# gap has mixed in; Ritz values of a span that contains X are never farther from the end of the spectrum than those of
+# X, so what follows does not settle on whatever eigenvalue is near.  The others are Newton's: they leave no share of
+# far ones.
 _MOST_STEPS = 4
 
 
 def corrected(pairs: Pairs) -> Pairs:
-    """Pairs fit for a derivative, where one may follow: a generic basis of vectors that rounding leaves undetermined (see
-    `generic_basis`), residuals in the scale of module pairs, and, as for every small known pencil, a Newton step.
+    """Pairs fit for a derivative, where one may follow: a generic basis of vectors that rounding leaves undetermined
+    (see `generic_basis`), residuals in the scale of module pairs, and, as for every small known pencil, a Newton step.
 
     Derivatives take the pairs as exact, so their error is |r| / gap.  The step x_j - R_j r_j, then Rayleigh-Ritz, makes
     that error quadratic in |r|: at m = 200 and tol = 1e-8 it fell from 2e-7 to 1e-13.  Single precision is corrected in
@@ -80,7 +81,9 @@ def corrected(pairs: Pairs) -> Pairs:
     E, X, residual = _newton_step(pairs, late)
     if X.dtype != pairs.pencil.dtype:
         # What is left of entries that are zero: products of two would leave the range of single precision.
-        least = torch.finfo(pairs.pencil.dtype).tiny ** 0.5 * X.abs().amax(-2, keepdim=True)
+        least = torch.finfo(pairs.pencil.dtype).tiny ** 0.5 * X.abs().amax(
+            -2, keepdim=True
+        )
         X = X.masked_fill(X.abs() < least, 0.0)
     residual = torch.cat([residual, pairs.residual[..., k:]], -1)
     pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
@@ -109,7 +112,11 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     if k == m or not is_small(pencil) or bool(late.any()):
         return E, X, residual
     # A dense forward in double is at rounding level already: nothing to win.
-    if eps < 1e-10 and not pencil.generalized and dense_is_cheaper(pencil, pairs.options):
+    if (
+        eps < 1e-10
+        and not pencil.generalized
+        and dense_is_cheaper(pencil, pairs.options)
+    ):
         return E, X, residual
     if eps < 1e-10 and bool((residual <= math.sqrt(m) * eps * scale).all()):
         return E, X, residual
@@ -118,7 +125,9 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     before, rounding = norms(r), math.sqrt(m) * torch.finfo(E.dtype).eps * scale.abs()
     for step in range(_MOST_STEPS):
         # A relative error of the step is as good as the square of what it corrects.
-        Z = solve_on_complement(pencil, E, X, r, pairs.options.largest, 1e-4, use="step")
+        Z = solve_on_complement(
+            pencil, E, X, r, pairs.options.largest, 1e-4, use="step"
+        )
         V, empty = _joined(pencil, X, Z) if step == 0 else (X - Z, None)
         ritz, V, there = _extreme_of_span(pairs, pencil, V, empty)
         moved = _residuals(pencil, ritz, V)
@@ -127,7 +136,7 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         E, before = torch.where(better, ritz, E), torch.where(better, after, before)
         better = better.unsqueeze(-1)
         X, r = torch.where(better, V, X), torch.where(better, moved, r)
-        if bool((before <= rounding).all()) or step > 0 and not bool(better.any()):
+        if bool((before <= rounding).all()) or (step > 0 and not bool(better.any())):
             break
     return E, X, before
 
@@ -189,15 +198,16 @@ def _factors(
     E, eps, values = pairs.E, torch.finfo(known.E.dtype).eps, known.E
     if eps > 1e-10 and _was_in_double(known):
         values, nearest = _values_in_double(known)
-        E, T = values + (E - known.E), torch.cat([nearest, T[..., nearest.shape[-1] :]], -1)
+        E, T = (
+            values + (E - known.E),
+            torch.cat([nearest, T[..., nearest.shape[-1] :]], -1),
+        )
         eps = eps * eps
     if not pairs.all_known:
         T = _with_values_outside(known, Z, values, T)
         if Z is not None and pairs.pencil.generalized:
             residual = residual * longer(known, Z)
-    seen = Seen(
-        E, known.X, T, residual, known.late, known.size, G, gE, b, Z, left
-    )
+    seen = Seen(E, known.X, T, residual, known.late, known.size, G, gE, b, Z, left)
     F, clustered = pair_factors(seen, pairs.options, eps, forward_mode)
     return F.to(known.E.dtype), clustered
 
@@ -232,7 +242,9 @@ def _with_values_outside(
     """
     late, found = pairs.late > 0, []
     if Z is not None:
-        quotients = distance_of_quotient(pairs.pencil, pairs.E, Z, pairs.options.largest)
+        quotients = distance_of_quotient(
+            pairs.pencil, pairs.E, Z, pairs.options.largest
+        )
         if is_small(pairs.pencil):
             far = pairs.options.sign * math.inf
             quotients = quotients.masked_fill(~late.any(-1, keepdim=True), far)

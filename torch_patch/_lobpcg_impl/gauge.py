@@ -52,8 +52,8 @@ def pair_factors(
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E; and whether some
     pairs are a cluster to it.
 
-    eps: unit rounding of what E and X were before they were rounded to their precision.  Raises RuntimeError where no derivative exists;
-    reports where it exists only in part or is inaccurate.
+    eps: unit rounding of what E and X were before they were rounded to their precision.  Raises RuntimeError where no
+    derivative exists; reports where it exists only in part or is inaccurate.
     """
     E = seen.E
     G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
@@ -203,8 +203,8 @@ def _pairwise(a: Tensor) -> Tensor:
 
 
 def undetermined(size: Tensor, eps: float) -> Tensor:
-    """(*, k, k): the gap up to which rounding leaves two vectors undetermined: that of an eigensolver in eps, which is a
-    modest multiple of eps N."""
+    """(*, k, k): the gap up to which rounding leaves two vectors undetermined: that of an eigensolver in eps, a modest
+    multiple of eps N."""
     return 10 * eps * _pairwise(size)
 
 
@@ -419,7 +419,8 @@ def _check_weights(seen: Seen, gaps: Gaps, differ: Tensor) -> None:
         bad, gaps.gap, seen.E.dim() - 1, "the loss weighs them differently"
     )
     if seen.G is None:
-        return found(_part(text))
+        found(_part(text))
+        return
     found(
         f"{text}, as a function of X f(E) X^H does. Such a function has a derivative there, but gradients with respect "
         "to E and X do not hold all of it; the part that they hold is returned. Write it in the projector form "
@@ -431,7 +432,8 @@ def _check_weights(seen: Seen, gaps: Gaps, differ: Tensor) -> None:
 def _is_lost_in(seen: Seen) -> Tensor:
     """(+, *, k, k): where what gE does not hold of X f(E) X^H in a cluster, of the size of its differences in a generic
     basis, is small beside the part of the gradient that leads out of span X."""
-    assert seen.gE is not None and seen.Z is not None
+    assert seen.gE is not None
+    assert seen.Z is not None
     x, z = (torch.linalg.vector_norm(V, dim=-2) for V in (seen.X, seen.Z))
     part = (seen.gE.unsqueeze(-1) - seen.gE.unsqueeze(-2)).abs() * _pairwise(x)
     least = 1e-3 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-4

@@ -243,7 +243,9 @@ class LOBPCG:
         if self.place == tensors[0].device:
             return [T.to(torch.promote_types(T.dtype, torch.float64)) for T in tensors]
         widths = [T.shape[-1] for T in tensors]
-        return list(torch.cat(tensors, -1).to(self.place).to(self.wide).split(widths, -1))
+        return list(
+            torch.cat(tensors, -1).to(self.place).to(self.wide).split(widths, -1)
+        )
 
     def up(self, C: Tensor, e: Tensor) -> Tuple[Tensor, Tensor]:
         """Coordinates (*, q, p) and eigenvalues (*, n), n <= p, where blocks live, in their precision; one transfer."""
@@ -352,8 +354,12 @@ class LOBPCG:
         k = self.iparams["k"]
         missed = self.missed().to(E.device)
         # Relative to |E|: the same in every scale.
-        error = self.measures.value_error(k) / self.e[..., :k].abs().clamp_min(self.tiny)
-        at_rounding = self.ivars["iterations_left"] != 0 and not self.bvars["force_stop"]
+        error = self.measures.value_error(k) / self.e[..., :k].abs().clamp_min(
+            self.tiny
+        )
+        at_rounding = (
+            self.ivars["iterations_left"] != 0 and not self.bvars["force_stop"]
+        )
         return EigenPairs(E, X, residual, scale, missed, error, at_rounding)
 
     def missed(self) -> Tensor:
@@ -566,9 +572,7 @@ class LOBPCG:
             )
         active = self.w_index.to(self.place) if self.active < self.n else None
         if self.unit.shape[-1] != gram_B.shape[-1]:
-            self.unit = torch.eye(
-                gram_B.shape[-1], dtype=self.wide, device=self.place
-            )
+            self.unit = torch.eye(gram_B.shape[-1], dtype=self.wide, device=self.place)
         step = ritz_step(
             self.G,
             self.lost,
@@ -794,9 +798,7 @@ class LOBPCG:
         # In single precision the root of the default tolerance, 0.02, is no eigenvalue found.
         small = max(min(self.fparams["tol"] ** 0.5, 1.2e-4), 8.0 * self.eps)
         late = self.ivars["istep"] >= 5
-        return settled(
-            self.measures, self.residual, self.norm_B, k, last, small, late
-        )
+        return settled(self.measures, self.residual, self.norm_B, k, last, small, late)
 
     def separated(self) -> Tensor:
         """Whether the first guard column tells how far the next eigenvalue is, which a derivative depends on: (*)."""

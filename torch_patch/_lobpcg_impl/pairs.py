@@ -1,8 +1,8 @@
 """Pairs: what a solve has found, with the pencil and the options that it was found for, and the sizes to judge it by.
 
 All sizes are in units in which D = diag B is I (of a callable B its root mean square), where an eigenvalue, a residual
-and the pencil can be compared with each other, however the unknowns are scaled.  With l_j = |D^1/2 x_j|, which is 1 where
-B is diagonal, and the root of the condition of D^-1/2 B D^-1/2 at most:
+and the pencil can be compared with each other, however the unknowns are scaled.  With l_j = |D^1/2 x_j|, which is 1
+where B is diagonal, and the root of the condition of D^-1/2 B D^-1/2 at most:
 
     |r_j| = |D^-1/2 (A x_j - E_j B x_j)| max l
     N_j   = (max(|D^-1/2 A D^-1/2|, |E_j|) + |E_j| |D^-1/2 B D^-1/2|) l_j^2, norms being root mean square eigenvalues
@@ -76,13 +76,18 @@ def missed(pairs: Pairs) -> Tensor:
 def pencil_size(pairs: Pairs) -> Tensor:
     """N, (*, n).  Cost: of a generalised problem, products with two vectors."""
     pencil, n = pairs.pencil, pairs.scale.shape[-1]
-    V, E = (torch.cat(both, -1)[..., :n] for both in ((pairs.X, pairs.Y), (pairs.E, pairs.T)))
+    V, E = (
+        torch.cat(both, -1)[..., :n]
+        for both in ((pairs.X, pairs.Y), (pairs.E, pairs.T))
+    )
     if not pencil.generalized:
         # |A| and |E_j| are in the scale that the solve has judged by.
         length = norms(V)
         return pairs.scale / torch.where(length > 0, length, torch.ones_like(length))
     masses, E = root_of_masses(pencil), E.abs()
-    size_A, size_B = (_mean_size(M, pencil.probe(), masses) for M in pencil.operands[:2])
+    size_A, size_B = (
+        _mean_size(M, pencil.probe(), masses) for M in pencil.operands[:2]
+    )
     return (torch.maximum(size_A, E) + E * size_B) * norms(V * masses).square()
 
 
@@ -122,4 +127,6 @@ def in_masses(pairs: Pairs, R: Tensor) -> Tensor:
     factor = factor / torch.where(there, length, torch.ones_like(length))
     X = torch.cat([pairs.X, pairs.Y], -1)
     factor = torch.where(there, factor, safe_norms(X)[..., : R.shape[-1]])
-    return pairs.residual * factor.squeeze(-2) * norms(X * masses).amax(-1, keepdim=True)
+    return (
+        pairs.residual * factor.squeeze(-2) * norms(X * masses).amax(-1, keepdim=True)
+    )

@@ -216,9 +216,7 @@ def _mapped(
     return pencil, [E, X, b, *others, *parameters]
 
 
-def distance_of_quotient(
-    pencil: Pencil, E: Tensor, Z: Tensor, largest: bool
-) -> Tensor:
+def distance_of_quotient(pencil: Pencil, E: Tensor, Z: Tensor, largest: bool) -> Tensor:
     """(+, *, k): z^H (A - E_j B) z / z^H B z, from E_j to the Rayleigh quotient of z; infinitely far where z = 0.
 
     From fresh products, k columns: z is known by a right-hand side to its tolerance only, and a quotient that claims a
@@ -238,8 +236,8 @@ def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
     """(*, 1): distance from E_k to a Ritz value of the complement close to it.  A constant to autograd.
 
     Infinity where that is known: the guard T nearest to E_k, with its residual, shows that none is there, or a pair is
-    late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column, or, of a small pencil,
-    all eigenvalues on the complement, in double precision.
+    late, (*, k), and the gradient inaccurate.  Otherwise it costs a rough solution for one column, or, of a small
+    pencil, all eigenvalues on the complement, in double precision.
     """
     tensors = (
         pairs.E,
@@ -288,7 +286,7 @@ class _NearestOutside(Function):
             with without_autocast(X):
                 return nearest_on_complement(pencil, X, options.largest).to(E.dtype)
         # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
-        if 0 < p and 16 * (k + p) <= m:
+        if p > 0 and 16 * (k + p) <= m:
             nearest, column = (T - last).abs().min(-1, keepdim=True)
             spread = (residual[..., k:] * norms(Y)).gather(-1, column)
             # The eigenvalue meant by the guard is within `spread` of it.

@@ -6,7 +6,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import fixed_block, norms
+from torch._lobpcg_impl.blocks import fixed_block, inner, norms
 from torch._lobpcg_impl.iteration import EigenPairs, LOBPCG
 from torch._lobpcg_impl.operand import operand, Pencil
 from torch._lobpcg_impl.report import members, warn
@@ -158,8 +158,13 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     if options.largest:
         E, X, BX = E.flip(-1), X.flip(-1), BX.flip(-1)
     # The residual costs a product with A a column: of the pairs that are asked for, not of all m.
-    first = X[..., :n]
-    residual = norms(A @ first - BX[..., :n] * E[..., None, :n])
+    first, AX, BX = X[..., :n], A @ X[..., :n], BX[..., :n]
+    if pencil.generalized:
+        # What B's condition has cost the eigenvalues, Rayleigh quotients have back: their error is of second order.
+        quotients = inner(first, AX) / inner(first, BX)
+        quotients = quotients.sort(-1, descending=options.largest)[0]
+        E = torch.cat([quotients, E[..., n:]], -1)
+    residual = norms(AX - BX * E[..., None, :n])
     size = E.abs()
     if pencil.generalized:
         scale = (norm_A + size[..., :n] * norm_B) * norms(first)

@@ -36,7 +36,9 @@ def unreached(pencil: Pencil, sign: float, count: int) -> Tensor:
     return Z
 
 
-def _relax(pencil: Pencil, sign: float, first: int, count: int) -> Tuple[Tensor, Tensor]:
+def _relax(
+    pencil: Pencil, sign: float, first: int, count: int
+) -> Tuple[Tensor, Tensor]:
     """Generic columns (*, m, count) after conjugate gradients, and whether K does not reach them: (*, 1, count)."""
     assert pencil.iK is not None
     tiny = torch.finfo(pencil.dtype).tiny ** 0.5
