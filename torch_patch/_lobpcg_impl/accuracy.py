@@ -210,8 +210,8 @@ def _report_near(seen: Any, nearest: Tensor, bad: Tensor, error: Tensor) -> None
     found(
         f"lobpcg: the gradient has an estimated relative error of {estimate:.1e} (residual over gap): eigenvalue {j} "
         f"of the k={k} asked for is at a distance of {gap:.1e} from those that were not, beside a residual of {r:.1e} "
-        f"and a pencil of size {size:.1e}{members(bad.any(-1), seen.E.dim() - 1)}. Raise k until the cluster is complete, "
-        "tighten tol, or use a loss that does not depend on this pair.",
+        f"and a pencil of size {size:.1e}{members(bad.any(-1), seen.E.dim() - 1)}. Raise k until the cluster is "
+        "complete, tighten tol, or use a loss that does not depend on this pair.",
         estimate,
     )
 

@@ -307,7 +307,7 @@ class _Wide:
     def center(self, intervals: List[Interval]) -> None:
         """Set the interval.  Cost: one pass over the stored elements."""
         if len(intervals) == 1:
-            half = 0.5 * (intervals[0].up - intervals[0].a)
+            half: Any = 0.5 * (intervals[0].up - intervals[0].a)
             values = self.values * (1.0 / half)
             values[self.on] += 0.5 * (intervals[0].a + intervals[0].up) / half
         else:
@@ -317,8 +317,9 @@ class _Wide:
                 dtype=torch.float64,
             ).to(self.values.device)
             half, middle = numbers.unbind(-1)
-            values = self.values / half[self.which].to(real)
-            values[self.on] += (middle / half)[self.which[self.on]].to(real)
+            which: Any = self.which
+            values = self.values / half[which].to(real)
+            values[self.on] += (middle / half)[which[self.on]].to(real)
         self.X = csr_matrix(
             self.rows.crow_indices(),
             self.rows.col_indices(),

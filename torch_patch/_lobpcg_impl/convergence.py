@@ -288,7 +288,9 @@ def judge_batch(
     ).tolist()
     # of each matrix, behind nine numbers of the batch
     some = lead.numel()
-    rest = [values[i : i + some] for i in range(9, 9 + 4 * some, some)]
+    levels, counts_of_each, traces, scales = (
+        values[i : i + some] for i in range(9, 9 + 4 * some, some)
+    )
     active = int(values[0])
     order = torch.sort(waiting.to(torch.int8), stable=True, dim=-1, descending=True)[1]
     index = order[..., :active]
@@ -297,7 +299,10 @@ def judge_batch(
         int(values[1]),
         active,
         values[2],
-        *rest,
+        levels,
+        counts_of_each,
+        traces,
+        scales,
         values[3],
         values[4],
         values[5] > 0.0,

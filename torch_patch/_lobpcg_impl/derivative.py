@@ -268,7 +268,7 @@ def reverse_mode(
     A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
     G = None if gX is None else X.mH @ gX  # (*, k, k)
     with OneWarning():
-        Z = None if gX is None else reduced_resolvent(pairs, gX)
+        Z: Any = None if gX is None else reduced_resolvent(pairs, gX)
         F, clustered = _factors(pairs, G, gE, gX, Z)
     N = None
     if clustered and _may_be_differentiated():

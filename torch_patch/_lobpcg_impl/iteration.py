@@ -210,7 +210,7 @@ class LOBPCG:
 
     def _clear(self, X: Tensor) -> None:
         """The state before the first iteration."""
-        small = {"dtype": self.wide, "device": self.place}
+        small: Any = {"dtype": self.wide, "device": self.place}
         self.basis = Basis(X[..., :0, :], False)  # filled by start()
         self.W = X  # residuals, then new directions: (*, m, n)
         self.E = X.new_zeros(self.batch + (self.n,), dtype=X.dtype.to_real())
@@ -644,9 +644,11 @@ class LOBPCG:
         """Columns (*, n, 1): rho = |D^-1/2 r|; sums of x_a^2 D_a w_a^2 and of x_a^4 D_a^2 w_a^2, w the row norms of A,
         then of B, in the scale of D."""
         squares = X.abs().square()
-        rows = self.rows
-        ends = squares.mT @ rows, squares.square().mT @ (rows * self.d_B)
-        rho = norms(self.W * self.root).unsqueeze(-1)
+        rows: Any = self.rows
+        masses: Any = self.d_B
+        ends = squares.mT @ rows, squares.square().mT @ (rows * masses)
+        root: Any = self.root
+        rho = norms(self.W * root).unsqueeze(-1)
         return [rho, *(column for end in ends for column in end.split(1, -1))]
 
     def measured(self, size: Tensor, numbers: List[Tensor]) -> Measures:
@@ -738,10 +740,10 @@ class LOBPCG:
             where = first.reshape(first.shape + (1,) * (a.dim() - first.dim()))
             return torch.where(where, a, b)
 
-        measures = Measures(
-            *map(pick, one.measures[:-1], other.measures[:-1]), eps=self.eps
-        )
-        return Kept(*map(pick, one[:-1], other[:-1]), measures=measures)
+        numbers: Any = map(pick, one.measures[:-1], other.measures[:-1])
+        measures = Measures(*numbers, eps=self.eps)  # type: ignore[misc]
+        tensors: Any = map(pick, one[:-1], other[:-1])
+        return Kept(*tensors, measures=measures)  # type: ignore[misc]
 
     def restore_best(self) -> None:
         """The best pairs again where the last are five times worse, unless these have a trace better by more than their

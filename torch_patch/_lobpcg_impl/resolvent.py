@@ -17,7 +17,7 @@ Forward mode:
 """
 
 import math
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ class ReducedResolvent(Function):
         residual: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        k, tol = E.shape[-1], options.tol
+        k = E.shape[-1]
+        tol: Any = options.tol
         if k + T.shape[-1] < X.shape[-2]:
             tol = system_tolerance(E, X, T, residual[..., :k], tol)
         with without_autocast(X):
@@ -124,7 +125,8 @@ class ReducedResolvent(Function):
             any(needed) for needed in pencil.split(ctx.needs_input_grad[8:])
         )
         gE = gX = None
-        gA, gB = [None] * len(pencil.A.parameters), [None] * len(pencil.B.parameters)
+        gA: Sequence[Any] = [None] * len(pencil.A.parameters)
+        gB: Sequence[Any] = [None] * len(pencil.B.parameters)
         with without_autocast(X):
             w = reduced_resolvent(pairs, gz)
             if need_A:

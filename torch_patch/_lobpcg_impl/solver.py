@@ -1,7 +1,7 @@
 """From a pencil to eigenpairs, without autograd: a dense solve or the iteration, batches under a tracker."""
 
 import itertools
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -45,11 +45,12 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
     # One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order.
     positions = itertools.product(*(range(size) for size in batch))
     pairs = [iterate(pencil.member(p), start[p], options) for p in positions]
-    stacked = (
+    stacked: Any = (
         torch.stack(field).reshape([*batch, *field[0].shape])
         for field in list(zip(*pairs))[:-1]
     )
-    return EigenPairs(*stacked, at_rounding=all(one.at_rounding for one in pairs))
+    at_rounding = all(one.at_rounding for one in pairs)
+    return EigenPairs(*stacked, at_rounding=at_rounding)  # type: ignore[misc]
 
 
 def iterate(pencil: Pencil, X: Tensor, options: Options) -> EigenPairs:
@@ -67,8 +68,9 @@ def iterate(pencil: Pencil, X: Tensor, options: Options) -> EigenPairs:
         "separate": options.differentiated,
         "accurate": options.accurate,
     }
-    given = (options.ortho_iparams, options.ortho_fparams, options.ortho_bparams)
-    for shown, ortho in zip((iparams, fparams, bparams), given):
+    given: Any = (options.ortho_iparams, options.ortho_fparams, options.ortho_bparams)
+    workers: Any = (iparams, fparams, bparams)
+    for shown, ortho in zip(workers, given):
         shown.update({"ortho_" + name: value for name, value in ortho.items()})
     A, B, iK = (
         getattr(M, "tensor", getattr(M, "call", None))
