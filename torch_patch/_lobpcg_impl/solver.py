@@ -137,12 +137,13 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     wide = pencil.dtype
     if found_in_double(pencil):
         wide = torch.promote_types(wide, torch.float64)
-    A = pencil.A.dense().to(wide)
+    # Detached, since matmul chooses its way to a product by requires_grad too, and a graph's tensors have none.
+    A = pencil.A.dense().detach().to(wide)
     if not pencil.generalized:
         E, X = torch.linalg.eigh(A)
         BX = X
     else:
-        B = pencil.B.dense().to(wide)
+        B = pencil.B.dense().detach().to(wide)
         L, info = torch.linalg.cholesky_ex(B)
         if bool((info > 0).any()):
             raise ValueError(

@@ -72,7 +72,7 @@ def error_inputs_lobpcg(op_info, device, **kwargs):
         SampleInput(A[0], args=(1,)), error_type=ValueError, error_regex="1 dimensions"
     )
     yield ErrorInput(
-        SampleInput(A, args=(6,)), error_type=ValueError, error_regex="n=6"
+        SampleInput(A, args=(6,)), error_type=ValueError, error_regex="k=6"
     )
     yield ErrorInput(
         SampleInput(A, args=(1, A[:4, :4])), error_type=ValueError, error_regex="B has"
@@ -105,8 +105,8 @@ op_db = [
         supports_out=False,
         supports_forward_ad=True,
         supports_fwgrad_bwgrad=True,
-        # A scripted call returns pairs, but refuses to differentiate, which the tests of scripting ask for. A traced
-        # graph holds a Python autograd Function, which torch.jit.save does not write.
+        # The operator that a scripted call is lives in Python, and a traced graph holds a Python autograd Function,
+        # which torch.jit.save does not write.
         supports_scripting=False,
         supports_tracing=False,
         skips=(
