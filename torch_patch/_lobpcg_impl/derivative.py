@@ -76,7 +76,7 @@ def corrected(pairs: Pairs) -> Pairs:
     # Without B a dense solve is as good as the step.
     if not (wanted or pairs.pencil.generalized) or not pairs.X.numel():
         return pairs
-    k, n = pairs.E.shape[-1], pairs.residual.shape[-1]
+    k = pairs.E.shape[-1]
     late = missed(pairs)
     E, X, residual = _newton_step(pairs, late)
     if X.dtype != pairs.pencil.dtype:
@@ -89,18 +89,26 @@ def corrected(pairs: Pairs) -> Pairs:
     pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
     if not wanted:
         return pairs
-    size = pencil_size(pairs)
-    X = generic_basis(E, X, size[..., :k].to(E.dtype), torch.finfo(E.dtype).eps)
-    if pairs.pencil.generalized:
-        V = torch.cat([X, pairs.Y], -1)[..., :n]
-        values = torch.cat([E, pairs.T], -1)[..., :n]
-        pencil = pairs.pencil
-        pencil = pencil if pencil.dtype == V.dtype else pencil.in_double()
-        pairs = dataclasses.replace(pairs, X=X)
-        residual = in_masses(pairs, _residuals(pencil, values, V))
+    size, residual = pencil_size(pairs), _in_masses(pairs)
+    known = (size[..., :k].to(E.dtype), residual[..., :k].to(E.dtype))
+    turned = generic_basis(E, X, *known, torch.finfo(E.dtype).eps)
+    if turned is not X:
+        pairs = dataclasses.replace(pairs, X=turned)
+        X, residual = turned, _in_masses(pairs)
     scale = torch.where(late, -size[..., :k], size[..., :k])
     scale = torch.cat([scale, size[..., k:]], -1)
     return dataclasses.replace(pairs, X=X, residual=residual, scale=scale)
+
+
+def _in_masses(pairs: Pairs) -> Tensor:
+    """|r_j| of module pairs, (*, n), for the 2-norms of the residuals in pairs.residual."""
+    pencil, n = pairs.pencil, pairs.residual.shape[-1]
+    if not pencil.generalized:
+        return pairs.residual
+    V = torch.cat([pairs.X, pairs.Y], -1)[..., :n]
+    values = torch.cat([pairs.E, pairs.T], -1)[..., :n]
+    pencil = pencil if pencil.dtype == V.dtype else pencil.in_double()
+    return in_masses(pairs, _residuals(pencil, values, V))
 
 
 def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:

@@ -202,13 +202,16 @@ def _pairwise(a: Tensor) -> Tensor:
     return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
 
 
-def undetermined(size: Tensor, eps: float) -> Tensor:
+def undetermined(size: Tensor, residual: Tensor, eps: float) -> Tensor:
     """(*, k, k): the gap up to which rounding leaves two vectors undetermined: that of an eigensolver in eps, a modest
-    multiple of eps N."""
-    return 10 * eps * _pairwise(size)
+    multiple of eps N; but where the residuals of both came out smaller, as those of vectors do that live where a graded
+    matrix is small, a multiple of these, which determine the vectors above it."""
+    return 10 * torch.minimum(eps * _pairwise(size), _pairwise(residual))
 
 
-def generic_basis(E: Tensor, X: Tensor, size: Tensor, eps: float) -> Tensor:
+def generic_basis(
+    E: Tensor, X: Tensor, size: Tensor, residual: Tensor, eps: float
+) -> Tensor:
     """X: (*, m, k) with the vectors that rounding leaves undetermined turned by fixed angles.
 
     A loss tr(M X diag(E) X^H) has no gradient computable from gE and G at equal eigenvalues, only its diagonal in the
@@ -221,7 +224,7 @@ def generic_basis(E: Tensor, X: Tensor, size: Tensor, eps: float) -> Tensor:
         return X
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
     distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)
-    equal = (gap <= undetermined(size, eps)) & distinct
+    equal = (gap <= undetermined(size, residual, eps)) & distinct
     if not bool(equal.any()):
         return X
     t = torch.arange(1, k * k + 1, dtype=E.dtype, device=E.device).reshape(k, k)
@@ -245,8 +248,9 @@ def _gaps(seen: Seen, setting: _Setting) -> Gaps:
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
     rounding = 10 * setting.eps * seen.size
-    blur = undetermined(seen.size, setting.eps)
-    exactly = distinct & (gap <= blur)
+    # An error asks for more than a warning: residuals that leave the vectors undetermined.
+    exactly = distinct & (gap <= undetermined(seen.size, r, setting.eps))
+    blur = 10 * setting.eps * _pairwise(seen.size)
     error = _pairwise(least_residual(r, rounding))
     rest = torch.full_like(E, math.inf)
     if T.shape[-1]:
