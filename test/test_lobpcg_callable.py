@@ -426,7 +426,10 @@ class TestLobpcgCallableInside(CallableCase):
 
     def by_func(self, theta, scale):
         gradient = torch.func.grad(lambda x: self.potential(x, scale))
-        one = lambda v: torch.func.jvp(gradient, (theta,), (v,))[1]
+
+        def one(v):
+            return torch.func.jvp(gradient, (theta,), (v,))[1]
+
         return torch.vmap(one, in_dims=1, out_dims=1)
 
     def by_autograd(self, theta, scale):
@@ -447,12 +450,16 @@ class TestLobpcgCallableInside(CallableCase):
         return products
 
     def test_hessian_products_by_func(self):
-        ours = lambda t, s: loss_of(*self.solve(self.by_func(t, s)))
+        def ours(t, s):
+            return loss_of(*self.solve(self.by_func(t, s)))
+
         leaves = (self.theta, self.scale)
         self.assert_orders(ours, self.right, leaves, (1e-8, 1e-6))
 
     def test_hessian_products_by_autograd(self):
-        ours = lambda t, s: loss_of(*self.solve(self.by_autograd(t, s)))
+        def ours(t, s):
+            return loss_of(*self.solve(self.by_autograd(t, s)))
+
         leaves = (self.theta, self.scale)
         self.assert_orders(ours, self.right, leaves, (1e-8, 1e-6))
 
@@ -461,7 +468,10 @@ class TestLobpcgCallableInside(CallableCase):
             lambda t, s: self.by_func(t.clone(), s),
             self.by_autograd,
         ):
-            ours = lambda t, s: loss_of(*self.solve(products(t, s)))
+
+            def ours(t, s):
+                return loss_of(*self.solve(products(t, s)))
+
             leaves = (self.theta.detach(), self.scale.detach())
             got = torch.func.grad(ours, argnums=(0, 1))(*leaves)
             right = torch.autograd.grad(
@@ -479,8 +489,12 @@ class TestLobpcgCallableInside(CallableCase):
         return products
 
     def test_hessian_products_by_vjp(self):
-        ours = lambda t: loss_of(*self.solve(self.by_vjp(t)))
-        right = lambda t: self.right(t, 0.7)
+        def ours(t):
+            return loss_of(*self.solve(self.by_vjp(t)))
+
+        def right(t):
+            return self.right(t, 0.7)
+
         self.assert_orders(ours, right, (self.theta,), (1e-8, 1e-6))
 
     def test_what_torch_func_hides_is_an_error(self):
@@ -514,7 +528,9 @@ class TestLobpcgCallableInside(CallableCase):
         for hidden in (HiddenProduct, HiddenInTransforms):
 
             def ours(d):
-                A = lambda V: hidden.apply(d, V) + d[:, None] * V
+                def A(V):
+                    return hidden.apply(d, V) + d[:, None] * V
+
                 return self.solve(A)[0].sum()
 
             with self.assertRaises(RuntimeError):
@@ -561,7 +577,9 @@ class TestLobpcgCallableTransforms(CallableCase):
         self.assert_close(flat(got), flat(right), bar)
 
     def test_grad(self):
-        both = lambda f: torch.func.grad(f, argnums=(0, 1))(self.T, self.w)
+        def both(f):
+            return torch.func.grad(f, argnums=(0, 1))(self.T, self.w)
+
         self.assert_same(both)
 
     def test_grad_inside_autograd(self):
@@ -624,9 +642,11 @@ class TestLobpcgCallableTransforms(CallableCase):
         self.assert_same(transform, 1e-6)
 
     def test_grad_of_grad(self):
-        second = lambda f: torch.func.grad(
-            lambda w: (torch.func.grad(f, argnums=1)(self.T, w) * self.v).sum()
-        )(self.w)
+        def second(f):
+            return torch.func.grad(
+                lambda w: (torch.func.grad(f, argnums=1)(self.T, w) * self.v).sum()
+            )(self.w)
+
         self.assert_same(second, 1e-6)
 
     def test_jvp_of_grad(self):
@@ -683,7 +703,10 @@ class TestLobpcgCallableTransforms(CallableCase):
 
     def test_grad_of_vmap(self):
         w = random(3, M, seed=6)
-        total = lambda f: lambda T: torch.vmap(f, (None, 0))(T, w).sum()
+
+        def total(f):
+            return lambda T: torch.vmap(f, (None, 0))(T, w).sum()
+
         self.assert_same(lambda f: torch.func.grad(total(f))(self.T))
 
     def test_backward_of_vmap(self):
@@ -697,14 +720,19 @@ class TestLobpcgCallableTransforms(CallableCase):
 
     def test_vmap_over_vmap(self):
         w = random(2, 2, M, seed=6)
-        twice = lambda f: torch.vmap(torch.vmap(lambda w: f(self.T, w)))(w)
+
+        def twice(f):
+            return torch.vmap(torch.vmap(lambda w: f(self.T, w)))(w)
+
         self.assert_same(twice)
 
     def test_vmap_over_the_start_block(self):
         X = random(3, M, K + 3, seed=6)
 
         def energies(X):
-            A = lambda V: products_of_A(self.T, V)
+            def A(V):
+                return products_of_A(self.T, V)
+
             return torch.lobpcg(A, K, X=X, largest=False, tol=1e-12)[0]
 
         right = torch.linalg.eigvalsh(matrix_A(self.T))[:K].expand(3, K)
@@ -731,8 +759,13 @@ class TestLobpcgCallableTransforms(CallableCase):
 
         def ours(w):
             d = ladder() + w.square()
-            A = lambda V: d[:, None] * V + 0.1 * (V.roll(1, 0) + V.roll(-1, 0))
-            iK = lambda R: R / d.detach()[:, None]
+
+            def A(V):
+                return d[:, None] * V + 0.1 * (V.roll(1, 0) + V.roll(-1, 0))
+
+            def iK(R):
+                return R / d.detach()[:, None]
+
             return loss_of(*self.solve(A, iK=iK))
 
         def dense(w):
@@ -842,7 +875,10 @@ class TestLobpcgCallableContract(CallableCase):
                 self.refused((ValueError, TypeError), f"lobpcg: A returned .*{fact}", A)
         w = random(M, seed=2)
         for fact in ("shape", "dtype", "tensor"):
-            f = lambda w: self.solve(lambda V: wrong[fact](V * w[:, None]))[0].sum()
+
+            def f(w):
+                return self.solve(lambda V: wrong[fact](V * w[:, None]))[0].sum()
+
             with self.assertRaisesRegex((ValueError, TypeError), "lobpcg: A returned"):
                 torch.func.grad(f)(w)
 

@@ -445,10 +445,13 @@ def _iterate(
             _positive_matrix(op, A, B, first).squeeze(-3)
         )
         if not bool((info != 0).any()):
-            precondition = lambda r: torch.cholesky_solve(r, L)
-            z, state = conjugate_gradients(op, b, z, deflation, precondition, rtol, 200)
+
+            def by_factor(r: Tensor) -> Tensor:
+                return torch.cholesky_solve(r, L)
+
+            z, state = conjugate_gradients(op, b, z, deflation, by_factor, rtol, 200)
             if state.all_done:
-                return _without_cut_cluster(op, b, z, state, precondition, rtol)
+                return _without_cut_cluster(op, b, z, state, by_factor, rtol)
     elif precondition is not None and state.indefinite:
         z, state = conjugate_gradients(op, b, None, deflation, None, rtol, budget)
         if state.all_done:

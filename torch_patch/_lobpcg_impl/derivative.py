@@ -33,11 +33,7 @@ from typing import Any, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.blocks import gram, norms, safe_norms
-from torch._lobpcg_impl.complement import (
-    in_double,
-    is_small,
-    solve_on_complement,
-)
+from torch._lobpcg_impl.complement import in_double, is_small, solve_on_complement
 from torch._lobpcg_impl.gauge import (
     generic_basis,
     pair_factors,

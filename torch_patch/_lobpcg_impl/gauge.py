@@ -204,9 +204,12 @@ def _pairwise(a: Tensor) -> Tensor:
 
 def undetermined(size: Tensor, residual: Tensor, eps: float) -> Tensor:
     """(*, k, k): the gap up to which rounding leaves two vectors undetermined: that of an eigensolver in eps, a modest
-    multiple of eps N; but where the residuals of both came out smaller, as those of vectors do that live where a graded
-    matrix is small, a multiple of these, which determine the vectors above it."""
-    return 10 * torch.minimum(eps * _pairwise(size), _pairwise(residual))
+    multiple of eps N; but where residuals came out smaller, as those of vectors do that live where a graded matrix is
+    small, a multiple of these, which determine the vectors above it.  Residuals far below rounding tell nothing: those
+    of unit vectors, as of a diagonal matrix, are zero in a cluster too."""
+    noise = eps * size
+    noise = torch.where(residual > 1e-3 * noise, torch.minimum(residual, noise), noise)
+    return 10 * _pairwise(noise)
 
 
 def generic_basis(

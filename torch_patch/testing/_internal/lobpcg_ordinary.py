@@ -792,7 +792,7 @@ def _call(function):
         warnings.simplefilter("always")
         try:
             result = function()
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except (RuntimeError, ValueError) as error:
             return None, f"{type(error).__name__}: {error}"
     return result, next(
         (str(w.message) for w in caught if "lobpcg" in str(w.message)), ""
