@@ -62,9 +62,9 @@ def lobpcg(
     :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
     :ref:`lobpcg-gradient`.
 
-    Where the matrices are dense and small (m up to about 800 + 15 k; 512 with :attr:`X`, 128 with :attr:`iK`), or too
-    small for the method (m < 3 n), one dense factorisation replaces the iterations, unless :attr:`method`,
-    :attr:`niter` or :attr:`tracker` asks for them.
+    Where the matrices are dense and small (m up to about 750 for k = 5 and 1500 for k = 50; 512 with :attr:`X`, 128 with
+    :attr:`iK`), or too small for the method (m < 3 n), one dense factorisation replaces the iterations, unless
+    :attr:`method`, :attr:`niter` or :attr:`tracker` asks for them.
 
     **When not to use it.** For all eigenvalues, or more than a third of them, :func:`torch.linalg.eigh` is faster, as
     it is for dense matrices of a few hundred rows. Interior eigenvalues, and matrices that are not Hermitian, are
@@ -222,16 +222,17 @@ def _lobpcg(
     differentiated = may_be_differentiated(*pencil.parameters)
     if differentiated:
         options = dataclasses.replace(options, differentiated=True)
+    if not (traced or differentiated):
+        # A Function with nothing to record costs a fifth of a small solve.
+        with torch.no_grad(), without_autocast(pencil.empty()):
+            pairs = _find_pairs(pencil, X, options)
+            return _copy(pairs, pairs.E), _copy(pairs, pairs.X)
     arguments = (pencil.bare(), options, X, *pencil.parameters)
     if traced:
         tensors, held = hold_pencil(*arguments)
         outputs = torch.ops._lobpcg.solve(*tensors, **held)
-    elif differentiated:
-        outputs = LOBPCGAutogradFunction.apply(*arguments)
     else:
-        # A Function with nothing to record costs a fifth of a small solve.
-        with torch.no_grad(), without_autocast(pencil.empty()):
-            outputs = _find_pairs(pencil, X, options).tensors
+        outputs = LOBPCGAutogradFunction.apply(*arguments)
     return outputs[0], outputs[1]
 
 
@@ -258,9 +259,8 @@ class LOBPCGAutogradFunction(Function):
         pencil: Pencil, options: Options, X: Optional[Tensor], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         with without_autocast(pencil.empty()):
-            return _find_pairs(
-                pencil.with_parameters(parameters, X), X, options
-            ).tensors
+            pairs = _find_pairs(pencil.with_parameters(parameters, X), X, options)
+            return tuple(_copy(pairs, T) for T in pairs.tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -322,11 +322,7 @@ def _saved_pairs(ctx: Any) -> Pairs:
 
 
 def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
-    """The forward of one problem, with a warning where pairs have not converged.
-
-    Its tensors are copies, so that what is returned neither aliases an argument nor keeps the whole block alive; here
-    pairs that were found in double are rounded to the dtype of the matrices, once.
-    """
+    """The forward of one problem, with a warning where pairs have not converged."""
     k = options.k
     found = solve(pencil, X, options)
     warn_unconverged(found, pencil, options)
@@ -343,16 +339,18 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         found.residual[..., :n],
         found.scale[..., :n],
     )
-    pairs = corrected(pairs)
-    copies = (
-        T.detach().to(
-            pencil.dtype if T is pairs.X or T is pairs.Y else pencil.dtype.to_real(),
-            copy=True,
-            memory_format=torch.contiguous_format,
-        )
-        for T in pairs.tensors
+    return corrected(pairs)
+
+
+def _copy(pairs: Pairs, T: Tensor) -> Tensor:
+    """A tensor of the pairs as it is returned: a copy, so that it neither aliases an argument nor keeps the whole block
+    alive; what was found in double is rounded to the dtype of the matrices here, once."""
+    dtype = pairs.pencil.dtype
+    return T.detach().to(
+        dtype if T is pairs.X or T is pairs.Y else dtype.to_real(),
+        copy=True,
+        memory_format=torch.contiguous_format,
     )
-    return Pairs(pencil, options, *copies)
 
 
 define_for_torchscript(lobpcg)

@@ -123,7 +123,6 @@ def options_of(
             check_alike(T, other, model, name)
     for T, other in ((A, "A"), (B, "B"), (iK, "iK")):
         check_declared(T, other, model, name)
-    batch_shape(A=A, B=B, X=X, iK=iK)
     columns = None if X is None else X.shape[-1]
     # Where a polynomial takes the place of iK, a guard column costs many products; in a truncated solve it is an
     # expense and no gain.

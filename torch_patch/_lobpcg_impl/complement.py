@@ -32,6 +32,7 @@ _SPECTRAL_FRACTION = 16
 _PRODUCTS_PER_FACTOR = 100
 # Largest order at which an O(m^3) eigendecomposition is an acceptable answer to an indefinite operator.
 _SPECTRAL_BELOW = 2049
+_MOST_REFINEMENTS = 4
 # Elements of the batch of factorised matrices held at one time: 64 MiB of float64.
 _FACTOR_ELEMENTS = 1 << 23
 _MOST_ITERATIONS = 20000
@@ -92,7 +93,7 @@ def solve_on_complement(
         if z is not None:
             return z.to(b.dtype)
     if eps > 1e-10 and is_small(pencil):
-        z = _solve_in_double(pencil, X, b, largest, tol, use)
+        z = _solve_in_double(pencil, X, b, largest, tol, further, use)
     else:
         z = _solve(pencil, E, X, b, largest, tol, further, use, eps)
     return z.to(b.dtype)
@@ -150,11 +151,13 @@ def _solve(
     if bool((size == 0).all()):
         return _further_dimensions_of_columns(torch.zeros_like(b), more, len(batch))
     op.set_scale(b)
-    m = X.shape[-2]
+    m, z = X.shape[-2], None
     if m == k:
         z = torch.zeros_like(b)
     elif further is not None and further[0].shape[-1] == m - k:
         z = _by_all_pairs(op, b, *further)
+    if z is not None:
+        pass
     elif k >= _SPECTRAL_FROM and _SPECTRAL_FRACTION * k >= m and m < _SPECTRAL_BELOW:
         z = _spectral(op, b, *op.dense())
     elif k * m**3 <= _FACTORISE_FLOPS:
@@ -202,13 +205,17 @@ def _solve_in_double(
     b: Tensor,
     largest: bool,
     tol: Union[float, Tensor],
+    further: Optional[Tuple[Tensor, Tensor]],
     use: str,
 ) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits."""
-    eps = torch.finfo(b.dtype).eps
+    eps, known = torch.finfo(b.dtype).eps, X.shape[-1]
+    if further is not None and known + further[0].shape[-1] == X.shape[-2]:
+        further = (in_double(further[0]), in_double(further[1]))
+    else:
+        further = None
     pencil, E, X = _pairs_in_double(pencil, X)
-    b = in_double(b)
-    return _solve(pencil, E, X, b, largest, tol, None, use, eps)
+    return _solve(pencil, E, X, in_double(b), largest, tol, further, use, eps)
 
 
 def _pairs_in_double(pencil: Pencil, X: Tensor) -> Tuple[Pencil, Tensor, Tensor]:
@@ -345,12 +352,22 @@ def _reduced(
     return (C + C.mH) / 2, Q, L
 
 
-def _by_all_pairs(op: Complement, b: Tensor, T: Tensor, Y: Tensor) -> Tensor:
-    """The same with pairs that the forward found, T: (*, m - k), Y: (*, m, m - k), and one step of refinement."""
+def _by_all_pairs(op: Complement, b: Tensor, T: Tensor, Y: Tensor) -> Optional[Tensor]:
+    """The same with pairs that the forward found, T: (*, m - k), Y: (*, m, m - k), and refinement.
+
+    None where that does not converge in a few steps.  Of pairs that were rounded to single precision a step gains as
+    many digits as their relative gap lies above its eps; a closer one needs a solution of its own.
+    """
     gap = (T.unsqueeze(-1) - op.shifts.unsqueeze(-2)) * (op.sign / op.scale)
     size = T.abs().amax(-1) / op.scale[..., 0, 0]
     z = op.project(_divide(op, b, Y, gap, size))
-    return z + _divide(op, b - op(z), Y, gap, size, quiet=True)
+    for _ in range(_MOST_REFINEMENTS):
+        step = op.project(_divide(op, b - op(z), Y, gap, size, quiet=True))
+        z = z + step
+        # What is left is the square of the last step over the one before.
+        if bool((norms(step) <= 1e-8 * norms(z)).all()):
+            return z
+    return None
 
 
 def _divide(

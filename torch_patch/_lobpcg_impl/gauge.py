@@ -18,7 +18,7 @@ from torch._lobpcg_impl.accuracy import check_accuracy, is_clear, least_residual
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
 from torch._lobpcg_impl.report import first, found, members, warn
-from torch._lobpcg_impl.transforms import batched_first, broadcast
+from torch._lobpcg_impl.transforms import apply, batched_first, broadcast
 from torch.autograd import Function
 
 
@@ -58,7 +58,7 @@ def pair_factors(
     E = seen.E
     G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
     setting = _Setting(options, eps, forward_mode)
-    mask = _PairMask.apply(setting, *seen._replace(E=E.detach(), G=G, gE=gE))
+    mask = apply(_PairMask, setting, *seen._replace(E=E.detach(), G=G, gE=gE))
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
     return F, setting.clustered

@@ -41,6 +41,7 @@ from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
+    apply,
     batched_first,
     broadcast,
     refuse_nested_forward_mode,
@@ -59,8 +60,15 @@ def reduced_resolvent(pairs: Pairs, b: Tensor, E: Optional[Tensor] = None) -> Te
     shifts = pairs.E if E is None else E
     constants = (pairs.T, pairs.Y, pairs.residual)
     pencil = pairs.pencil
-    return ReducedResolvent.apply(
-        pencil.bare(), pairs.options, shifts, pairs.X, b, *constants, *pencil.parameters
+    return apply(
+        ReducedResolvent,
+        pencil.bare(),
+        pairs.options,
+        shifts,
+        pairs.X,
+        b,
+        *constants,
+        *pencil.parameters,
     )
 
 
@@ -251,7 +259,7 @@ def nearest_outside(pairs: Pairs, late: Tensor) -> Tensor:
         *pairs.pencil.parameters,
     )
     tensors = tuple(T if T is None else T.detach() for T in tensors)
-    return _NearestOutside.apply(pairs.pencil.bare(), pairs.options, *tensors)
+    return apply(_NearestOutside, pairs.pencil.bare(), pairs.options, *tensors)
 
 
 def _number_shape(*tensors: Any, **numbers: Any) -> Outputs:

@@ -16,10 +16,10 @@ from torch._lobpcg_impl.ritz import hermitian
 # With a preconditioner that is any good eigh costs as much as the iterations near m = 128; where a start block speaks
 # for them, near 512.
 _DENSE_UP_TO, _DENSE_UP_TO_WITH_IK = 512, 128
-# Elsewhere from this order on, and so much higher for each pair in double and in single precision.  Measured on one
-# thread: dense matrices with the spectrum of the Gaussian ensemble break even at m = 700, 900, 1020 and 1550 for k = 1,
-# 5, 20 and 50 in double, at 780, 940, 1170 and 1900 in single.
-_DENSE_FROM, _DENSE_PER_PAIR, _DENSE_PER_PAIR_SINGLE = 780, 15, 21
+# Elsewhere up to c + c' k + c'' k^2.  Measured on one thread: dense matrices with the spectrum of the Gaussian ensemble
+# break even at m = 720, 750, 930, 1550 and about 3100 for k = 1, 5, 20, 50 and 100 in double, at 690, 740, 1060 and
+# 1850 for the first four in single: the small matrices of an iteration, (3 n)^3 with n = 2 k, outgrow its products.
+_DENSE_DOUBLE, _DENSE_SINGLE = (715.0, 7.0, 0.17), (690.0, 12.0, 0.2)
 # Up to this order a standard problem in single precision is solved in double: eigh takes 1.4 to 1.6 times as long, and
 # what corrected its pairs in double before took more.  Above, eigh in single precision, backward stable as well.
 _DOUBLE_UP_TO = 256
@@ -101,9 +101,8 @@ def _dense_up_to(pencil: Pencil, options: Options) -> int:
     if options.chosen > 0:
         return _DENSE_UP_TO
     single = pencil.dtype in (torch.float32, torch.complex64)
-    return _DENSE_FROM + options.k * (
-        _DENSE_PER_PAIR_SINGLE if single else _DENSE_PER_PAIR
-    )
+    constant, slope, curvature = _DENSE_SINGLE if single else _DENSE_DOUBLE
+    return int(constant + options.k * (slope + options.k * curvature))
 
 
 def pair_shapes(
@@ -127,52 +126,29 @@ def found_in_double(pencil: Pencil) -> bool:
 
 
 def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
-    """All m pairs by Cholesky of B and eigh, E (*, m), X (*, m, m), residuals of the first k.  Cost: about 9 m^3.
+    """The k wanted pairs by Cholesky of B and eigh, or all m, where a derivative may follow: E (*, p), X (*, m, p),
+    residuals of the first k.  Cost: about 9 m^3.
 
     The pencil is checked.  The pairs beyond k cost nothing here, and with them the backward solve is a sum.  Single
     precision is solved in double, and the pairs are returned in it: with B always, since L^-1 A L^-H loses as many
     digits as B is ill-conditioned (13 to 75 % of an eigenvalue for a B graded by 1e6).
     """
-    m, n, batch = pencil.m, options.k, pencil.batch
+    m, k, batch = pencil.m, options.k, pencil.batch
+    count = m if options.differentiated else k
     wide = pencil.dtype
     if found_in_double(pencil):
         wide = torch.promote_types(wide, torch.float64)
     # Detached, since matmul chooses its way to a product by requires_grad too, and a graph's tensors have none.
     A = pencil.A.dense().detach().to(wide)
-    if not pencil.generalized:
+    if pencil.generalized:
+        E, X, residual, scale = _generalized(pencil, A, options, count)
+    else:
         E, X = torch.linalg.eigh(A)
-        BX = X
-    else:
-        B = pencil.B.dense().detach().to(wide)
-        L, info = torch.linalg.cholesky_ex(B)
-        if bool((info > 0).any()):
-            raise ValueError(
-                f"lobpcg: B is not positive definite{members(info > 0, info.dim())} (its Cholesky factorisation "
-                "fails); B must be Hermitian positive definite"
-            )
-        half = torch.linalg.solve_triangular(L, A, upper=False)
-        C = torch.linalg.solve_triangular(L, half.mH, upper=False)
-        E, V = torch.linalg.eigh(hermitian(C))
-        X = torch.linalg.solve_triangular(L.mH, V, upper=True)
-        BX = B @ X
-        norm_A, norm_B = (
-            torch.linalg.matrix_norm(M).unsqueeze(-1) / m**0.5 for M in (A, B)
-        )
-    if options.largest:
-        E, X, BX = E.flip(-1), X.flip(-1), BX.flip(-1)
-    # The residual costs a product with A a column: of the pairs that are asked for, not of all m.
-    first, AX, BX = X[..., :n], A @ X[..., :n], BX[..., :n]
-    if pencil.generalized:
-        # What B's condition has cost the eigenvalues, Rayleigh quotients have back: their error is of second order.
-        quotients = inner(first, AX) / inner(first, BX)
-        quotients = quotients.sort(-1, descending=options.largest)[0]
-        E = torch.cat([quotients, E[..., n:]], -1)
-    residual = norms(AX - BX * E[..., None, :n])
-    size = E.abs()
-    if pencil.generalized:
-        scale = (norm_A + size[..., :n] * norm_B) * norms(first)
-    else:
-        scale = size.amax(-1, keepdim=True) + size[..., :n]
+        size = E.abs().amax(-1, keepdim=True)
+        E, X = (_wanted(T, count, options.largest) for T in (E, X))
+        first, values = X.narrow(-1, 0, k), E.narrow(-1, 0, k)
+        residual = norms(A @ first - first * values.unsqueeze(-2))
+        scale = size + values.abs()
     if pencil.rescaled:
         up, root = (
             T.to(E.dtype).unsqueeze(-1)
@@ -180,11 +156,49 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         )
         E, X = E * up * root.square(), X * root.unsqueeze(-1)
         residual, scale = residual * up * root, scale * up * root
-    found = (E, X, residual, scale)
     if list(E.shape[:-1]) != batch:
-        shapes = ([m], [m, m], [n], [n])
-        found = tuple(T.expand(batch + shape) for T, shape in zip(found, shapes))
-    return EigenPairs(*found, at_rounding=True)
+        E, residual, scale = (
+            T.expand([*batch, T.shape[-1]]) for T in (E, residual, scale)
+        )
+        X = X.expand([*batch, m, count])
+    return EigenPairs(E, X, residual, scale, at_rounding=True)
+
+
+def _generalized(
+    pencil: Pencil, A: Tensor, options: Options, count: int
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E, X, residual, scale of a pencil with B, of whose A a copy in the precision of the solve is given."""
+    k = options.k
+    B = pencil.B.dense().detach().to(A.dtype)
+    L, info = torch.linalg.cholesky_ex(B)
+    if bool((info > 0).any()):
+        raise ValueError(
+            f"lobpcg: B is not positive definite{members(info > 0, info.dim())} (its Cholesky factorisation "
+            "fails); B must be Hermitian positive definite"
+        )
+    half = torch.linalg.solve_triangular(L, A, upper=False)
+    C = torch.linalg.solve_triangular(L, half.mH, upper=False)
+    E, V = (_wanted(T, count, options.largest) for T in torch.linalg.eigh(hermitian(C)))
+    X = torch.linalg.solve_triangular(L.mH, V, upper=True)
+    # A product costs m^2 a column: for the pairs that are asked for, not for all.
+    first = X.narrow(-1, 0, k)
+    AX, BX = A @ first, B @ first
+    # What B's condition has cost the eigenvalues, Rayleigh quotients have back: their error is of second order.
+    quotients = inner(first, AX) / inner(first, BX)
+    quotients = quotients.sort(-1, descending=options.largest)[0]
+    E = torch.cat([quotients, E[..., k:]], -1)
+    norm_A, norm_B = (
+        torch.linalg.matrix_norm(M).unsqueeze(-1) / pencil.m**0.5 for M in (A, B)
+    )
+    scale = (norm_A + quotients.abs() * norm_B) * norms(first)
+    return E, X, norms(AX - BX * quotients.unsqueeze(-2)), scale
+
+
+def _wanted(T: Tensor, count: int, largest: bool) -> Tensor:
+    """The `count` wanted of what stands in ascending order in the last dimension, wanted ones first."""
+    if largest:
+        return T.narrow(-1, T.shape[-1] - count, count).flip(-1)
+    return T.narrow(-1, 0, count)
 
 
 def warn_unconverged(found: EigenPairs, pencil: Pencil, options: Options) -> None:
@@ -203,8 +217,8 @@ def warn_unconverged(found: EigenPairs, pencil: Pencil, options: Options) -> Non
     if options.accurate and found.error is not None:
         error = found.error.masked_fill(~missed.to(found.error.device), 0.0).max()
         reached += f", eigenvalues to a relative {float(error):.1e}"
-    # All m vectors: a dense solve.
-    if found.X.shape[-1] == pencil.m and found.error is None:
+    # The iteration knows how far its eigenvalues may be off.
+    if found.error is None:
         cause = "by a dense factorisation, whose rounding allows no better"
         remedy = "raise tol, rescale or regularise B, or pass double precision"
     elif found.at_rounding:

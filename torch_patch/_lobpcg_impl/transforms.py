@@ -59,6 +59,14 @@ def without_autocast(like: Tensor) -> ContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def apply(function: Any, *arguments: Any) -> Any:
+    """function.apply, or its forward alone where nothing records it, which spares a small problem a tenth of its time
+    for each Function."""
+    if torch.is_grad_enabled() or in_transform():
+        return function.apply(*arguments)
+    return function.forward(*arguments)
+
+
 def broadcast(*shapes: Sequence[int]) -> List[int]:
     """The shape that broadcastable shapes have together.  torch.broadcast_shapes imports a symbolic algebra package."""
     by_dimension = itertools.zip_longest(*map(reversed, shapes), fillvalue=1)
