@@ -13,7 +13,7 @@ from typing import Any, List
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import norms
+from torch._lobpcg_impl.blocks import is_single, norms
 from torch._lobpcg_impl.complement import report_cut_cluster
 from torch._lobpcg_impl.report import first, found, members
 
@@ -86,7 +86,7 @@ def _is_clear(rows: List[List[float]], m: int, own: float, eps: float) -> bool:
     if not total > 0.0 or any(late) or not min(rest) > 0.0:
         return False
     blur = [10 * eps * s for s in size]
-    most = 3e-3 if own > 1e-10 else 1e-4
+    most = 3e-3 if is_single(own) else 1e-4
     for j in range(len(E)):
         amplified = z[j] * max(1.0, g[j] / left[j] if left[j] > 0.0 else 1.0)
         seen = abs(gE[j]) * x[j] + max(amplified, g[j] / (rest[j] * m**0.5))
@@ -158,11 +158,12 @@ def _check_outside(
         return
     if not T.shape[-1]:
         return
-    most = 3e-2 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-3
+    single = is_single(torch.finfo(seen.X.dtype).eps)
+    most = 3e-2 if single else 1e-3
     # In a special basis, as of unit vectors, a gradient may be blind to a cluster that the loss sees.
     seen_at_all = share > 0 if seen.gX is None else (share > 0) | (norms(seen.gX) > 0)
     width = gaps.rounding
-    if torch.finfo(seen.X.dtype).eps < 1e-10:
+    if not single:
         # Of single precision, the vectors are rounded after their residuals.
         width = torch.minimum(width, torch.maximum(100 * residual, width / 10))
     cut = seen_at_all & (nearest <= width)

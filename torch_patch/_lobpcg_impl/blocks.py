@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def is_single(eps: float) -> bool:
+    """Whether eps is the unit rounding of single precision, 1.2e-7, and not that of double, 2.2e-16."""
+    return eps > 1e-10
+
+
 def columns(V: Tensor) -> Tensor:
     """V with every column contiguous."""
     return V.mT.contiguous().mT

@@ -18,7 +18,7 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import columns, fixed_block, inner, norms
+from torch._lobpcg_impl.blocks import columns, fixed_block, inner, is_single, norms
 from torch._lobpcg_impl.operand import Operand, Pencil, Sparse
 from torch._lobpcg_impl.sparse import csr_matrix, row_indices
 
@@ -215,7 +215,7 @@ class Polynomial:
             return self.most
         d = math.ceil(math.acosh(_DAMPING) / math.acosh(x))
         # Single precision cannot tell what is wanted from what is not.
-        unclear = self.eps > 1e-10 and interval.a - l < 100.0 * self.eps * abs(l)
+        unclear = is_single(self.eps) and interval.a - l < 100.0 * self.eps * abs(l)
         return min(d, 20) if unclear else d
 
     def coefficients(self) -> List[List[float]]:

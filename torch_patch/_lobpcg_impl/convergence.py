@@ -7,6 +7,7 @@ from typing import Callable, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.blocks import is_single
 
 
 # Errors that a call without tol allows, in single and in double precision: of an eigenvalue relative to itself, and of
@@ -57,7 +58,7 @@ class Measures(NamedTuple):
         """Whether an eigenvalue misses what a call without tol promises, max(1e-3 |E|, 20 eps N) in single precision
         and max(1e-7 |E|, 20 eps N) in double: (*, k)."""
         allowed = torch.maximum(
-            _VALUE_ERROR[self.eps > 1e-10] * self.e[..., :k].abs(),
+            _VALUE_ERROR[is_single(self.eps)] * self.e[..., :k].abs(),
             10.0 * self.floor[..., :k],
         )
         return self.value_error(k) > allowed
@@ -75,7 +76,7 @@ class Measures(NamedTuple):
         allowed = torch.maximum(tol * self.e[..., :k].abs(), noise)
         good = self.value_error(k) <= allowed
         if vectors:
-            good = good & (rho <= _VECTOR_ERROR[self.eps > 1e-10] * self.gap(k))
+            good = good & (rho <= _VECTOR_ERROR[is_single(self.eps)] * self.gap(k))
         return good | (rho <= floor)
 
 

@@ -32,7 +32,7 @@ from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import gram, norms, safe_norms
+from torch._lobpcg_impl.blocks import gram, is_single, norms, safe_norms
 from torch._lobpcg_impl.complement import in_double, is_small, solve_on_complement
 from torch._lobpcg_impl.gauge import (
     generic_basis,
@@ -117,12 +117,12 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         return E, X, residual
     # A dense forward in double is at rounding level already: nothing to win.
     if (
-        eps < 1e-10
+        not is_single(eps)
         and not pencil.generalized
         and dense_is_cheaper(pencil, pairs.options)
     ):
         return E, X, residual
-    if eps < 1e-10 and bool((residual <= math.sqrt(m) * eps * scale).all()):
+    if not is_single(eps) and bool((residual <= math.sqrt(m) * eps * scale).all()):
         return E, X, residual
     pencil, E, X = pencil.in_double(), in_double(E), in_double(X)
     r = _residuals(pencil, E, X)
@@ -200,7 +200,7 @@ def _factors(
         left = norms(b - known.pencil.B.product(known.X) @ (known.X.mH @ b))
     residual = known.residual[..., : known.E.shape[-1]]
     E, eps, values = pairs.E, torch.finfo(known.E.dtype).eps, known.E
-    if eps > 1e-10 and _was_in_double(known):
+    if is_single(eps) and _was_in_double(known):
         values, nearest = _values_in_double(known)
         E, T = (
             values + (E - known.E),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._lobpcg_impl.accuracy import check_accuracy, is_clear, least_residual
 from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.blocks import is_single
 from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
 from torch._lobpcg_impl.report import first, found, members, warn
 from torch._lobpcg_impl.transforms import apply, batched_first, broadcast
@@ -443,5 +444,5 @@ def _is_lost_in(seen: Seen) -> Tensor:
     assert seen.Z is not None
     x, z = (torch.linalg.vector_norm(V, dim=-2) for V in (seen.X, seen.Z))
     part = (seen.gE.unsqueeze(-1) - seen.gE.unsqueeze(-2)).abs() * _pairwise(x)
-    least = 1e-3 if torch.finfo(seen.X.dtype).eps > 1e-10 else 1e-4
+    least = 1e-3 if is_single(torch.finfo(seen.X.dtype).eps) else 1e-4
     return part <= least * z.amax(-1)[..., None, None]

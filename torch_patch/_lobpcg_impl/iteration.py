@@ -30,6 +30,7 @@ from torch._lobpcg_impl.blocks import (
     fixed_block,
     gram,
     inner,
+    is_single,
     largest_entries,
     norms,
 )
@@ -139,7 +140,7 @@ class LOBPCG:
         self.sign = -1.0 if bparams["largest"] else 1.0
         self.eps = torch.finfo(X.dtype).eps
         self.tiny = (
-            1e-30 if self.eps > 1e-10 else 1e-290
+            1e-30 if is_single(self.eps) else 1e-290
         )  # keeps quotients finite, far below every square that counts
         # Small matrices are double whatever the blocks are: eigh of a graded Gram matrix in single precision loses
         # eps |A| / gap in every step.  Of a single problem they live in host memory: a device spends 1 ms on a 24 x 24

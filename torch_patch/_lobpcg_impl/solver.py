@@ -6,7 +6,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import fixed_block, inner, norms
+from torch._lobpcg_impl.blocks import fixed_block, inner, is_single, norms
 from torch._lobpcg_impl.iteration import EigenPairs, LOBPCG
 from torch._lobpcg_impl.operand import operand, Pencil
 from torch._lobpcg_impl.report import members, warn
@@ -100,7 +100,7 @@ def _dense_up_to(pencil: Pencil, options: Options) -> int:
         return _DENSE_UP_TO_WITH_IK
     if options.chosen > 0:
         return _DENSE_UP_TO
-    single = pencil.dtype in (torch.float32, torch.complex64)
+    single = is_single(torch.finfo(pencil.dtype).eps)
     constant, slope, curvature = _DENSE_SINGLE if single else _DENSE_DOUBLE
     return int(constant + options.k * (slope + options.k * curvature))
 
