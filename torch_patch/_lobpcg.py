@@ -18,7 +18,7 @@ from torch._lobpcg_impl.graph import (
 )
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
-from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.pairs import missed, Pairs
 from torch._lobpcg_impl.solver import pair_shapes, solve, warn_unconverged
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
@@ -238,7 +238,7 @@ def _lobpcg(
 
 @in_graphs(
     "solve",
-    f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda A, B, iK, X, **numbers: pair_shapes(
         Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
     ),
@@ -247,7 +247,7 @@ def _lobpcg(
 )
 class LOBPCGAutogradFunction(Function):
     """(pencil, options, X, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
-    solve: further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n).
+    solve: further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n), missed (*, k).
 
     A and B are differentiated in their parameters, the tensors that autograd sees: in the matrix itself, if it is one.
     What is computed follows from which of them needs a gradient: A alone, with B absent or fixed, B alone, or both.
@@ -296,7 +296,7 @@ class LOBPCGAutogradFunction(Function):
         else:
             with without_autocast(pairs.X):
                 dE, dX = forward_mode(pairs, dA, dB)
-        return dE, dX, None, None, None, None
+        return (dE, dX, *(None,) * 5)
 
     @staticmethod
     def vmap(
@@ -311,14 +311,12 @@ class LOBPCGAutogradFunction(Function):
         pencil, mapped, (X,), _ = pencil.mapped(
             size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
         )
-        return LOBPCGAutogradFunction.apply(pencil, options, X, *mapped), (0,) * 6
+        return LOBPCGAutogradFunction.apply(pencil, options, X, *mapped), (0,) * 7
 
 
 def _saved_pairs(ctx: Any) -> Pairs:
-    E, X, T, Y, residual, scale, *parameters = ctx.saved_tensors
-    return Pairs(
-        ctx.pencil.with_parameters(parameters), ctx.options, E, X, T, Y, residual, scale
-    )
+    saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
+    return Pairs(ctx.pencil.with_parameters(saved[7:]), ctx.options, *saved[:7])
 
 
 def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
@@ -330,14 +328,16 @@ def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
     n = found.E.shape[-1] if found.E.shape[-1] == pencil.m else options.n
     last = n if options.differentiated else k
     further = (found.E[..., k:last], found.X[..., k:last])
+    residual, scale = found.residual[..., :n], found.scale[..., :n]
     pairs = Pairs(
         pencil,
         options,
         found.E[..., :k],
         found.X[..., :k],
         *further,
-        found.residual[..., :n],
-        found.scale[..., :n],
+        residual,
+        scale,
+        missed(residual[..., :k], scale[..., :k], pencil.m, options.tol),
     )
     return corrected(pairs)
 
@@ -346,11 +346,11 @@ def _copy(pairs: Pairs, T: Tensor) -> Tensor:
     """A tensor of the pairs as it is returned: a copy, so that it neither aliases an argument nor keeps the whole block
     alive; what was found in double is rounded to the dtype of the matrices here, once."""
     dtype = pairs.pencil.dtype
-    return T.detach().to(
-        dtype if T is pairs.X or T is pairs.Y else dtype.to_real(),
-        copy=True,
-        memory_format=torch.contiguous_format,
-    )
+    if T is pairs.missed:
+        dtype = torch.bool
+    elif T is not pairs.X and T is not pairs.Y:
+        dtype = dtype.to_real()
+    return T.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 define_for_torchscript(lobpcg)

@@ -15,7 +15,15 @@ from typing import Callable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import columns, gram, inner, is_single, norms, safe_norms, take
+from torch._lobpcg_impl.blocks import (
+    columns,
+    gram,
+    inner,
+    is_single,
+    norms,
+    safe_norms,
+    take,
+)
 from torch._lobpcg_impl.chebyshev import polynomial
 from torch._lobpcg_impl.conjugate_gradient import conjugate_gradients, Deflation, State
 from torch._lobpcg_impl.operand import Pencil
@@ -88,7 +96,11 @@ def solve_on_complement(
     "probe" they are divided by that rounding.  A probe and a "step" of Newton's report nothing.
     """
     eps = torch.finfo(E.dtype).eps
-    if further is not None and not is_single(eps) and _is_all_of_it(pencil, X, b, further):
+    if (
+        further is not None
+        and not is_single(eps)
+        and _is_all_of_it(pencil, X, b, further)
+    ):
         z = _by_known_pairs(E, b, *further, eps)
         if z is not None:
             return z.to(b.dtype)

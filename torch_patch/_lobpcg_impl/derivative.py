@@ -41,7 +41,7 @@ from torch._lobpcg_impl.gauge import (
     Seen,
 )
 from torch._lobpcg_impl.operand import Pencil
-from torch._lobpcg_impl.pairs import in_masses, longer, missed, Pairs, pencil_size
+from torch._lobpcg_impl.pairs import in_masses, longer, Pairs, pencil_size
 from torch._lobpcg_impl.report import OneWarning
 from torch._lobpcg_impl.resolvent import (
     distance_of_quotient,
@@ -73,8 +73,7 @@ def corrected(pairs: Pairs) -> Pairs:
     if not (wanted or pairs.pencil.generalized) or not pairs.X.numel():
         return pairs
     k = pairs.E.shape[-1]
-    late = missed(pairs)
-    E, X, residual = _newton_step(pairs, late)
+    E, X, residual = _newton_step(pairs)
     if X.dtype != pairs.pencil.dtype:
         # What is left of entries that are zero: products of two would leave the range of single precision.
         least = torch.finfo(pairs.pencil.dtype).tiny ** 0.5 * X.abs().amax(
@@ -91,9 +90,7 @@ def corrected(pairs: Pairs) -> Pairs:
     if turned is not X:
         pairs = dataclasses.replace(pairs, X=turned)
         X, residual = turned, _in_masses(pairs)
-    scale = torch.where(late, -size[..., :k], size[..., :k])
-    scale = torch.cat([scale, size[..., k:]], -1)
-    return dataclasses.replace(pairs, X=X, residual=residual, scale=scale)
+    return dataclasses.replace(pairs, X=X, residual=residual, scale=size)
 
 
 def _in_masses(pairs: Pairs) -> Tensor:
@@ -107,13 +104,14 @@ def _in_masses(pairs: Pairs) -> Tensor:
     return in_masses(pairs, _residuals(pencil, values, V))
 
 
-def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
     """E, X, residual after the step, in the precision of the step, or as they were where it does not help."""
     pencil, E, X = pairs.pencil, pairs.E, pairs.X
     m, k = X.shape[-2:]
     residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
     eps = torch.finfo(E.dtype).eps
-    if k == m or not is_small(pencil) or bool(late.any()):
+    late = pairs.missed
+    if k == m or not is_small(pencil) or (late is not None and bool(late.any())):
         return E, X, residual
     # A dense forward in double is at rounding level already: nothing to win.
     if (
@@ -126,7 +124,7 @@ def _newton_step(pairs: Pairs, late: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         return E, X, residual
     pencil, E, X = pencil.in_double(), in_double(E), in_double(X)
     r = _residuals(pencil, E, X)
-    before, rounding = norms(r), math.sqrt(m) * torch.finfo(E.dtype).eps * scale.abs()
+    before, rounding = norms(r), math.sqrt(m) * torch.finfo(E.dtype).eps * scale
     for step in range(_MOST_STEPS):
         # A relative error of the step is as good as the square of what it corrects.
         Z = solve_on_complement(

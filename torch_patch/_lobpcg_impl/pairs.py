@@ -10,7 +10,7 @@ where B is diagonal, and the root of the condition of D^-1/2 B D^-1/2 at most:
 
 import math
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from torch._lobpcg_impl.operand import Operand, Pencil
 class Pairs:
     """k eigenpairs E (*, k), X (*, m, k), X^H B X = I, and more approximate ones T (*, p), Y (*, m, p).
 
-    residual: (*, n), |r_j| of the k pairs, then of others.  scale: (*, n), N_j, with a minus sign where a pair has
-    missed the tolerance.
+    residual: (*, n), |r_j| of the k pairs, then of others.  scale: (*, n), N_j.  missed: (*, k), which pairs have
+    missed the tolerance; None where that is nobody's question.
     """
 
     pencil: Pencil
@@ -35,10 +35,19 @@ class Pairs:
     Y: Tensor
     residual: Tensor
     scale: Tensor
+    missed: Optional[Tensor] = None
 
     @property
-    def tensors(self) -> Tuple[Tensor, ...]:
-        return self.E, self.X, self.T, self.Y, self.residual, self.scale
+    def tensors(self) -> Tuple[Any, ...]:
+        return (
+            self.E,
+            self.X,
+            self.T,
+            self.Y,
+            self.residual,
+            self.scale,
+            self.missed,
+        )
 
     @property
     def all_known(self) -> bool:
@@ -48,26 +57,31 @@ class Pairs:
     @property
     def size(self) -> Tensor:
         """N, (*, k)."""
-        return self.scale[..., : self.E.shape[-1]].abs()
+        return self.scale[..., : self.E.shape[-1]]
 
     @property
     def late(self) -> Tensor:
         """(*, k): |r_j| / N_j of pairs that have missed the tolerance, 0 for the others."""
         k = self.E.shape[-1]
         residual, scale = self.residual[..., :k], self.scale[..., :k]
-        return torch.where(scale < 0, -residual / scale, torch.zeros_like(residual))
+        if self.missed is None:
+            return torch.zeros_like(residual)
+        return torch.where(self.missed, residual / scale, torch.zeros_like(residual))
 
     def constant(self) -> "Pairs":
         """The same, of which autograd knows nothing."""
-        parameters = (T if T is None else T.detach() for T in self.pencil.parameters)
+        parameters = (_constant(T) for T in self.pencil.parameters)
         pencil = self.pencil.with_parameters(list(parameters))
-        return Pairs(pencil, self.options, *(T.detach() for T in self.tensors))
+        tensors: Any = map(_constant, self.tensors)
+        return Pairs(pencil, self.options, *tensors)
 
 
-def missed(pairs: Pairs) -> Tensor:
-    """(*, k): which pairs have missed the tolerance, by residual and scale as a solve returns them."""
-    k, m, tol = pairs.E.shape[-1], pairs.X.shape[-2], pairs.options.tol
-    residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
+def _constant(T: Optional[Tensor]) -> Optional[Tensor]:
+    return T if T is None else T.detach()
+
+
+def missed(residual: Tensor, scale: Tensor, m: int, tol: float) -> Tensor:
+    """Which pairs have missed the tolerance, by residual and scale as a solve returns them."""
     # No iteration gets below the rounding of its own residual, however small tol is.
     reachable = max(tol, 16 * math.sqrt(m) * torch.finfo(residual.dtype).eps)
     return residual > reachable * scale

@@ -108,7 +108,7 @@ def _dense_up_to(pencil: Pencil, options: Options) -> int:
 def pair_shapes(
     pencil: Pencil, options: Options
 ) -> List[Tuple[Sequence[int], torch.dtype]]:
-    """Shape and dtype of what Pairs hold: E, X, T, Y, residual, scale.  No value decides how many pairs are found."""
+    """Shape and dtype of the tensors of Pairs, in their order.  No value decides how many pairs are found."""
     batch, m, k = pencil.batch, pencil.m, options.k
     dense = 0 not in batch and dense_is_cheaper(pencil, options)
     found, n = (m, k) if dense else (options.n, options.n)
@@ -117,7 +117,7 @@ def pair_shapes(
     values = ([*batch, p] for p in (k, further, n, n))
     X, Y = ((shape, pencil.dtype) for shape in vectors)
     E, T, residual, scale = ((shape, pencil.dtype.to_real()) for shape in values)
-    return [E, X, T, Y, residual, scale]
+    return [E, X, T, Y, residual, scale, ([*batch, k], torch.bool)]
 
 
 def found_in_double(pencil: Pencil) -> bool:
