@@ -156,7 +156,8 @@ class ResolventTest(FormulaTest):
         for dtype in DTYPES:
             for largest in (False, True):
                 A, B, E, X, Y, b = self.setup_pairs(dtype, largest=largest, extra=2)
-                op = complement.Complement(Pencil.of(A, B, None, None), E, X, largest)
+                sign = -1.0 if largest else 1.0
+                op = complement.Complement(Pencil.of(A, B, None, None), E, X, sign)
                 rhs = op.project_dual(b)
                 op.set_scale(rhs)
                 reference = system(A, B, E, X, b) * op.scale * op.sign

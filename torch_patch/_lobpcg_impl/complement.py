@@ -82,7 +82,7 @@ def solve_on_complement(
     E: Tensor,
     X: Tensor,
     b: Tensor,
-    largest: bool,
+    sign: float,
     tol: Union[float, Tensor],
     further: Optional[Tuple[Tensor, Tensor]] = None,
     use: str = "derivative",
@@ -105,9 +105,9 @@ def solve_on_complement(
         if z is not None:
             return z.to(b.dtype)
     if is_single(eps) and is_small(pencil):
-        z = _solve_in_double(pencil, X, b, largest, tol, further, use)
+        z = _solve_in_double(pencil, X, b, sign, tol, further, use)
     else:
-        z = _solve(pencil, E, X, b, largest, tol, further, use, eps)
+        z = _solve(pencil, E, X, b, sign, tol, further, use, eps)
     return z.to(b.dtype)
 
 
@@ -144,7 +144,7 @@ def _solve(
     E: Tensor,
     X: Tensor,
     b: Tensor,
-    largest: bool,
+    sign: float,
     tol: Union[float, Tensor],
     further: Optional[Tuple[Tensor, Tensor]],
     use: str,
@@ -157,7 +157,7 @@ def _solve(
     shifts = (
         E.repeat((1,) * len(batch) + (more.numel() // k,)) if more.numel() != k else E
     )
-    op = Complement(pencil, shifts, X, largest)
+    op = Complement(pencil, shifts, X, sign)
     op.quiet, op.probe = use != "derivative", use == "probe"
     b, size = _right_hand_side(op, b, eps)
     if bool((size == 0).all()):
@@ -215,7 +215,7 @@ def _solve_in_double(
     pencil: Pencil,
     X: Tensor,
     b: Tensor,
-    largest: bool,
+    sign: float,
     tol: Union[float, Tensor],
     further: Optional[Tuple[Tensor, Tensor]],
     use: str,
@@ -227,7 +227,7 @@ def _solve_in_double(
     else:
         further = None
     pencil, E, X = _pairs_in_double(pencil, X)
-    return _solve(pencil, E, X, in_double(b), largest, tol, further, use, eps)
+    return _solve(pencil, E, X, in_double(b), sign, tol, further, use, eps)
 
 
 def _pairs_in_double(pencil: Pencil, X: Tensor) -> Tuple[Pencil, Tensor, Tensor]:
@@ -242,10 +242,10 @@ def _pairs_in_double(pencil: Pencil, X: Tensor) -> Tuple[Pencil, Tensor, Tensor]
     return pencil, E, X
 
 
-def nearest_on_complement(pencil: Pencil, X: Tensor, largest: bool) -> Tensor:
+def nearest_on_complement(pencil: Pencil, X: Tensor, sign: float) -> Tensor:
     """(*, 1): from E_k to the eigenvalue nearest to the wanted end on the complement, in double precision."""
     pencil, E, X = _pairs_in_double(pencil, X)
-    op = Complement(pencil, E[..., -1:], X, largest)
+    op = Complement(pencil, E[..., -1:], X, sign)
     C = _reduced(op, *op.dense())[0]
     return torch.linalg.eigvalsh(C)[..., :1] * op.sign
 

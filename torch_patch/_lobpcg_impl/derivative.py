@@ -127,9 +127,7 @@ def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
     before, rounding = norms(r), math.sqrt(m) * torch.finfo(E.dtype).eps * scale
     for step in range(_MOST_STEPS):
         # A relative error of the step is as good as the square of what it corrects.
-        Z = solve_on_complement(
-            pencil, E, X, r, pairs.options.largest, 1e-4, use="step"
-        )
+        Z = solve_on_complement(pencil, E, X, r, pairs.options.sign, 1e-4, use="step")
         V, empty = _joined(pencil, X, Z) if step == 0 else (X - Z, None)
         ritz, V, there = _extreme_of_span(pairs, pencil, V, empty)
         moved = _residuals(pencil, ritz, V)
@@ -244,9 +242,7 @@ def _with_values_outside(
     """
     late, found = pairs.late > 0, []
     if Z is not None:
-        quotients = distance_of_quotient(
-            pairs.pencil, pairs.E, Z, pairs.options.largest
-        )
+        quotients = distance_of_quotient(pairs.pencil, pairs.E, Z, pairs.options.sign)
         if is_small(pairs.pencil):
             far = pairs.options.sign * math.inf
             quotients = quotients.masked_fill(~late.any(-1, keepdim=True), far)

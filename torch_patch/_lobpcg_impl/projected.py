@@ -19,13 +19,11 @@ class Complement:
 
     Bu: Tensor  # where u is given
 
-    def __init__(
-        self, pencil: Pencil, shifts: Tensor, X: Tensor, largest: bool
-    ) -> None:
+    def __init__(self, pencil: Pencil, shifts: Tensor, X: Tensor, sign: float) -> None:
         self.pencil = pencil
         self.shifts, self.X = shifts, columns(X)  # (*, q), (*, m, k)
         self.BX = columns(pencil.B.apply(self.X))
-        self.sign = -1.0 if largest else 1.0
+        self.sign = sign
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
         self.quiet = self.probe = False
         self.u: Optional[Tensor] = (

@@ -109,7 +109,7 @@ class ReducedResolvent(Function):
                 E,
                 X,
                 b,
-                options.largest,
+                options.sign,
                 tol,
                 further=(T, Y),
             )
@@ -226,7 +226,7 @@ def _mapped(
     return pencil, [E, X, b, *others, *parameters]
 
 
-def distance_of_quotient(pencil: Pencil, E: Tensor, Z: Tensor, largest: bool) -> Tensor:
+def distance_of_quotient(pencil: Pencil, E: Tensor, Z: Tensor, sign: float) -> Tensor:
     """(+, *, k): z^H (A - E_j B) z / z^H B z, from E_j to the Rayleigh quotient of z; infinitely far where z = 0.
 
     From fresh products, k columns: z is known by a right-hand side to its tolerance only, and a quotient that claims a
@@ -238,7 +238,7 @@ def distance_of_quotient(pencil: Pencil, E: Tensor, Z: Tensor, largest: bool) ->
     BZ = pencil.B.product(Z)
     R = pencil.A.product(Z) - BZ * E.unsqueeze(-2)
     top, bottom = (_real((Z.conj() * V).sum(-2)) for V in (R, BZ))
-    far = -math.inf if largest else math.inf
+    far = sign * math.inf
     return torch.where(there, top / torch.where(there, bottom, 1.0), far)
 
 
@@ -288,13 +288,13 @@ class _NearestOutside(Function):
         *parameters: Tensor,
     ) -> Tensor:
         k, m, p = E.shape[-1], X.shape[-2], T.shape[-1]
-        last, far = E[..., -1:], -math.inf if options.largest else math.inf
+        last, far = E[..., -1:], options.sign * math.inf
         if bool(late.any()):
             return torch.full_like(last, far)
         if k < m and is_small(pencil):
             pencil = pencil.with_parameters(parameters)
             with without_autocast(X):
-                return nearest_on_complement(pencil, X, options.largest).to(E.dtype)
+                return nearest_on_complement(pencil, X, options.sign).to(E.dtype)
         # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
         if p > 0 and 16 * (k + p) <= m:
             nearest, column = (T - last).abs().min(-1, keepdim=True)
@@ -312,11 +312,9 @@ class _NearestOutside(Function):
         tol = 0.1 / math.sqrt(m)
         with without_autocast(X):
             z = solve_on_complement(
-                pencil, E, X, b, options.largest, tol, (T, Y), use="probe"
+                pencil, E, X, b, options.sign, tol, (T, Y), use="probe"
             )
-            return distance_of_quotient(
-                pencil, E[..., -1:], z[..., -1:], options.largest
-            )
+            return distance_of_quotient(pencil, E[..., -1:], z[..., -1:], options.sign)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
