@@ -62,7 +62,7 @@ def lobpcg(
     :attr:`A` and :attr:`B`, dense, sparse and known by products, to any order and in both modes; see
     :ref:`lobpcg-gradient`.
 
-    Where the matrices are dense and small (m up to about 750 for k = 5 and 1500 for k = 50; 512 with :attr:`X`, 128 with
+    Where the matrices are dense and small (m up to about 750 for k = 5, 1500 for k = 50; 512 with :attr:`X`, 128 with
     :attr:`iK`), or too small for the method (m < 3 n), one dense factorisation replaces the iterations, unless
     :attr:`method`, :attr:`niter` or :attr:`tracker` asks for them.
 
@@ -224,7 +224,7 @@ def _lobpcg(
         options = dataclasses.replace(options, differentiated=True)
     if not (traced or differentiated):
         # A Function with nothing to record costs a fifth of a small solve.
-        with torch.no_grad(), without_autocast(pencil.empty()):
+        with torch.no_grad(), without_autocast(pencil.device):
             pairs = _find_pairs(pencil, X, options)
             return _copy(pairs, pairs.E), _copy(pairs, pairs.X)
     arguments = (pencil.bare(), options, X, *pencil.parameters)
@@ -258,7 +258,7 @@ class LOBPCGAutogradFunction(Function):
     def forward(
         pencil: Pencil, options: Options, X: Optional[Tensor], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        with without_autocast(pencil.empty()):
+        with without_autocast(pencil.device):
             pairs = _find_pairs(pencil.with_parameters(parameters, X), X, options)
             return tuple(_copy(pairs, T) for T in pairs.tensors)
 
@@ -278,7 +278,7 @@ class LOBPCGAutogradFunction(Function):
         pairs = _saved_pairs(ctx)
         needed = pairs.pencil.split(ctx.needs_input_grad[3:])
         need_A, need_B = any(needed[0]), any(needed[1])
-        with without_autocast(pairs.X):
+        with without_autocast(pairs.X.device):
             gA, gB = reverse_mode(pairs, gE, gX, need_A, need_B)
         of_iK = (None,) * (len(ctx.needs_input_grad) - 3 - len(gA) - len(gB))
         return (None, None, None, *gA, *gB, *of_iK)
@@ -294,7 +294,7 @@ class LOBPCGAutogradFunction(Function):
         if all(tangent is None for tangent in (*dA, *dB)):
             dE, dX = torch.zeros_like(pairs.E), torch.zeros_like(pairs.X)
         else:
-            with without_autocast(pairs.X):
+            with without_autocast(pairs.X.device):
                 dE, dX = forward_mode(pairs, dA, dB)
         return (dE, dX, *(None,) * 5)
 

@@ -60,28 +60,36 @@ def is_clear(seen: Any, options: Options, eps: float) -> bool:
     Eigenvalues far apart and small residuals are the rule, and a small problem spends its time in kernels: this costs
     a dozen, and one transfer.  False, where it cannot tell; eps: unit rounding of the arithmetic of the pairs.
     """
-    E, gX, Z = seen.E, seen.gX, seen.Z
-    if E.dim() > 1 or E.is_complex() or seen.X.is_complex() or E.shape[0] > _FEW:
+    E, T, gX, Z = seen.E, seen.T, seen.gX, seen.Z
+    k = E.shape[-1]
+    if E.dim() > 1 or E.is_complex() or seen.X.is_complex() or k > _FEW:
         return False
     if (gX is None) != (Z is None) or (gX is not None and gX.dim() > 2):
         return False
-    if (seen.gE is not None and seen.gE.dim() > 1) or not seen.T.shape[-1]:
+    if (seen.gE is not None and seen.gE.dim() > 1) or T.dim() > 1 or not T.shape[-1]:
         return False
+    nearest = T.amax(-1, keepdim=True) if options.largest else T.amin(-1, keepdim=True)
+    rows = [E, seen.residual, seen.late, seen.size, norms(seen.X)]
+    if seen.gE is not None:
+        rows.append(seen.gE)
+    if gX is not None:
+        rows += [norms(gX), norms(Z), seen.left]
+    numbers = torch.cat([*rows, nearest]).tolist()
+    each = [numbers[i : i + k] for i in range(0, len(numbers) - 1, k)]
+    zero = [0.0] * k
+    if seen.gE is None:
+        each.insert(5, zero)
+    if gX is None:
+        each += [zero, zero, zero]
     # Negative, where a pair was missed.
-    rest = ((seen.T.unsqueeze(-2) - E.unsqueeze(-1)) * options.sign).amin(-1)
-    if rest.dim() > 1:
-        return False
-    zero = torch.zeros_like(E)
-    blocks = (zero, zero, zero) if gX is None else (norms(gX), norms(Z), seen.left)
-    gE = zero if seen.gE is None else seen.gE
-    rows = (E, rest, seen.residual, seen.late, seen.size, norms(seen.X), gE, *blocks)
-    numbers = torch.stack([row.to(E.dtype) for row in rows]).tolist()
-    return _is_clear(numbers, seen.X.shape[-2], torch.finfo(seen.X.dtype).eps, eps)
+    rest = [(numbers[-1] - value) * options.sign for value in each[0]]
+    own = torch.finfo(seen.X.dtype).eps
+    return _is_clear([*each, rest], seen.X.shape[-2], own, eps)
 
 
 def _is_clear(rows: List[List[float]], m: int, own: float, eps: float) -> bool:
     """own: unit rounding of the cotangents."""
-    E, rest, r, late, size, x, gE, g, z, left = rows
+    E, r, late, size, x, gE, g, z, left, rest = rows
     total = max([abs(w) * a for w, a in zip(gE, x)] + z)
     if not total > 0.0 or any(late) or not min(rest) > 0.0:
         return False

@@ -189,11 +189,12 @@ def _factors(
     forward_mode: bool = False,
 ) -> Tuple[Tensor, bool]:
     """F, and whether some of the pairs are a cluster to it.  Z = [R_j b_j]; without b, in reverse mode, gX is 0."""
-    known = pairs.constant()
+    known = pairs.constant() if _may_be_differentiated() else pairs
     T, left = known.T, None
     if b is not None and Z is not None:
         b, Z = b.detach(), Z.detach()
-        left = norms(b - known.pencil.B.product(known.X) @ (known.X.mH @ b))
+        inside = known.X.mH @ b if forward_mode or G is None else G.detach()
+        left = norms(b - known.pencil.B.product(known.X) @ inside)
     residual = known.residual[..., : known.E.shape[-1]]
     E, eps, values = pairs.E, torch.finfo(known.E.dtype).eps, known.E
     if is_single(eps) and _was_in_double(known):

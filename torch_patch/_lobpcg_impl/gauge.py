@@ -19,7 +19,13 @@ from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import is_single
 from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
 from torch._lobpcg_impl.report import first, found, members, warn
-from torch._lobpcg_impl.transforms import apply, batched_first, broadcast
+from torch._lobpcg_impl.transforms import (
+    apply,
+    batched_first,
+    broadcast,
+    in_transform,
+    is_traced,
+)
 from torch.autograd import Function
 
 
@@ -57,12 +63,21 @@ def pair_factors(
     derivative exists; reports where it exists only in part or is inaccurate.
     """
     E = seen.E
+    if not (forward_mode or torch.is_grad_enabled() or in_transform() or is_traced(E)):
+        if is_clear(seen, options, eps):
+            return _of_distinct(E), False
     G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
     setting = _Setting(options, eps, forward_mode)
     mask = apply(_PairMask, setting, *seen._replace(E=E.detach(), G=G, gE=gE))
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
     return F, setting.clustered
+
+
+def _of_distinct(E: Tensor) -> Tensor:
+    difference = E.unsqueeze(-2) - E.unsqueeze(-1)
+    difference.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
+    return difference.reciprocal_()
 
 
 class _Setting:
@@ -225,6 +240,10 @@ def generic_basis(
     """
     k = E.shape[-1]
     if k == 1 or E.numel() == 0:
+        return X
+    # Pairs stand in order: most matrices are done with here.
+    nearest = (E[..., 1:] - E[..., :-1]).abs().amin(-1)
+    if bool((nearest > 20 * eps * size.amax(-1)).all()):
         return X
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
     distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)

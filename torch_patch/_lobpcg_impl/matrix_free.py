@@ -69,7 +69,7 @@ class MatrixFree(Operand):
         block = self._columns(V)
         before = block.clone()
         seen = _Discovery(self.name, transform)
-        with torch.enable_grad(), without_autocast(V):
+        with torch.enable_grad(), without_autocast(V.device):
             with seen:
                 U = self.function((), block)
         self._check_block(U, block)

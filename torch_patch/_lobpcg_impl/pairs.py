@@ -90,14 +90,13 @@ def missed(residual: Tensor, scale: Tensor, m: int, tol: float) -> Tensor:
 def pencil_size(pairs: Pairs) -> Tensor:
     """N, (*, n).  Cost: of a generalised problem, products with two vectors."""
     pencil, n = pairs.pencil, pairs.scale.shape[-1]
+    if not pencil.generalized:
+        # The scale that the solve has judged by, as the vectors have length one.
+        return pairs.scale
     V, E = (
         torch.cat(both, -1)[..., :n]
         for both in ((pairs.X, pairs.Y), (pairs.E, pairs.T))
     )
-    if not pencil.generalized:
-        # |A| and |E_j| are in the scale that the solve has judged by.
-        length = norms(V)
-        return pairs.scale / torch.where(length > 0, length, torch.ones_like(length))
     masses, E = root_of_masses(pencil), E.abs()
     size_A, size_B = (
         _mean_size(M, pencil.probe(), masses) for M in pencil.operands[:2]

@@ -103,7 +103,7 @@ class ReducedResolvent(Function):
         tol: Any = options.tol
         if k + T.shape[-1] < X.shape[-2]:
             tol = system_tolerance(E, X, T, residual[..., :k], tol)
-        with without_autocast(X):
+        with without_autocast(X.device):
             return solve_on_complement(
                 pencil.with_parameters(parameters),
                 E,
@@ -135,7 +135,7 @@ class ReducedResolvent(Function):
         gE = gX = None
         gA: Sequence[Any] = [None] * len(pencil.A.parameters)
         gB: Sequence[Any] = [None] * len(pencil.B.parameters)
-        with without_autocast(X):
+        with without_autocast(X.device):
             w = reduced_resolvent(pairs, gz)
             if need_A:
                 gA = pencil.A.pullback((-w, z))
@@ -159,7 +159,7 @@ class ReducedResolvent(Function):
         z, b, pairs = _saved(ctx)
         A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
         dA, dB, *_ = pairs.pencil.split(others[3:])
-        with without_autocast(X):
+        with without_autocast(X.device):
             rhs = torch.zeros_like(z) if db is None else db
             if _any(dA):
                 rhs = rhs - A.tangent(dA, z)
@@ -293,7 +293,7 @@ class _NearestOutside(Function):
             return torch.full_like(last, far)
         if k < m and is_small(pencil):
             pencil = pencil.with_parameters(parameters)
-            with without_autocast(X):
+            with without_autocast(X.device):
                 return nearest_on_complement(pencil, X, options.sign).to(E.dtype)
         # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
         if p > 0 and 16 * (k + p) <= m:
@@ -310,7 +310,7 @@ class _NearestOutside(Function):
         pencil = pencil.with_parameters(parameters)
         # The component along one eigenvector is about 1 / sqrt(m) of the whole.
         tol = 0.1 / math.sqrt(m)
-        with without_autocast(X):
+        with without_autocast(X.device):
             z = solve_on_complement(
                 pencil, E, X, b, options.sign, tol, (T, Y), use="probe"
             )

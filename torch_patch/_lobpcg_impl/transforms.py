@@ -48,9 +48,9 @@ def is_traced(*operands: Any) -> bool:
     return False
 
 
-def without_autocast(like: Tensor) -> ContextManager[Any]:
+def without_autocast(where: torch.device) -> ContextManager[Any]:
     """Products inside run in the dtype of the input: an autocast half-precision product would lose the derivative."""
-    device = like.device.type
+    device = where.type
     # Of some devices, meta tensors for one, autocast knows nothing.
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(
         device
