@@ -73,7 +73,7 @@ SERIES = """
 [supported]
 oldest = "2.6.0"
 tested = ["2.13.0"]
-fits = ["2.14.1"]
+patched = ["2.14.1"]
 
 [cover]
 subject = "everything"

@@ -46,7 +46,7 @@ class Series(NamedTuple):
     cover: Cover
     oldest: str
     tested: list[str]  # versions that the tests ran on
-    fits: list[str]  # versions that were patched, verified and reverted
+    patched: list[str]  # versions that were patched, verified and reverted, but not run
     patches: list[Patch]
 
     @property
@@ -79,9 +79,14 @@ def load_series(folder: Path) -> Series:
     supported = fields.pop("supported", {})
     cover = fields.pop("cover", {})
     rows = fields.pop("patch", [])
-    if fields or sorted(supported) != ["fits", "oldest", "tested"] or sorted(cover) != ["subject", "text"] or not rows:
+    if (
+        fields
+        or sorted(supported) != ["oldest", "patched", "tested"]
+        or sorted(cover) != ["subject", "text"]
+        or not rows
+    ):
         found = f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'} beside [supported], [cover] and [[patch]]"
-        raise PatchError(found, "oldest, tested and fits, subject and text, and patches", "see its first lines")
+        raise PatchError(found, "oldest, tested and patched, subject and text, and patches", "see its first lines")
     patches = [_patch(row) for row in rows]
     series = Series(folder, Cover(**cover), patches=patches, **supported)
     _check_files(series)
