@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from .errors import PatchError
 from .target import Target
@@ -53,8 +52,9 @@ def _call(interpreter: str, words: list[str]) -> tuple[str, str | None]:
         env = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     with tempfile.TemporaryDirectory() as empty:  # a folder of the caller's could hold a torch, or a module it imports
         try:
-            pipes: dict[str, Any] = {"capture_output": True, "check": False, "timeout": _LIMIT}
-            done = subprocess.run([interpreter, *words], env=env, cwd=empty, **pipes)
+            done = subprocess.run(
+                [interpreter, *words], check=False, env=env, cwd=empty, capture_output=True, timeout=_LIMIT
+            )
         except subprocess.TimeoutExpired as late:
             return _last(late.stdout) or "start", f"no end in {_LIMIT} s"
         except OSError as error:
