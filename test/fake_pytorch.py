@@ -81,6 +81,9 @@ text = '''
 First
 paragraph.
 
+    a command,
+    and another
+
 Second.
 '''
 
@@ -98,6 +101,7 @@ resolves = [38948]
 new = ["torch/_lobpcg_worker.py", "torch/deeper/folder/problems.py"]
 replace = ["torch/_lobpcg.py"]
 docs = ["docs/source/notes/lobpcg"]
+plan = ["python -c 'import torch._lobpcg_worker'"]
 """
 OUR_TESTS = b"""import math
 

@@ -17,7 +17,7 @@ else:  # where pip carries the same reader
     from pip._vendor import tomli as tomllib
 
 
-_LISTS = ("resolves", "new", "replace", "weave", "classes", "docs")
+_LISTS = ("resolves", "new", "replace", "weave", "classes", "docs", "plan")
 _HERE = "torch_patch/series.toml"
 
 
@@ -32,6 +32,7 @@ class Patch(NamedTuple):
     weave: list[str]  # upstream modules that receive insertions
     classes: list[str]  # test/FILE.py::Name: its tests, for upstream's test files
     docs: list[str]  # documentation: pages without their suffix, other files with it
+    plan: list[str]  # further lines of the test plan
 
 
 class Cover(NamedTuple):
@@ -108,6 +109,9 @@ def _patch(row: dict[str, Any]) -> Patch:
     if unknown or not row.get("subject") or not row.get("why"):
         found = f"{_HERE}: patch {row.get('subject')!r} with unknown keys: {comma_list(unknown) or 'none'}"
         raise PatchError(found, "a subject, a reason (why) and the lists " + comma_list(_LISTS), "correct the manifest")
+    if not row.get("classes") and not row.get("plan"):
+        found = f"{_HERE}: patch {row['subject']!r} with neither classes nor plan"
+        raise PatchError(found, "a test plan", "name its test classes, or how it is checked")
     return Patch(row["subject"], row["why"], *(row.get(name, []) for name in _LISTS))
 
 
