@@ -12,7 +12,7 @@ torch_patch/ is patched in again. What runs has OMP_NUM_THREADS=1 unless it is s
 threads that wait for each other on a busy machine take several times as long. The exit status is that of the command
 that ran; 2 if the set-up failed.
 
-environment: LOBPCG_TORCH=REQUIREMENT   what pip installs instead of the pinned PyTorch: torch==2.6.0, or a wheel's path
+environment: LOBPCG_TORCH=REQUIREMENT   what pip installs as PyTorch, unless the pinned one: torch==2.15.0, or a wheel
              LOBPCG_VENV=FOLDER         where the environment is made, instead of .venv
              LOBPCG_PYTHON=INTERPRETER  an interpreter to use as it is: nothing is installed or patched, only checked
 """

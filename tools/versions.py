@@ -159,7 +159,7 @@ def run_suite(version: str, options: argparse.Namespace) -> Row:
     command = [sys.executable, str(ROOT / "tools" / "dev.py"), "test", "-v", "-p", "no:cacheprovider", *options.pytest]
     progress = Progress(version)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as file:
+    with open(log, "w", encoding="utf-8", buffering=1) as file:
         process = subprocess.Popen(
             command,
             cwd=ROOT,

@@ -68,7 +68,7 @@ class Series(NamedTuple):
     def edits(self, path: str) -> list[Edit]:
         """The woven edits for the module `path`."""
         source = self.source(path).with_suffix(".toml")
-        edits: list[Edit] = _parsed(source).get("edit", [])
+        edits: list[Edit] = parsed(source).get("edit", [])
         for edit in edits:
             check_edit(edit, str(source))
         return edits
@@ -76,7 +76,7 @@ class Series(NamedTuple):
 
 def load_series(folder: Path) -> Series:
     """Read and check the series of the project in `folder`."""
-    fields = _parsed(folder / _HERE)
+    fields = parsed(folder / _HERE)
     supported = fields.pop("supported", {})
     cover = fields.pop("cover", {})
     rows = fields.pop("patch", [])
@@ -94,7 +94,8 @@ def load_series(folder: Path) -> Series:
     return series
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def parsed(path: Path) -> dict[str, Any]:
+    """A TOML file."""
     data = disk.read(path)
     if data is None:
         raise PatchError(f"{path} is missing", "a manifest", "restore this project's files")
