@@ -73,13 +73,16 @@ SERIES = """
 [supported]
 oldest = "2.6.0"
 tested = ["2.13.0"]
-fits = ["2.14.1"]
+patched = ["2.14.1"]
 
 [cover]
 subject = "everything"
 text = '''
 First
 paragraph.
+
+    a command,
+    and another
 
 Second.
 '''
@@ -98,6 +101,7 @@ resolves = [38948]
 new = ["torch/_lobpcg_worker.py", "torch/deeper/folder/problems.py"]
 replace = ["torch/_lobpcg.py"]
 docs = ["docs/source/notes/lobpcg"]
+plan = ["python -c 'import torch._lobpcg_worker'"]
 """
 OUR_TESTS = b"""import math
 

@@ -111,7 +111,8 @@ def test_commits_there_and_back(project, tree):
     subjects = fake.run_git(tree, "log", "--format=%an|%s", "-2").splitlines()
     assert subjects == ["A. Uthor|solver", "A. Uthor|gradcheck"]
     assert fake.run_git(tree, "log", "-1", "--format=%B").strip() == (
-        "solver\n\nit matters\n\nFixes #38948\n\nTest Plan:\npython test/test_growing.py -k Second"
+        "solver\n\nit matters\n\nFixes #38948\n\nTest Plan:\npython test/test_growing.py -k Second\n"
+        "python -c 'import torch._lobpcg_worker'"
     )
     first = fake.run_git(tree, "show", "--name-only", "--format=", "HEAD~").split()
     assert sorted(first) == sorted(
@@ -220,7 +221,9 @@ def test_exported_mails_make_the_same_tree(tmp_path, project, tree):
     names = sorted(path.name for path in output.iterdir())
     assert names == ["0000-cover-letter.patch", "0001-gradcheck.patch", "0002-solver.patch"]
     letter = (output / names[0]).read_text()
-    assert "Subject: [PATCH 0/2] everything\n\nFirst paragraph.\n\nSecond.\n" in letter
+    assert (
+        "Subject: [PATCH 0/2] everything\n\nFirst paragraph.\n\n    a command,\n    and another\n\nSecond.\n" in letter
+    )
     assert f"base-commit: {base}" in letter
     assert "***" not in letter
     carry_out("export", project, tree, tmp_path / "again")

@@ -79,6 +79,13 @@ def test_a_step_that_cannot_be_imported(project, outcome):
     assert outcome() == (1, ["1/2 passes", "2/2 failed (1)"])
 
 
+@posix
+def test_a_plan_that_fails(project, outcome):
+    manifest = project / "torch_patch/series.toml"
+    manifest.write_text(manifest.read_text().replace("import torch._lobpcg_worker", "import torch._lobpcg_walker"))
+    assert outcome() == (1, ["1/2 passes", "2/2 failed (1)"])
+
+
 @pytest.mark.slow
 def test_every_step_of_this_project():
     """Imports and tests after each patch, on the installed torch: a quarter of an hour."""

@@ -185,7 +185,9 @@ def test_an_unknown_version_is_patched_and_called_untested(tmp_path, project):
 
 def test_a_version_that_is_known_to_fit(tmp_path, project):
     wheel = fake.make_wheel(tmp_path / "site-packages", version="2.14.1")
-    assert "2.14.1 is known to fit, but the tests ran on 2.13.0" in run("apply", project, wheel)
+    assert "not run: 2.14.1 was patched, verified and reverted, but the tests ran on 2.13.0" in run(
+        "apply", project, wheel
+    )
 
 
 @pytest.mark.parametrize(
@@ -467,6 +469,7 @@ def test_pictures_and_scripts_of_a_page(tmp_path, project):
         ),
         (b'why = "it matters"\n', b"", "a reason"),
         (b"replace =", b"replaces =", "unknown keys: replaces"),
+        (b"plan =", b"# plan =", "patch 'solver' with neither classes nor plan"),
         (b"oldest", b"eldest", r"\[supported\]"),
         (b"oldest =", b"oldest", "line 3"),
         (b"torch/_lobpcg.py", b"lobpcg.py", "a path in torch/, test/ or docs/"),
@@ -493,6 +496,16 @@ def test_the_series_of_this_project_names_its_files():
     for patch in series.patches:
         for path in patch.weave:
             assert series.edits(path)
+
+
+def test_a_mail_can_be_read():
+    """What a patch adds beside its tests; what it takes out depends on the PyTorch."""
+    series = load_series(PROJECT_FOLDER)
+    for patch in series.patches:
+        files = [series.source(path) for path in patch.new + patch.replace]
+        files += [file for page in patch.docs for file in series.source(page).parent.glob(f"{Path(page).stem}.*")]
+        assert sum(len(file.read_text().splitlines()) for file in files) <= 1500, patch.subject
+        assert all(path.startswith("torch/") for path in patch.new + patch.replace)
 
 
 # --- the torch that runs these tests

@@ -4,6 +4,7 @@
 usage: python3 tools/dev.py demo [ARGUMENT ...]     the main job on real input; arguments go to the demo
        python3 tools/dev.py test [ARGUMENT ...]     the tests; arguments go to pytest
        python3 tools/dev.py lint                    style and types; installs ruff and mypy
+       python3 tools/dev.py versions [...]          the tests on each PyTorch that is supported; --help says more
 
 The first call makes .venv in the repository, installs PyTorch and the test dependencies there and patches that
 PyTorch; a later call finds this done and starts at once. A set-up that was interrupted is begun anew, and a change of
@@ -11,7 +12,8 @@ torch_patch/ is patched in again. What runs has OMP_NUM_THREADS=1 unless it is s
 threads that wait for each other on a busy machine take several times as long. The exit status is that of the command
 that ran; 2 if the set-up failed.
 
-environment: LOBPCG_TORCH=REQUIREMENT   what pip installs instead of the pinned PyTorch: torch==2.6.0, or a wheel's path
+environment: LOBPCG_TORCH=REQUIREMENT   what pip installs as PyTorch, unless the pinned one: torch==2.15.0, or a wheel
+             LOBPCG_VENV=FOLDER         where the environment is made, instead of .venv
              LOBPCG_PYTHON=INTERPRETER  an interpreter to use as it is: nothing is installed or patched, only checked
 """
 
@@ -35,12 +37,13 @@ if sys.platform != "win32":
     import fcntl
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+VENV = Path(os.environ.get("LOBPCG_VENV") or ROOT / ".venv").absolute()
 STAMP = VENV / "lobpcg-setup.json"
 PROMPT = "lobpcg"
 PATCH = ROOT / "tools" / "patch.py"
 DEMO = ROOT / "docs_patch" / "source" / "scripts" / "lobpcg" / "demo.py"
 LINT = ROOT / "tools" / "lint.py"
+VERSIONS = ROOT / "tools" / "versions.py"
 
 TORCH = "torch==2.13.0"
 # import name -> requirement; networkx comes with torch and is named because the demo imports it
@@ -55,6 +58,7 @@ PACKAGES = {
 }
 # installed where `lint` is asked for; pinned, for what they find changes from release to release
 LINTERS = {"ruff": "ruff==0.17.6", "mypy": "mypy==2.4.1"}
+SILENCE = 8  # seconds until a step of the set-up says that it goes on
 # variables through which the caller's shell would put other packages in front of those of .venv
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "VIRTUAL_ENV")
 
@@ -72,10 +76,36 @@ def command_line(*words: object) -> str:
 
 
 def run(*words: object, env: dict[str, str] | None = None) -> None:
-    """Run a step of the set-up, its output shown; SetupError where it fails."""
-    status = subprocess.call([str(word) for word in words], cwd=ROOT, env=env)
+    """Run a step of the set-up, its output shown and a word every few seconds; SetupError where it fails."""
+    begin = time.monotonic()
+    process = subprocess.Popen([str(word) for word in words], cwd=ROOT, env=env)
+    try:
+        while (status := waited(process)) is None:
+            say(f"at work since {time.monotonic() - begin:.0f} s; {VENV.name} holds {size_of(VENV) / 1e6:.0f} MB")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     if status != 0:
         raise SetupError(f"exit status {status} from: {command_line(*words)}")
+
+
+def waited(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit status; None if the process goes on."""
+    try:
+        return process.wait(SILENCE)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def size_of(folder: Path) -> int:
+    """Bytes in the files of a folder, as far as they can be read while pip moves them."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 # --- the environment in .venv -------------------------------------------------------------------------------------
@@ -259,8 +289,11 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
     jobs = {"demo": [str(DEMO)], "test": ["-m", "pytest"], "lint": [str(LINT)]}
+    if name == "versions":
+        become([sys.executable, str(VERSIONS), *rest], dict(os.environ))
     if name not in jobs:
-        print(f"dev.py: expected one of {', '.join(jobs)}, got {name!r}; --help says what each does", file=sys.stderr)
+        known = ", ".join([*jobs, "versions"])
+        print(f"dev.py: expected one of {known}, got {name!r}; --help says what each does", file=sys.stderr)
         return 2
     begin = time.monotonic()
     try:

@@ -18,6 +18,7 @@ if sys.version_info < (3, 10):
 
 from patchset.commands import patcher
 from patchset.errors import explained, PatchError
+from patchset.smoke import interpreter_of
 from patchset.steps import check_steps
 
 
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         parsers[name].add_argument("TARGET", nargs="?")
     parsers["apply"].add_argument("--commits", action="store_true", help="commit the series too, patch by patch")
     parsers["export"].add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder to be made")
+    no_smoke = "do not try the patched PyTorch by one solve and one gradcheck; without it, a failure rolls back"
+    parsers["apply"].add_argument("--no-smoke", action="store_true", help=no_smoke)
     keep = "restore edited files too, each edited one kept beside its original as FILE.edited"
     parsers["revert"].add_argument("--force", action="store_true", help=keep)
     parsers["steps"].add_argument("PYTEST", nargs="*", help="further arguments of pytest, after --")
@@ -62,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
         return check_steps(PROJECT, options.PYTEST)
     with patcher(PROJECT, options.TARGET) as running:
         if options.command == "apply":
-            return running.apply(options.commits)
+            interpreter = None if options.no_smoke else interpreter_of(options.TARGET)
+            return running.apply(options.commits, interpreter)
         if options.command == "export":
             return running.export(options.output)
         if options.command == "revert":

@@ -4,7 +4,8 @@
 The tests come from the source tree of a release (--tree; without it, Debian's source package is downloaded once). They
 run in a copy: on the baseline as they are, on the patched PyTorch with this project's classes woven in. A test counts
 as broken if it fails with the patch and does not without, or if it is one of ours and fails. Exit status 1 if there is
-one, or if a file came to its end on the baseline alone.
+one, or if a file came to its end on the baseline alone. A word at least every ten seconds; at the end a table, which
+can be pasted into a pull request (--summary FILE writes it there, too).
 
 With --python alone (default: .venv, else this interpreter) both PyTorches are made of the one it imports, patched or
 not, by links, and that one is only read. With --baseline both interpreters are taken as they are.
@@ -13,7 +14,6 @@ not, by links, and that one is only read. With --baseline both interpreters are 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import shutil
@@ -61,21 +61,34 @@ JOBS = [
     Job("test_sparse.py", "grad"),
     Job("test_sparse_csr.py", "grad"),
     Job("distributions/test_distributions.py", "grad"),
+    # what runs over the operator database, of which lobpcg is a member with the patch alone
+    Job("test_ops.py", "lobpcg"),
+    Job("test_ops_gradients.py", "lobpcg"),
+    Job("test_ops_fwd_gradients.py", "lobpcg"),
+    Job("test_ops_jit.py", "lobpcg"),
+    Job("test_meta.py", "lobpcg"),
+    Job("test_decomp.py", "lobpcg"),
+    Job("test_proxy_tensor.py", "lobpcg"),
+    Job("functorch/test_ops.py", "lobpcg"),
+    Job("functorch/test_vmap.py", "lobpcg"),
+    Job("functorch/test_aotdispatch.py", "lobpcg"),
+    Job("test_jit.py", "lobpcg"),
 ]
 
-# Tests of an older release on a newer PyTorch: a helper that was renamed, where only the new name is there, and a call
+# Of tests of an older release on a newer PyTorch, beside the helpers that upstream/older_tests.py brings back: a call
 # of super that pytest's own instances of a class send into an endless recursion.
-RENAMED = {"bf32_on_and_off": ("torch.testing._internal.common_mkldnn", "reduced_f32_on_and_off")}
 RESPELLED = {"super(self.__class__, self)": "super()"}
+SILENCE = 8.0  # seconds until a file that runs is spoken of
 
-Outcomes = dict[str, str]  # test -> passed, failed, skipped, crashed; "" -> finished, where the file came to its end
+# test -> passed, failed, skipped, crashed; "" -> finished, where the file came to its end; " " -> why not imported
+Outcomes = dict[str, str]
 
 
 # --- the two trees of tests and the two PyTorches
 
 
-def copy_tests(tree: Path, folder: Path, woven: bool, python: str) -> None:
-    """The tests of `tree`, in which nothing changes, made to run on the PyTorch of `python`."""
+def copy_tests(tree: Path, folder: Path, woven: bool) -> None:
+    """The tests of `tree`, in which nothing changes; with this project's classes, if they are to be woven in."""
     if not (tree / "test").is_dir():
         raise PatchError(f"{tree} has no test/", "the source tree of a release", "name it with --tree")
     shutil.copytree(tree / "test", folder, symlinks=True)
@@ -85,15 +98,10 @@ def copy_tests(tree: Path, folder: Path, woven: bool, python: str) -> None:
             for path, data in stage.files.items():
                 if path.startswith("test/"):
                     (folder / path[len("test/") :]).write_bytes(data)
-    changes = dict(RESPELLED)
-    for old, (module, new) in RENAMED.items():
-        probe = f"import {module} as m, sys; sys.exit(hasattr(m, {old!r}) or not hasattr(m, {new!r}))"
-        if subprocess.run([python, "-c", probe], check=False, capture_output=True).returncode == 0:
-            changes[old] = new
     for file in {job.file for job in JOBS if (folder / job.file).exists()}:
         text = (folder / file).read_text(encoding="utf-8")
-        for old, new in changes.items():
-            text = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", new, text)
+        for old, new in RESPELLED.items():
+            text = text.replace(old, new)
         (folder / file).write_text(text, encoding="utf-8")
 
 
@@ -134,19 +142,35 @@ class Runner(NamedTuple):
     def run(self, job: Job) -> Outcomes:
         report = self.tests.parent / f"{self.name}-{JOBS.index(job)}.xml"
         log = report.with_suffix(".log")
-        env = {**os.environ, "PYTHONPATH": str(self.torch or ""), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join([*([str(self.torch)] if self.torch else []), str(ROOT / "tools" / "upstream")])
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         env |= {"PYTORCH_TEST_WITH_SLOW_GRADCHECK": "1"} if job.slow_gradcheck else {}
-        options = ["-v", "--tb=short", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options = ["-v", "--tb=short", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "older_tests"]
         options += [f"--junitxml={report}", *(["-k", job.select] if job.select else [])]
         command = [self.python, "-W", "ignore", "-m", "pytest", *options, Path(job.file).name]
         place = (self.tests / job.file).parent
         say(f"{job}: running {self.words}")
         begin = time.monotonic()
-        with open(log, "wb") as output, contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, cwd=place, env=env, stdout=output, stderr=output, timeout=self.timeout, check=False)
+        with open(log, "wb") as output:
+            process = subprocess.Popen(command, cwd=place, env=env, stdout=output, stderr=output)
+            while not ended(process) and time.monotonic() - begin < self.timeout:
+                at = read_log(log)
+                last = f"; at {list(at)[-1].split(' ')[0]}" if at else ""
+                say(f"{job}: {self.words} {counts({**at, '': ''})}, {time.monotonic() - begin:.0f} s{last}")
+            process.kill()
+            process.wait()
         found = read_report(report) if report.exists() else read_log(log)
         say(f"{job}: {self.words} {counts(found)}, {time.monotonic() - begin:.0f} s")
         return found
+
+
+def ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process comes to its end within SILENCE."""
+    try:
+        process.wait(SILENCE)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def say(text: str) -> None:
@@ -160,9 +184,18 @@ def read_report(path: Path) -> Outcomes:
     for case in ElementTree.parse(path).iter("testcase"):
         test = f"{case.get('classname', '').split('.')[-1]}::{case.get('name')}"
         outcome = next((words[part.tag] for part in case if part.tag in words), "passed")
+        for part in case:
+            if part.tag == "error" and part.get("message") == "collection failure":
+                found[" "] = reason(part.text or "")
         if found.get(test) != "failed":
             found[test] = outcome
     return found
+
+
+def reason(traceback: str) -> str:
+    """The error at the end of what pytest shows of a file that it cannot import."""
+    errors = re.findall(r"^E +(\w.*)", traceback, re.MULTILINE)
+    return re.sub(r" \(/.*\)$", "", errors[-1]) if errors else "no reason given"
 
 
 def read_log(path: Path) -> Outcomes:
@@ -183,7 +216,9 @@ class Difference(NamedTuple):
 
 def compare(baseline: Outcomes, patched: Outcomes) -> Difference:
     bad = ("failed", "crashed")
-    failing = [{test for test, outcome in side.items() if test and outcome in bad} for side in (baseline, patched)]
+    failing = [
+        {test for test, outcome in side.items() if test.strip() and outcome in bad} for side in (baseline, patched)
+    ]
     ran = {test for test, outcome in patched.items() if outcome == "passed"}
     fixed = sorted(failing[0] & ran)
     # Where the baseline was cut short, a test that it did not reach tells nothing, unless it is ours.
@@ -191,7 +226,28 @@ def compare(baseline: Outcomes, patched: Outcomes) -> Difference:
     return Difference(fixed, broken, "" in baseline and "" not in patched)
 
 
+class Row(NamedTuple):
+    job: Job
+    before: Outcomes
+    after: Outcomes
+    difference: Difference
+
+    @property
+    def line(self) -> str:
+        fixed, broken = (", ".join(tests) or "none" for tests in self.difference[:2])
+        cells = (f"`{self.job}`", counts(self.before), counts(self.after), fixed, broken)
+        return f"| {' | '.join(cells)} |"
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, for a pull request."""
+    head = ["| tests | without the patch | with it | fixed | broken |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([*head, *(row.line for row in rows)])
+
+
 def counts(outcomes: Outcomes) -> str:
+    if " " in outcomes:
+        return f"not imported: {outcomes[' ']}"
     words = [outcome for test, outcome in outcomes.items() if test]
     text = f"{sum(w in ('failed', 'crashed') for w in words)} failed, {words.count('passed')} passed"
     return text if "" in outcomes else text + ", cut short"
@@ -205,6 +261,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="WORD", help="files whose name contains WORD")
     parser.add_argument("-j", "--jobs", type=int, default=1, help="files at the same time")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one file on one side")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="where to write the table")
     parser.add_argument("--keep", type=Path, help="a folder to be made, for the logs and the copies")
     return parser.parse_args(arguments)
 
@@ -222,8 +279,8 @@ def main(arguments: list[str]) -> int:
         try:
             tree = options.tree or fetched(ROOT / "build" / "pytorch-source")
             patched, baseline = (None, None) if options.baseline else make_pytorches(torch_of(python), folder)
-            copy_tests(tree, folder / "tests-baseline", False, options.baseline or python)
-            copy_tests(tree, folder / "tests-patched", True, python)
+            copy_tests(tree, folder / "tests-baseline", False)
+            copy_tests(tree, folder / "tests-patched", True)
         except (FetchError, PatchError) as error:
             print(f"upstream_tests: {error}", file=sys.stderr)
             return 2
@@ -233,7 +290,15 @@ def main(arguments: list[str]) -> int:
         )
         with ThreadPoolExecutor(options.jobs) as pool:
             running = [(job, [pool.submit(side.run, job) for side in sides]) for job in jobs]
-            differences = [report(job, *(side.result() for side in both)) for job, both in running]
+            rows = []
+            for job, both in running:
+                before, after = (side.result() for side in both)
+                rows.append(Row(job, before, after, report(job, before, after)))
+    text = table(rows)
+    if options.summary:
+        options.summary.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    differences = [row.difference for row in rows]
     broken = [test for difference in differences for test in difference.broken]
     unfinished = sum(difference.unfinished for difference in differences)
     fixed = sum(len(difference.fixed) for difference in differences)

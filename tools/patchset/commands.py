@@ -14,6 +14,7 @@ from .lock import locked
 from .plan import make_plan, make_stages, originals, Plan, Stage
 from .record import Record
 from .series import load_series, Series
+from .smoke import imports, SmokeError, try_out
 from .store import inverse, Step, Store, Transaction
 from .target import find_target, Target
 from .text import comma_list
@@ -40,7 +41,8 @@ class Patcher:
             self.say("  " + detail)
         return 1 if word in ("edited", "interrupted", "unpatchable") else 0
 
-    def apply(self, commit: bool = False) -> int:
+    def apply(self, commit: bool = False, interpreter: str | None = None) -> int:
+        """Patch; with an interpreter, the patched PyTorch has to pass a smoke call, or nothing has happened."""
         self.recover()
         base = self.base(commit)
         if self.applied and self.superseded():
@@ -66,8 +68,14 @@ class Patcher:
             transaction = transaction._replace(commits=(base, built[-1]))
         if self.applied:  # by another state of this patch set: the unpatched PyTorch lies between the two
             self.store.run(inverse(self.applied), {})
-        self.store.run(transaction, plan.contents)
+        self.run_and_try(transaction, plan.contents, interpreter)
         self.say(f"patched {len(plan.transaction.steps)} files: {self.target}")
+        if interpreter is None:
+            self.say(
+                "not tried: no interpreter of this PyTorch was asked; to try it, run this with the one that has it"
+            )
+        else:
+            self.say("tried: one solve with its gradient and one gradcheck are right")
         if base is not None:
             self.applied = transaction
             self.move_head(forward=True)
@@ -75,6 +83,18 @@ class Patcher:
         if plan.caution:
             self.say(plan.caution)
         return 0
+
+    def run_and_try(self, transaction: Transaction, contents: dict[str, bytes], interpreter: str | None) -> None:
+        if interpreter is None:
+            return self.store.run(transaction, contents)
+        try:
+            return self.store.run(transaction, contents, lambda: try_out(self.target, interpreter))
+        except SmokeError:
+            if (error := imports(interpreter)) is None:
+                raise
+            remedy = "repair it and run this again, or patch without trying it: --no-smoke"
+            found = f"{self.target}: {interpreter} cannot import torch without the patch either: {error}"
+            raise PatchError(found, "a PyTorch that can be imported", remedy) from None
 
     def verify(self) -> int:
         self.refuse_interrupted()

@@ -64,12 +64,13 @@ def message(patch: Patch) -> str:
     for path, names in files.items():  # -k takes every class whose name contains the word
         words = [name for name in names if not any(other in name for other in names if other != name)]
         runs.append(f"python {path} -k " + " -k ".join(words))
-    return "\n\n".join(parts + (["Test Plan:\n" + "\n".join(runs)] if runs else [])) + "\n"
+    return "\n\n".join([*parts, "Test Plan:\n" + "\n".join([*runs, *patch.plan])]) + "\n"
 
 
 def wrapped(text: str) -> str:
-    """The paragraphs of `text` in lines of mails."""
-    return "\n\n".join(textwrap.fill(paragraph, 72) for paragraph in text.strip().split("\n\n"))
+    """The paragraphs of `text` in lines of mails; what is indented, commands for example, stays as it is."""
+    paragraphs = text.strip("\n").split("\n\n")
+    return "\n\n".join(p if p.startswith("    ") else textwrap.fill(p, 72) for p in paragraphs)
 
 
 def build(root: Path, base: str, stages: Sequence[Stage], env: dict[str, str] | None = None) -> list[str]:

@@ -53,12 +53,12 @@ def make_plan(series: Series, target: Target, original: Original, created: Seque
 
 
 def _caution(series: Series, version: str) -> str | None:
-    tested, fits = ([version_numbers(known) for known in versions] for versions in (series.tested, series.fits))
+    tested, patched = ([version_numbers(v) for v in versions] for versions in (series.tested, series.patched))
     if version_numbers(version) in tested:
         return None
     ran = f"the tests ran on {comma_list(series.tested)}"
-    if version_numbers(version) in fits:
-        return f"{version} is known to fit, but {ran}"
+    if version_numbers(version) in patched:
+        return f"not run: {version} was patched, verified and reverted, but {ran}"
     return f"untested: {version} has every anchor and every name that is needed, but {ran}"
 
 

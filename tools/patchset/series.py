@@ -17,7 +17,7 @@ else:  # where pip carries the same reader
     from pip._vendor import tomli as tomllib
 
 
-_LISTS = ("resolves", "new", "replace", "weave", "classes", "docs")
+_LISTS = ("resolves", "new", "replace", "weave", "classes", "docs", "plan")
 _HERE = "torch_patch/series.toml"
 
 
@@ -32,6 +32,7 @@ class Patch(NamedTuple):
     weave: list[str]  # upstream modules that receive insertions
     classes: list[str]  # test/FILE.py::Name: its tests, for upstream's test files
     docs: list[str]  # documentation: pages without their suffix, other files with it
+    plan: list[str]  # further lines of the test plan
 
 
 class Cover(NamedTuple):
@@ -46,7 +47,7 @@ class Series(NamedTuple):
     cover: Cover
     oldest: str
     tested: list[str]  # versions that the tests ran on
-    fits: list[str]  # versions that were patched, verified and reverted
+    patched: list[str]  # versions that were patched, verified and reverted, but not run
     patches: list[Patch]
 
     @property
@@ -67,7 +68,7 @@ class Series(NamedTuple):
     def edits(self, path: str) -> list[Edit]:
         """The woven edits for the module `path`."""
         source = self.source(path).with_suffix(".toml")
-        edits: list[Edit] = _parsed(source).get("edit", [])
+        edits: list[Edit] = parsed(source).get("edit", [])
         for edit in edits:
             check_edit(edit, str(source))
         return edits
@@ -75,20 +76,26 @@ class Series(NamedTuple):
 
 def load_series(folder: Path) -> Series:
     """Read and check the series of the project in `folder`."""
-    fields = _parsed(folder / _HERE)
+    fields = parsed(folder / _HERE)
     supported = fields.pop("supported", {})
     cover = fields.pop("cover", {})
     rows = fields.pop("patch", [])
-    if fields or sorted(supported) != ["fits", "oldest", "tested"] or sorted(cover) != ["subject", "text"] or not rows:
+    if (
+        fields
+        or sorted(supported) != ["oldest", "patched", "tested"]
+        or sorted(cover) != ["subject", "text"]
+        or not rows
+    ):
         found = f"{_HERE}: the keys {comma_list(sorted(fields)) or '(none)'} beside [supported], [cover] and [[patch]]"
-        raise PatchError(found, "oldest, tested and fits, subject and text, and patches", "see its first lines")
+        raise PatchError(found, "oldest, tested and patched, subject and text, and patches", "see its first lines")
     patches = [_patch(row) for row in rows]
     series = Series(folder, Cover(**cover), patches=patches, **supported)
     _check_files(series)
     return series
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def parsed(path: Path) -> dict[str, Any]:
+    """A TOML file."""
     data = disk.read(path)
     if data is None:
         raise PatchError(f"{path} is missing", "a manifest", "restore this project's files")
@@ -103,6 +110,9 @@ def _patch(row: dict[str, Any]) -> Patch:
     if unknown or not row.get("subject") or not row.get("why"):
         found = f"{_HERE}: patch {row.get('subject')!r} with unknown keys: {comma_list(unknown) or 'none'}"
         raise PatchError(found, "a subject, a reason (why) and the lists " + comma_list(_LISTS), "correct the manifest")
+    if not row.get("classes") and not row.get("plan"):
+        found = f"{_HERE}: patch {row['subject']!r} with neither classes nor plan"
+        raise PatchError(found, "a test plan", "name its test classes, or how it is checked")
     return Patch(row["subject"], row["why"], *(row.get(name, []) for name in _LISTS))
 
 

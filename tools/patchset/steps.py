@@ -1,10 +1,11 @@
-"""Every patch of the series leaves a PyTorch that works: each one's tests, on the installed torch patched so far.
+"""Every patch of the series leaves a PyTorch that works: each one's test plan, on the installed torch patched so far.
 
 The torch of each step is a tree of links to the installed one, with files of its own where the series changes
 something; the installed one is only read, patched or not.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,9 @@ def check_steps(project: Path, pytest: Sequence[str] = (), say: Callable[[str], 
             tests = _write_tests(folder, series, number)
             status = _run(folder, stage.patch, tests, pytest)
             failed += status != 0
-            outcome = f"failed ({status})" if status else "passes" if tests else "torch is imported"
+            outcome = (
+                f"failed ({status})" if status else "passes" if tests or _calls(stage.patch) else "torch is imported"
+            )
             say(f"{number}/{len(stages)} {outcome}: {stage.patch.subject}")
     return 1 if failed else 0
 
@@ -78,11 +81,20 @@ def _write_tests(folder: Path, series: Series, number: int) -> list[str]:
 
 def _run(folder: Path, patch: Patch, tests: list[str], options: Sequence[str]) -> int:
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    python = [sys.executable, "-W", "ignore"]
     place = f"import torch, sys; sys.exit(not torch.__file__.startswith({str(folder)!r}))"
-    status = subprocess.run([sys.executable, "-c", place], env=env, cwd=folder, check=False).returncode
+    status = 0
+    for call in [place, *_calls(patch)]:
+        status = status or subprocess.run([*python, "-c", call], env=env, cwd=folder, check=False).returncode
     for path in tests if status == 0 else []:
         names = [entry.split("::")[1] for entry in patch.classes if entry.startswith(path + "::")]
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path]
         command += ["-k", " or ".join(names), *options]
         status = status or subprocess.run(command, env=env, cwd=folder, check=False).returncode
     return status
+
+
+def _calls(patch: Patch) -> list[str]:
+    """What follows python -c in the test plan of a patch."""
+    words = [shlex.split(line) for line in patch.plan if line.startswith("python -c ")]
+    return [call for _, _, call in words]

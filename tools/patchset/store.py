@@ -166,8 +166,14 @@ class Store:
 
     # --- transactions
 
-    def run(self, transaction: Transaction, contents: dict[str, bytes]) -> None:
-        """Carry out `transaction`; `contents` has the bytes of each sha256 that objects/ lacks. All or nothing."""
+    def run(
+        self, transaction: Transaction, contents: dict[str, bytes], proof: Callable[[], object] = lambda: None
+    ) -> None:
+        """Carry out `transaction`; `contents` has the bytes of each sha256 that objects/ lacks. All or nothing.
+
+        `proof` is called when every file is in its place and the transaction can still be rolled back: it is, where
+        `proof` raises or the process is killed in it.
+        """
         self.refuse_paths(transaction)
         try:
             self.check(transaction)
@@ -179,6 +185,7 @@ class Store:
                 self._make_folders(transaction.folders)
             for step in transaction.steps:
                 self._put(step.path, step.after)
+            proof()
             self._finish(transaction)
         except BaseException:
             self.recover()

@@ -9,7 +9,10 @@ from pathlib import Path
 
 SUITE = "trixie"  # whose package `pytorch` is release 2.6.0
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-WANTED = ("aten/src/ATen/native/native_functions.yaml", "docs/source/", "setup.py", "test/", "torch/", "version.txt")
+WANTED = (
+    *("aten/src/ATen/native/native_functions.yaml", "docs/source/", "setup.py", "test/", "torch/", "version.txt"),
+    *(".flake8", ".lintrunner.toml", "pyproject.toml", "tools/linter/"),
+)
 
 
 class FetchError(Exception):
@@ -19,7 +22,7 @@ class FetchError(Exception):
 def fetched(folder: Path) -> Path:
     """The tree in `folder`, downloaded there once: 27 MB, in a list of sources and a cache of its own."""
     ready = folder / "ready"
-    if ready.exists():
+    if ready.exists() and (folder / ready.read_text(encoding="utf-8") / ".lintrunner.toml").exists():
         return folder / ready.read_text(encoding="utf-8")
     if shutil.which("apt-get") is None or not KEYRING.exists():
         raise FetchError("no apt-get with Debian's keys here; name the source tree of a release with --tree")
