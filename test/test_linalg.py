@@ -975,6 +975,15 @@ class TestLobpcgPolynomial(LobpcgTestCase):
             self.assertEqual(own.degree, q.degree)
             self.assertEqual(Z[i], alone, atol=1e-10, rtol=1e-10)
 
+    def test_batch_of_starts(self):
+        """More start blocks than matrices."""
+        A, _, spectrum = self.problems.batch(self.problems.laplacian(23, 19), (3,))
+        X = self.start(437, 5, batch=(2, 3))
+        E, V, messages = self.solve(A.to_sparse(), X=X, k=4, largest=False)
+        self.assertEqual(messages, [])
+        self.assertEqual(V.shape, (2, 3, 437, 4))
+        self.assertEqual(E, spectrum[:, :4].expand(2, 3, 4), atol=1e-9, rtol=0)
+
     def test_pairs_of_grids(self):
         p = self.problems.laplacian(23, 19)
         for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):

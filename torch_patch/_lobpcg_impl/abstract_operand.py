@@ -43,6 +43,10 @@ class Operand:
         self.columns += V.shape[-1]
         return self._multiply(V)
 
+    def apply_to(self, V: Tensor, out: Tensor) -> Tensor:
+        """The same in `out`, which shares no memory with V."""
+        return out.copy_(self.apply(V))
+
     def _multiply(self, V: Tensor) -> Tensor:
         raise NotImplementedError
 

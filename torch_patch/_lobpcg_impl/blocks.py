@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+# Numbers of the table that are made at a time: few kernels for short columns, little memory for long ones.
+_TABLE = 1 << 17
+
+
 def is_single(eps: float) -> bool:
     """Whether eps is the unit rounding of single precision, 1.2e-7, and not that of double, 2.2e-16."""
     return eps > 1e-10
@@ -81,12 +85,15 @@ def fixed_block(m: int, count: int, first: int, like: Tensor) -> Tensor:
     """
     rows = torch.empty([count, m], dtype=like.dtype, device=like.device)
     position = torch.arange(m, dtype=torch.int64, device=like.device)
-    for i in range(count):
-        h = (position * 747796405 + (first + i + 1) * 891646097) & 0x7FFFFFFF
+    column = torch.arange(first + 1, first + count + 1, device=like.device)
+    column = column.unsqueeze(-1) * 891646097
+    some = max(1, _TABLE // max(1, m))
+    for i in range(0, count, some):
+        h = (position * 747796405 + column[i : i + some]) & 0x7FFFFFFF
         h = ((h ^ (h >> 15)) * 1274126177) & 0x7FFFFFFF
         h = ((h ^ (h >> 13)) * 668265263) & 0x7FFFFFFF
         h = h ^ (h >> 16)
-        rows[i] = (h.to(torch.float64) / 1073741823.5 - 1.0).to(like.dtype)
+        rows[i : i + some] = (h.to(torch.float64) / 1073741823.5 - 1.0).to(like.dtype)
     return rows.mT
 
 

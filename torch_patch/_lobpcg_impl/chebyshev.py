@@ -9,18 +9,19 @@ a shift before the wanted end of the spectrum,
 
 so q(t) (t - s) is 1 up to 1 / T_d(x(s)) on the interval, and q is positive on all of the spectrum: it is a legitimate
 preconditioner, of which LOBPCG loses no pair (Golub and Varga 1961 for the iteration; Knyazev 2001, section 4, for what
-is asked of a preconditioner).  In each iteration q costs d - 1 products with A and nothing else but updates of two
-blocks; inner products, which are what dominates an iteration without it, are needed d times less often.
+is asked of a preconditioner).  In each iteration q costs d - 1 products with A and nothing else (product_form); inner
+products, which are what dominates an iteration without it, are needed d times less often.
 """
 
 import math
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import columns, fixed_block, inner, is_single, norms
+from torch._lobpcg_impl.blocks import fixed_block, inner, is_single, norms
 from torch._lobpcg_impl.operand import Operand, Pencil, Sparse
-from torch._lobpcg_impl.sparse import csr_matrix, row_indices
+from torch._lobpcg_impl.product_form import Interval, ProductForm
+from torch._lobpcg_impl.sparse import row_indices
 
 
 # Lanczos steps for the bound of the spectrum: with ten and a full residual the bound was below the largest eigenvalue
@@ -32,20 +33,6 @@ _DAMPING = 30.0
 _MOST = 60
 # diag(A) is tried as a measure where it varies by more than this: the degree falls by at most the square root.
 _GRADED = 4.0
-# Numbers of a block that is updated at a time: two blocks and the result stay in the cache.
-_BLOCK = 1 << 17
-
-
-class Interval(NamedTuple):
-    """[a, up] of one matrix, where q damps, and the shift s < a."""
-
-    s: float
-    a: float
-    up: float
-
-    def at(self, t: float) -> float:
-        """x(t): above 1 for t < a."""
-        return (self.a + self.up - 2.0 * t) / (self.up - self.a)
 
 
 class Chebyshev:
@@ -66,9 +53,14 @@ class Chebyshev:
                 self.chosen = other
         self.chosen.settle()
 
-    def __call__(self, R: Tensor) -> Tensor:
-        """q(C) D^-1 R, R (*, m, p); R itself where q is one."""
-        return self.chosen(R)
+    @property
+    def is_one(self) -> bool:
+        """Whether q(C) D^-1 R is R itself."""
+        return self.chosen.is_one
+
+    def __call__(self, R: Tensor, out: Optional[Tensor] = None) -> Tensor:
+        """q(C) D^-1 R, R (*, m, p), in `out` where that is given, which may be R; R itself where q is one."""
+        return self.chosen(R, out)
 
     def learn(self, W: Tensor, of_A: Tensor, of_B: Tensor) -> None:
         """Raise a bound of the spectrum that a direction's Rayleigh quotient exceeds.
@@ -103,7 +95,7 @@ class Polynomial:
         self.m = pencil.m
         # Where A has no batch of its own, one interval serves all.
         self.count = math.prod(self.A.tensor.shape[:-2])
-        self.wide: Optional[_Wide] = None
+        self.form: Optional[ProductForm] = None
         like = pencil.empty()
         self.eps = torch.finfo(like.dtype).eps
         self.bounds = self._bounds(like)
@@ -125,21 +117,22 @@ class Polynomial:
         v = fixed_block(self.m, 1, 1 << 21, like).expand([*batch, self.m, 1])
         v = v / norms(v, keepdim=True)
         half = None if self.D is None else self.D.rsqrt().unsqueeze(-1)
-        Q = v.mH
+        rows = v.new_empty([*batch, steps, self.m])
         diagonal, off = [], []
-        for _ in range(steps):
+        for i in range(steps):
+            rows[..., i, :] = v[..., 0]
             u = v if half is None else v * half
             u = self.A.apply(u) * self.sign
             u = u if half is None else u * half
             diagonal.append(inner(v, u))  # (*, 1)
-            u = u - Q.mH @ (Q @ u)
+            Q = rows[..., : i + 1, :].mT
+            u = u - Q @ (Q.mH @ u)
             size = norms(u, keepdim=True)
             # An invariant subspace ends the recurrence: zeros follow.
             going = size > 8 * self.eps * self.m**0.5 * diagonal[0].abs().unsqueeze(-1)
             size = size.where(going, torch.zeros_like(size))
             v = torch.where(going, u / size, torch.zeros_like(u))
             off.append(size[..., 0])
-            Q = torch.cat([Q, v.mH], -2)
         a, b = torch.cat(diagonal, -1).double(), torch.cat(off, -1).double()
         over = torch.cumsum((b == 0).to(torch.int8), -1)[..., :-1] > 0
         a[..., 1:] = torch.where(over, a[..., :1], a[..., 1:])
@@ -157,8 +150,8 @@ class Polynomial:
             of_B = inner(W, W * self.D.unsqueeze(-1)).to(of_A.device, of_A.dtype)
         # A masked direction is zero.
         quotient = (of_A * self.sign / of_B).nan_to_num(-math.inf, -math.inf, -math.inf)
-        seen = self._each(quotient.amax(-1))
-        for i, value in enumerate(seen):
+        for i, values in enumerate(self._each(quotient)):
+            value = max(values)
             low, up = self.bounds[i]
             if value > up + 64.0 * self.eps * abs(up):
                 self.bounds[i] = (low, value + 0.2 * (value - min(low, value)))
@@ -167,38 +160,54 @@ class Polynomial:
         """Chebyshev.widen."""
         self.bounds = [(low, up + 0.2 * (up - low)) for low, up in self.bounds]
 
-    def _each(self, values: Tensor) -> List[float]:
-        """The largest of values (*) for each matrix that has an interval of its own."""
-        numbers: List[float] = values.reshape(-1).tolist()
-        return [max(numbers)] if self.count == 1 else numbers
+    def _each(self, values: Tensor) -> List[List[float]]:
+        """The values (+, *, p) for each matrix (*) that has an interval of its own, over all of a batch (+) that A does
+        not have."""
+        count, p = self.count, values.shape[-1]
+        numbers: List[List[float]] = values.reshape(-1, count * p).tolist()
+        return [
+            [x for row in numbers for x in row[i * p : (i + 1) * p]]
+            for i in range(count)
+        ]
+
+    @property
+    def is_one(self) -> bool:
+        """Chebyshev.is_one."""
+        return self.degree == 1 and (self.definite or self.D is None)
 
     # -- the polynomial -------------------------------------------------------------------------------------------
 
     def aim(self, E: Tensor, X: Tensor) -> None:
         """Set interval and degree; whether q serves: it tells wanted from unwanted, and A is positive definite where
         it must be."""
-        E = E * self.sign
-        far = E.amax(-1) - E.amin(-1) > 0.5 * E.amin(-1).abs()
+        ends = self._ends(E)
+        far = all(a - l > 0.5 * abs(l) for l, a in ends)
         if self.definite and self.D is not None:
             E = E / inner(X, X * self.D.unsqueeze(-1)).to(E.device, E.dtype)
-        low = [-t for t in self._each(-E.amin(-1))]
-        high = self._each(E.amax(-1))
+            ends = self._ends(E)
+        low, high = zip(*ends)
         self.intervals = [
             self._interval(l, a, bound) for l, a, bound in zip(low, high, self.bounds)
         ]
         degrees = [self._degree(l, i) for l, i in zip(low, self.intervals)]
         self.degree = max(1, min(max(degrees), self.most))
         positive = not self.definite or min(low) > 0.0
-        self.serves = positive and bool(far.all())
+        self.serves = positive and far
         if not positive:
             self.degree = 1
+
+    def _ends(self, E: Tensor) -> List[Tuple[float, float]]:
+        """Least and largest of sign E for each interval: on the host, where two numbers of each are wanted."""
+        rows = self._each(E)
+        both = [(min(row), max(row)) for row in rows]
+        return both if self.sign > 0 else [(-a, -l) for l, a in both]
 
     def settle(self) -> None:
         """Prepare for products."""
         if self.degree > 1:
-            if self.wide is None:
-                self.wide = _Wide(self.A, self.D, self.sign)
-            self.wide.center(self.intervals)
+            if self.form is None:
+                self.form = ProductForm(self.A, self.D, self.sign)
+            self.form.aim(self.intervals, self.degree)
 
     def _interval(self, l: float, a: float, bound: Tuple[float, float]) -> Interval:
         """l, a: first and last Ritz value."""
@@ -218,30 +227,15 @@ class Polynomial:
         unclear = is_single(self.eps) and interval.a - l < 100.0 * self.eps * abs(l)
         return min(d, 20) if unclear else d
 
-    def coefficients(self) -> List[List[float]]:
-        """For each matrix c_0 ... c_(d-1) of q = c_0 T_0 / 2 + c_1 T_1 + ... in x: c_j = 2 U_(d-1-j)(x(s)) / (e
-        T_d(x(s))), from (T_d(x) - T_d(y)) / (x - y) as a sum of products U T."""
-        d, result = self.degree, []
-        for interval in self.intervals:
-            x, e = interval.at(interval.s), 0.5 * (interval.up - interval.a)
-            U = [1.0, 2.0 * x]
-            while len(U) < d:
-                U.append(2.0 * x * U[-1] - U[-2])
-            T = x * U[d - 1] - (U[d - 2] if d > 1 else 0.0)
-            result.append([2.0 * u / (e * T) for u in reversed(U[:d])])
-        return result
-
-    def __call__(self, R: Tensor) -> Tensor:
+    def __call__(self, R: Tensor, out: Optional[Tensor] = None) -> Tensor:
         """Chebyshev.__call__."""
-        if self.definite and self.degree == 1:
+        if self.degree > 1:
+            assert self.form is not None
+            self.A.columns += (self.degree - 1) * R.shape[-1]
+            return self.form(R, out)
+        if self.D is None or self.is_one:
             return R
-        if self.D is not None:
-            R = R / self.D.unsqueeze(-1)
-        if self.degree == 1:
-            return R
-        assert self.wide is not None
-        self.A.columns += (self.degree - 1) * R.shape[-1]
-        return self.wide.sum(self.coefficients(), R)
+        return torch.div(R, self.D.unsqueeze(-1), out=out)
 
 
 def is_diagonal(M: Operand) -> bool:
@@ -278,119 +272,3 @@ def polynomial(pencil: Pencil, sign: float, most: int = _MOST) -> Optional[Cheby
             if min(low for low, _ in q.bounds) > 0.0:
                 choices.append(q)
     return Chebyshev(choices) if choices else None
-
-
-class _Wide:
-    """X = (c - C) / e of a sparse A, whose spectrum is [-1, 1] where C's is the interval, and sums over T_j(X).
-
-    A batch is one block-diagonal matrix.  Blocks are held by rows here, (m, p) contiguous, which is what sparse
-    products take.
-    """
-
-    def __init__(self, A: Sparse, D: Optional[Tensor], sign: float) -> None:
-        rows, m = A.rows, A.rows.shape[0]
-        row = row_indices(rows)
-        self.order = A.tensor.shape[-1]
-        on = (row == rows.col_indices()).nonzero()[:, 0]
-        if on.numel() != m or not bool(
-            (row[on] == torch.arange(m, device=on.device)).all()
-        ):
-            rows = _with_diagonal(rows)
-            row = row_indices(rows)
-            on = (row == rows.col_indices()).nonzero()[:, 0]
-        self.on, self.rows = on, rows
-        values = rows.values() * -sign
-        self.values = values if D is None else values / D.reshape(-1)[row]
-        self.which = row // self.order if m > self.order else None
-        self.X = rows
-
-    def center(self, intervals: List[Interval]) -> None:
-        """Set the interval.  Cost: one pass over the stored elements."""
-        if len(intervals) == 1:
-            half: Any = 0.5 * (intervals[0].up - intervals[0].a)
-            values = self.values * (1.0 / half)
-            values[self.on] += 0.5 * (intervals[0].a + intervals[0].up) / half
-        else:
-            real = self.values.dtype.to_real()
-            numbers = torch.tensor(
-                [[0.5 * (i.up - i.a), 0.5 * (i.up + i.a)] for i in intervals],
-                dtype=torch.float64,
-            ).to(self.values.device)
-            half, middle = numbers.unbind(-1)
-            which: Any = self.which
-            values = self.values / half[which].to(real)
-            values[self.on] += (middle / half)[which[self.on]].to(real)
-        self.X = csr_matrix(
-            self.rows.crow_indices(),
-            self.rows.col_indices(),
-            values,
-            self.rows.shape[0],
-        )
-
-    def sum(self, coefficients: List[List[float]], R: Tensor) -> Tensor:
-        """c_0 / 2 T_0(X) R + c_1 T_1(X) R + ..., R (*, m, p)."""
-        shape = R.shape
-        if len(coefficients) > 1:
-            each = torch.tensor(coefficients, dtype=torch.float64)
-            each = each.to(R.device, R.dtype.to_real()).mT[..., None, None]
-            return self._sum(list(each), R.reshape(-1, shape[-1])).reshape(shape)
-        c = coefficients[0]
-        if R.dim() > 2:
-            # One matrix and many blocks are a wide block.
-            R = R.movedim(-2, 0)
-            wide = self._pieces(c, R.reshape(R.shape[0], -1))
-            return wide.reshape(R.shape).movedim(0, -2)
-        return self._pieces(c, R)
-
-    def _pieces(self, c: List[float], R: Tensor) -> Tensor:
-        """The sum, some columns at a time, so that three blocks fit into a cache; with contiguous columns."""
-        width = max(8, _BLOCK // R.shape[0])
-        if R.shape[-1] <= width or R.device.type != "cpu":
-            return self._sum(c, R)
-        Z = columns(torch.empty_like(R))
-        for i in range(0, R.shape[-1], width):
-            Z[:, i : i + width] = self._sum(c, R[:, i : i + width])
-        return Z
-
-    def _sum(self, c: Sequence[Any], R: Tensor) -> Tensor:
-        """The sum by Clenshaw's recurrence."""
-        R = R.contiguous()
-        b, before = _scaled(R, c[-1]), torch.zeros_like(R)
-        for j in range(len(c) - 2, -1, -1):
-            factor = 1.0 if j == 0 else 2.0
-            torch.addmm(before, self.X, b, beta=-1.0, alpha=factor, out=before)
-            _add(before, R, c[j] * (0.5 * factor))
-            b, before = before, b
-        return b
-
-
-def _scaled(R: Tensor, c: Any) -> Tensor:
-    """c R, (m, p), for a number c or one for each matrix of a batch, (b, 1, 1)."""
-    if isinstance(c, float):
-        return R * c
-    return (R.view(c.shape[0], -1, R.shape[-1]) * c).view(R.shape)
-
-
-def _add(V: Tensor, R: Tensor, c: Any) -> None:
-    """V += c R."""
-    if isinstance(c, float):
-        V.add_(R, alpha=c)
-    else:
-        shape = (c.shape[0], -1, R.shape[-1])
-        V.view(shape).addcmul_(R.view(shape), c.to(R.dtype))
-
-
-def _with_diagonal(M: Tensor) -> Tensor:
-    """CSR M with every diagonal element stored, once."""
-    m = M.shape[0]
-    i = torch.arange(m, device=M.device)
-    index = torch.stack(
-        [
-            torch.cat([row_indices(M), i]),
-            torch.cat([M.col_indices().to(torch.int64), i]),
-        ]
-    )
-    values = torch.cat([M.values(), M.values().new_zeros(m)])
-    M = torch.sparse_coo_tensor(index, values, (m, m), check_invariants=False)
-    M = M.coalesce().to_sparse_csr()
-    return csr_matrix(M.crow_indices(), M.col_indices(), M.values(), m)

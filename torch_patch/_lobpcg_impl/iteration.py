@@ -25,7 +25,6 @@ from torch._lobpcg_impl.arguments import FEW_ITERATIONS
 from torch._lobpcg_impl.basis import Basis
 from torch._lobpcg_impl.blocks import (
     columns,
-    combine,
     deduct,
     fixed_block,
     gram,
@@ -212,7 +211,7 @@ class LOBPCG:
     def _clear(self, X: Tensor) -> None:
         """The state before the first iteration."""
         small: Any = {"dtype": self.wide, "device": self.place}
-        self.basis = Basis(X[..., :0, :], False)  # filled by start()
+        self.basis = Basis(X[..., :0], self.pencil, 0)  # filled by start()
         self.W = X  # residuals, then new directions: (*, m, n)
         self.E = X.new_zeros(self.batch + (self.n,), dtype=X.dtype.to_real())
         self.length = self.E  # 2-norms of W, where W is
@@ -306,8 +305,8 @@ class LOBPCG:
 
     def orthonormality_loss(self) -> float:
         """max |X^H B X - I|. Cost: n^2 inner products and a transfer."""
-        X, _, BX = self.basis.wanted()
-        G = gram(X, BX)
+        X = self.basis.part(0, self.n)
+        G = gram(X, self.basis.of_B(0, self.n))
         G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
         return float(G.abs().max())
 
@@ -330,9 +329,9 @@ class LOBPCG:
     def expose(self) -> None:
         """X, R, S for whoever looks from outside; views, no copy."""
         basis = self.basis
-        self.X = basis.part(0, 0, self.n)
+        self.X = basis.part(0, self.n)
         self.R = self.W
-        self.S = basis.part(0, 0, basis.q)
+        self.S = basis.part(0, basis.q)
 
     def result(self) -> EigenPairs:
         """The pairs in the scale of the problem as it was given."""
@@ -377,51 +376,57 @@ class LOBPCG:
     def start(self) -> None:
         """Orthonormal X from X0, columns that depend on others replaced by fresh ones; then Rayleigh-Ritz on X
         alone."""
-        niter, X = self.iparams["niter"], self.W
+        niter = self.iparams["niter"]
         # A solve of few iterations is cut short on purpose: it takes the products that these cost without q.
         whole = niter < 0 or niter >= FEW_ITERATIONS
         if whole and self.pencil.iK is not None:
             count = min(self.iparams["k"], self.m - self.n)
             Z = unreached(self.pencil, self.sign, count)
-            X = torch.cat([X.mT, Z.mT], -2).mT
-        self.complete_start(columns(X), 0)
+            self.W = torch.cat([self.W.mT, Z.mT], -2).mT
+        self.complete_start(0)
         if whole:
             most = self.iparams.get("ortho_degree", 60)
             self.polynomial = polynomial(self.pencil, self.sign, most)
 
-    def complete_start(self, X: Tensor, first: int) -> None:
-        """Set X, AX, BX, E from a start block X (*, m, n); directions that X lacks come from the fixed table, from
+    def complete_start(self, first: int) -> None:
+        """Set X, AX, BX, E from a start block (*, m, n) in W; directions that it lacks come from the fixed table, from
         column `first` on.
 
         Guarantee: X^H B X = I to rounding, S^H A S = diag(E), P empty.
         """
-        n = X.shape[-1]
+        self.n = n = self.W.shape[-1]
+        self.basis = Basis(self.W, self.pencil, 2 * self.most())
+        # The block moves on in the basis, and nothing holds its start: on large problems that is a tenth of the memory.
+        X = self.X = self.W = self.R = self.S = self.basis.part(0, n)
         for attempt in range(3):
-            X = self.unit_columns(X)
+            self.unit_columns(X)
             (G,) = self.down(hermitian(gram(X, self.pencil.B.apply(X))))
             self.check_start(X, G)
             # Columns closer than sqrt(eps) to the span of the others carry fewer than half of their digits.
-            T, _, dropped = whiten_scaled(G, self.eps**0.5 * n, self.tiny)
-            X = combine(X, self.up(T, self.e[..., :0])[0])
+            T, d, dropped = whiten_scaled(G, self.eps**0.5 * n, self.tiny)
+            self.basis.combine(self.up(T, self.e[..., :0])[0])
+            X = self.basis.part(0, n)
             missing = dropped.unsqueeze(-2).to(X.device)
             some = bool(missing.any())
             if some and attempt == 0 and first == 0 and self.probe > 0:
                 self.check_rank(int((~dropped).sum(-1).min()))
-            if attempt > 0 and not some:
+            # Two digits that were lost come back in the Ritz step below.
+            if not some and (attempt > 0 or bool((d > 0.01).all())):
                 break
             if some:
-                X = torch.where(
-                    missing, fixed_block(self.m, n, first + attempt * n, X), X
-                )
-        self.n = n
-        self.basis = Basis(X, self.pencil.generalized)
+                fresh = fixed_block(self.m, n, first + attempt * n, X)
+                X.copy_(torch.where(missing, fresh, X))
         self.W = columns(torch.empty_like(X))
         self.refresh()
 
-    def unit_columns(self, X: Tensor) -> Tensor:
-        """Columns of length one, or zero; twice, so that neither overflow nor underflow of a square is seen."""
-        X = X / largest_entries(X).unsqueeze(-2).clamp_min(self.tiny)
-        return X / norms(X).unsqueeze(-2).clamp_min(self.tiny)
+    def most(self) -> int:
+        """How many columns go on at most, unless pairs have to settle."""
+        return self.n if self.small else min(self.n, self.iparams["k"] + 2)
+
+    def unit_columns(self, X: Tensor) -> None:
+        """Make columns of length one, or zero; twice, so that neither overflow nor underflow of a square is seen."""
+        X.div_(largest_entries(X).unsqueeze(-2).clamp_min(self.tiny))
+        X.div_(norms(X).unsqueeze(-2).clamp_min(self.tiny))
 
     def check_rank(self, rank: int) -> None:
         """Error if the caller's X holds fewer independent columns than pairs are wanted."""
@@ -469,11 +474,13 @@ class LOBPCG:
         first = 3 * self.n + 11 + 100 * self.ivars["istep"]
         fresh = fixed_block(self.m, count, first, self.W)
         fresh = fresh.expand(self.batch + fresh.shape)
-        X, BX = (V[..., :kept] for V in self.basis.wanted()[::2])
+        X = self.basis.part(0, kept)
+        BX = self.basis.of_B(0, kept)
         k = self.iparams["k"]
         self.before, self.joined = (self.e[..., :k], self.measures.rho[..., :k]), count
         fresh = deduct(fresh, X, gram(BX, fresh))
-        self.complete_start(torch.cat([X.mT, fresh.mT], -2).mT, first + 7)
+        self.W = torch.cat([X.mT, fresh.mT], -2).mT
+        self.complete_start(first + 7)
         self.progress.restart(self.ivars["istep"])
         self.update_residual()
         self.update_converged_count()
@@ -504,62 +511,75 @@ class LOBPCG:
         """Append W to S: the active residuals, preconditioned, where asked for projected, of length one; and their
         images."""
         basis = self.basis
-        W, length = self.W, self.length
+        first = basis.extend(self.active)
+        new = basis.part(first, self.active)
+        length = self.length
         if self.active < self.n:
-            W, length = _take(W, self.w_index), length.gather(-1, self.w_index)
+            length = length.gather(-1, self.w_index)
         if self.pencil.iK is not None:
-            W, length = self.precondition(W, length)
+            W, length = self.precondition(length)
         elif self.polynomial is not None:
-            W, length = self.filter(W, length)
+            W, length = self.filter(length, new)
+        else:
+            W = self.residuals(new)
         if self.orthogonal_left > 0:
-            W = self.project(W, length)
+            W = self.project(W, length, first)
             length = norms(W)
         length = length.clamp_min(self.tiny)
         if not self.host:
             # Masked columns become zero.
             length = length / self.w_valid.to(length.dtype)
-        first = basis.extend(self.active)
-        torch.div(W, length.unsqueeze(-2), out=basis.part(0, first, self.active))
-        basis.multiply(first, self.pencil)
+        torch.div(W, length.unsqueeze(-2), out=new)
+        basis.multiply(first)
 
-    def precondition(self, R: Tensor, length: Tensor) -> Tuple[Tensor, Tensor]:
-        """K R and its lengths; forms_K < 0 where r^H K r < 0 proves that K is not positive definite, beyond the dot
-        product's rounding error, m eps ||r|| ||K r||."""
+    def residuals(self, out: Tensor) -> Tensor:
+        """The residuals of the columns that go on, in `out`."""
+        if self.active == self.n:
+            return out.copy_(self.W)
+        if out.dim() == 2:
+            torch.index_select(self.W.mT, 0, self.w_index, out=out.mT)
+            return out
+        return out.copy_(_take(self.W, self.w_index))
+
+    def precondition(self, length: Tensor) -> Tuple[Tensor, Tensor]:
+        """K R and its lengths, R the residuals that go on, `length` theirs; forms_K < 0 where r^H K r < 0 proves that
+        K is not positive definite, beyond the dot product's rounding error, m eps ||r|| ||K r||."""
         assert self.pencil.iK is not None
+        R = self.W if self.active == self.n else _take(self.W, self.w_index)
         W = self.pencil.iK.apply(R)
         product, length = length, norms(W)
         self.forms_K = inner(R, W) + self.eps * self.m * product * length
         return W, length
 
-    def filter(self, R: Tensor, length: Tensor) -> Tuple[Tensor, Tensor]:
-        """q(A) R and its lengths, q aimed at the spectrum behind the block."""
+    def filter(self, length: Tensor, out: Tensor) -> Tuple[Tensor, Tensor]:
+        """q(A) R, in `out`, and its lengths, q aimed at the spectrum behind the block."""
         assert self.polynomial is not None
-        self.polynomial.aim(self.e, self.basis.part(0, 0, self.n))
-        W = self.polynomial(R)
-        if W is R:
-            return R, length
-        lengths = norms(W)
+        self.polynomial.aim(self.e, self.basis.part(0, self.n))
+        W = self.residuals(out)
+        if self.polynomial.is_one:
+            return W, length
+        lengths = norms(self.polynomial(W, W))
         # Far beyond the interval q may overflow: what is lost is an iteration without it.
-        if not bool(torch.isfinite(lengths).all()):
+        if not math.isfinite(float(lengths.sum())):
             self.polynomial.widen()
-            return R, length
+            return self.residuals(out), length
         return W, lengths
 
-    def project(self, W: Tensor, length: Tensor) -> Tensor:
-        """W - S S^H B W for S = [X P], twice, of length one in between: twice is enough (Giraud, Langou, Rozloznik
-        2005)."""
+    def project(self, W: Tensor, length: Tensor, known: int) -> Tensor:
+        """W - S S^H B W for S = [X P], `known` vectors, twice, of length one in between: twice is enough (Giraud,
+        Langou, Rozloznik 2005)."""
         basis = self.basis
-        S, BS = basis.part(0, 0, basis.q), basis.part(basis.image_B, 0, basis.q)
+        S = basis.part(0, known)
         for _ in range(self.iparams.get("ortho_i_max", 2)):
             W = W / length.clamp_min(self.tiny).unsqueeze(-2)
-            W = deduct(W, S, gram(BS, W))
+            W = deduct(W, S, basis.coordinates(W, known))
             length = norms(W)
         return W
 
     def ritz(self) -> None:
         """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on."""
         first = self.basis.q - self.active
-        blocks = list(self.basis.grams(first))
+        blocks = list(self.basis.grams(first, self.W))
         if self.forms_K is not None:
             blocks.append(self.forms_K.unsqueeze(-1).to(blocks[0].dtype))
         gram_A, gram_B, *forms = self.down(*blocks)
@@ -567,7 +587,7 @@ class LOBPCG:
             self.least_K = torch.real(forms[0]).min()
         if self.polynomial is not None:
             self.polynomial.learn(
-                self.basis.part(0, first, self.active),
+                self.basis.part(first, self.active),
                 real_diagonal(gram_A.narrow(-1, first, self.active)),
                 real_diagonal(gram_B.narrow(-1, first, self.active)),
             )
@@ -604,8 +624,8 @@ class LOBPCG:
 
         Cost: n + p products with A (and B). The span, and so what P remembers, is kept.
         """
-        self.basis.multiply(0, self.pencil)
-        gram_A, gram_B = self.down(*self.basis.grams(0))
+        self.basis.multiply(0)
+        gram_A, gram_B = self.down(*self.basis.grams(0, self.W))
         self.advance(
             ritz_fresh(
                 hermitian(gram_A),
@@ -621,7 +641,10 @@ class LOBPCG:
 
     def update_residual(self) -> None:
         """W := A X - B X E of all n columns, their norms, and rerr."""
-        X, AX, BX = self.basis.wanted()
+        basis, n = self.basis, self.n
+        X = basis.part(0, n)
+        AX = basis.of_A(0, n, self.W)
+        BX = basis.of_B(0, n)
         torch.addcmul(AX, BX, self.E.unsqueeze(-2).to(AX.dtype), value=-1, out=self.W)
         self.length = norms(self.W)
         numbers = [self.length.unsqueeze(-1)]
@@ -724,7 +747,7 @@ class LOBPCG:
     def keep_best(self) -> None:
         """Near rounding level the best pairs of each matrix are kept: what follows can be worse, even diverge."""
         level = self.measures.level[..., : self.iparams["k"]].amax(-1)
-        X = self.basis.part(0, 0, self.n)
+        X = self.basis.part(0, self.n)
         now = Kept(level, X, self.e, self.residual, self.scale, self.measures)
         old = self.kept
         if old is None or old.X.shape != X.shape:
@@ -752,7 +775,7 @@ class LOBPCG:
         kept, k = self.kept, self.iparams["k"]
         if kept is None or kept.X.shape[-1] != self.n or self.converged():
             return
-        X = self.basis.part(0, 0, k)
+        X = self.basis.part(0, k)
         (G,) = self.down(gram(X, self.pencil.B.apply(X)))
         G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
         loss = self.eps + G.abs().amax((-2, -1))
@@ -763,14 +786,14 @@ class LOBPCG:
         restored = worse & ~((loss < 1e-3) & (gain > 20.0 * k * loss * size))
         now = Kept(
             level,
-            self.basis.part(0, 0, self.n),
+            self.basis.part(0, self.n),
             self.e,
             self.residual,
             self.scale,
             self.measures,
         )
         best = self.chosen(restored, kept, now)
-        self.basis.part(0, 0, self.n).copy_(best.X)
+        self.basis.part(0, self.n).copy_(best.X)
         self.e, self.residual, self.scale = best.e, best.residual, best.scale
         self.measures, self.tvars["rerr"] = best.measures, best.measures.rerr
         self.E = self.e.to(self.E.device, self.E.dtype)

@@ -30,6 +30,7 @@ from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.sparse import (
     block_diagonal,
     by_rows,
+    columns_at_a_time,
     compressed_rows,
     csr_matrix,
     is_sparse,
@@ -287,6 +288,23 @@ class Sparse(_Matrix):
         if V.dim() > 2:
             return _unfold(self.rows @ _fold(V), V)
         return self.rows @ V.contiguous()
+
+    def apply_to(self, V: Tensor, out: Tensor) -> Tensor:
+        if V.dim() > 2 or V.device.type != "cpu":
+            return super().apply_to(V, out)
+        self.columns += V.shape[-1]
+        m, p = V.shape
+        width = columns_at_a_time(m)
+        # Products take rows, columns are what blocks are made of: some at a time, in memory that is mapped already.
+        v, u = (V.new_empty(m * min(width, p)) for _ in range(2))
+        for i in range(0, p, width):
+            part = V[:, i : i + width]
+            rows, image = (b[: part.numel()].view(part.shape) for b in (v, u))
+            rows.copy_(part)
+            # A product that replaces nothing: mm would fill its result with zeros first.
+            torch.addmm(image, self.rows, rows, beta=0.0, out=image)
+            out[:, i : i + width].copy_(image)
+        return out
 
     def product(self, V: Tensor) -> Tensor:
         return SparseProduct.apply(self.tensor, V, self)

@@ -31,19 +31,18 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
 
     Raises ValueError on NaN, infinity, asymmetry and a B or iK that shows itself not to be positive definite.
     """
-    pencil, m, batch = pencil.checked(), pencil.m, pencil.batch
+    pencil, batch = pencil.checked(), pencil.batch
     if X is not None:
         operand(X, "X").check_finite(lambda: X)
     if 0 in batch:
         return _no_pairs(pencil, options.n)
     if dense_is_cheaper(pencil, options):
         return dense_solve(pencil, options)
-    start = fixed_block(m, options.n, 0, pencil.empty()) if X is None else X
-    start = start.expand([*batch, m, options.n])
     if options.tracker is None or not batch:
-        return iterate(pencil, start, options)
+        return iterate(pencil, X, options)
     # One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order.
     positions = itertools.product(*(range(size) for size in batch))
+    start = _start(pencil, X, options)
     pairs = [iterate(pencil.member(p), start[p], options) for p in positions]
     stacked: Any = (
         torch.stack(field).reshape([*batch, *field[0].shape])
@@ -53,7 +52,12 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
     return EigenPairs(*stacked, at_rounding=at_rounding)  # type: ignore[misc]
 
 
-def iterate(pencil: Pencil, X: Tensor, options: Options) -> EigenPairs:
+def _start(pencil: Pencil, X: Optional[Tensor], options: Options) -> Tensor:
+    start = fixed_block(pencil.m, options.n, 0, pencil.empty()) if X is None else X
+    return start.expand([*pencil.batch, pencil.m, options.n])
+
+
+def iterate(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
     """Run the worker on one problem or on a batch in lockstep; the pencil is checked."""
     iparams = {
         "m": pencil.m,
@@ -76,8 +80,18 @@ def iterate(pencil: Pencil, X: Tensor, options: Options) -> EigenPairs:
         getattr(M, "tensor", getattr(M, "call", None))
         for M in (pencil.A, pencil.B, pencil.iK)
     )
+    # A start block of ours is handed over: nothing here keeps it alive.
     worker = LOBPCG(
-        A, B, X, iK, iparams, fparams, bparams, options.method, options.tracker, pencil
+        A,
+        B,
+        _start(pencil, X, options),
+        iK,
+        iparams,
+        fparams,
+        bparams,
+        options.method,
+        options.tracker,
+        pencil,
     )
     with torch.no_grad():
         worker.run()
