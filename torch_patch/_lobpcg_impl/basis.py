@@ -79,7 +79,7 @@ class Basis:
             self.part(2, first, self.q - first).copy_(pencil.B.apply(V))
 
     def grams(self, first: int) -> Tuple[Tensor, Tensor]:
-        """W^H A S and W^H B S, (*, q - first, q), W the vectors from `first` on."""
+        """W^H A S and W^H B S, (*, q - first, q), W the vectors from `first` on: sums over the rows held here."""
         W = self.part(0, first, self.q - first)
         return gram(W, self.part(1, 0, self.q)), gram(
             W, self.part(self.image_B, 0, self.q)

@@ -6,7 +6,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import fixed_block, inner, is_single, norms
+from torch._lobpcg_impl.blocks import inner, is_single, norms
 from torch._lobpcg_impl.iteration import EigenPairs, LOBPCG
 from torch._lobpcg_impl.operand import operand, Pencil
 from torch._lobpcg_impl.report import members, warn
@@ -38,8 +38,10 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
         return _no_pairs(pencil, options.n)
     if dense_is_cheaper(pencil, options):
         return dense_solve(pencil, options)
-    start = fixed_block(m, options.n, 0, pencil.empty()) if X is None else X
-    start = start.expand([*batch, m, options.n])
+    start = X
+    if start is None:
+        start = pencil.space.fixed_block(m, options.n, 0, pencil.empty())
+    start = start.expand([*batch, *start.shape[-2:]])
     if options.tracker is None or not batch:
         return iterate(pencil, start, options)
     # One worker a matrix, so that a tracker sees one problem at a time; batch in row-major order.
