@@ -42,7 +42,7 @@ from torch._lobpcg_impl.gauge import (
     Seen,
 )
 from torch._lobpcg_impl.operand import Pencil
-from torch._lobpcg_impl.pairs import in_masses, longer, Pairs, pencil_size
+from torch._lobpcg_impl.pairs import in_masses, longer, missed, Pairs, pencil_size
 from torch._lobpcg_impl.report import OneWarning
 from torch._lobpcg_impl.resolvent import (
     distance_of_quotient,
@@ -89,7 +89,7 @@ def find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
 
 
 def copied(pairs: Pairs, T: Tensor) -> Tensor:
-    """A tensor of the pairs as a solve returns it: a copy, so that it neither aliases an argument nor keeps the whole block
+    """A tensor of the pairs as it is returned: a copy, so that it neither aliases an argument nor keeps the whole block
     alive; what was found in double is rounded to the dtype of the matrices here, once."""
     dtype = pairs.pencil.dtype
     if T is pairs.missed:

@@ -139,7 +139,7 @@ class Dense(_Matrix):
         return self.tensor.numel()
 
     def _multiply(self, V: Tensor) -> Tensor:
-        A = self.tensor
+        A, p = self.tensor, V.shape[-1]
         if A.dim() > 2:
             return torch.matmul(A, V)
         if V.dim() > 2:
