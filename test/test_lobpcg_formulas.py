@@ -2,7 +2,6 @@
 """The displayed formulas of the derivative modules, each against a dense oracle that shares no code with it."""
 
 import itertools
-import sys
 import unittest
 import warnings
 from unittest import mock

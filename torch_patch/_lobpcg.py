@@ -85,6 +85,10 @@ def lobpcg(
     .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`\frac12 (A + A^H)`, so gradients
         are Hermitian. A sparse one must be Hermitian, and its gradient lives on the stored entries.
 
+    .. note:: Rows may live on several processes: :attr:`A`, :attr:`B`, :attr:`X` and :attr:`iK` as
+        :class:`~torch.distributed.tensor.DTensor` sharded by rows, or callables on such blocks, give E replicated, X
+        and first derivatives sharded by rows; see :ref:`lobpcg-distributed`.
+
     .. note:: To TorchScript the whole of it is one operator, registered when torch is imported into Python: a scripted
         function has gradients, and a module saved with :func:`torch.jit.save` needs a process with Python to run in.
         Callables and :attr:`tracker` are refused there by type, with a RuntimeError.

@@ -62,12 +62,11 @@ def pair_factors(
     eps: unit rounding of what E and X were before they were rounded to their precision.  Raises RuntimeError where no
     derivative exists; reports where it exists only in part or is inaccurate.
     """
-    E = seen.E
+    E, setting = seen.E, _Setting(m, options, eps, forward_mode)
     if not (forward_mode or torch.is_grad_enabled() or in_transform() or is_traced(E)):
-        if is_clear(seen, options, eps):
+        if is_clear(seen, setting):
             return _of_distinct(E), False
     G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
-    setting = _Setting(m, options, eps, forward_mode)
     mask = apply(_PairMask, setting, *seen._replace(E=E.detach(), G=G, gE=gE))
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))

@@ -1,6 +1,6 @@
 """Lowest modes of -Laplacian + v on a cube whose rows live on several processes, and their gradient in v.
 
-    torchrun --nproc-per-node 2 slabs.py --side 48
+    torchrun --standalone --nproc-per-node 2 slabs.py --side 48
 
 Each process holds a slab of the grid: its rows of the matrix as CSR, and its part of the potential v.  A product needs
 a layer of the block from each neighbour, a few hundred kilobytes.  At the end every process prints what it held, and
@@ -9,6 +9,7 @@ the results are compared with the closed form.
 
 import argparse
 import math
+import os
 import time
 import warnings
 
@@ -138,15 +139,19 @@ def solve(side: int, k: int, niter: int, gradient: bool) -> None:
 
 
 def memory(name: str) -> float:
-    """A line of /proc/self/status in MB: VmRSS, what is held, or VmHWM, the most that was since `forget_peak`."""
+    """A line of /proc/self/status in MB: VmRSS, what is held, or VmHWM, the most that was since `forget_peak`; NaN
+    where there is no such file."""
+    if not os.path.exists("/proc/self/status"):
+        return math.nan
     with open("/proc/self/status") as file:
         lines = dict(line.split(":", 1) for line in file)
     return int(lines[name].split()[0]) / 1024
 
 
 def forget_peak() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    if os.path.exists("/proc/self/clear_refs"):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
 
 
 def main() -> None:
