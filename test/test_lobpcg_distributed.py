@@ -465,6 +465,27 @@ def callables(mesh):
             near(leaf.grad, wanted[0])
 
 
+def checkpointed(mesh):
+    """Tensors that are kept are unpacked once; and the same backward can be taken twice."""
+    from torch.utils.checkpoint import checkpoint
+
+    A, _ = problem()
+    gradients = expected(A, None)[2]
+
+    def solve(leaf):
+        return loss_of(*torch.lobpcg(leaf, K, largest=False, tol=1e-11))
+
+    leaf = shard(A, mesh)
+    loss = checkpoint(solve, leaf, use_reentrant=False)
+    loss.backward()
+    near(leaf.grad, gradients[0])
+    leaf.grad = None
+    loss = solve(leaf)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    near(leaf.grad, 2 * gradients[0])
+
+
 def weights_of_one_process(mesh):
     """A parameter that one process alone has: the others take part in backward."""
     from torch.distributed.tensor import DTensor
@@ -934,6 +955,9 @@ class TestLobpcgDistributed(TestCase):
 
     def test_callables(self):
         self.on_processes("callables")
+
+    def test_checkpoint_and_two_backwards(self):
+        self.on_processes("checkpointed", (2,))
 
     def test_weights_of_one_process(self):
         self.on_processes("weights_of_one_process", (2,))

@@ -306,7 +306,8 @@ class _OverRows(Function):
 
     @staticmethod
     def backward(ctx: Any, gE: Optional[Tensor], gX: Optional[Tensor]) -> Any:
-        kept, parameters = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
+        kept, parameters = saved[:7], saved[7:]
         pencil = ctx.pencil.with_parameters(parameters)
         pairs = Pairs(pencil, ctx.options, *kept)
         E, X = kept[:2]
