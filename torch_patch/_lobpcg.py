@@ -6,7 +6,12 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options, options_of
-from torch._lobpcg_impl.derivative import corrected, forward_mode, reverse_mode
+from torch._lobpcg_impl.derivative import (
+    copied,
+    find_pairs,
+    forward_mode,
+    reverse_mode,
+)
 from torch._lobpcg_impl.graph import (
     define_for_torchscript,
     hold_pencil,
@@ -18,12 +23,13 @@ from torch._lobpcg_impl.graph import (
 )
 from torch._lobpcg_impl.iteration import LOBPCG  # noqa: F401
 from torch._lobpcg_impl.operand import hermitian_part, Pencil
-from torch._lobpcg_impl.pairs import missed, Pairs
-from torch._lobpcg_impl.solver import pair_shapes, solve, warn_unconverged
+from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.solver import pair_shapes
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     is_traced,
     may_be_differentiated,
+    over_processes,
     refuse_nested_forward_mode,
     without_autocast,
 )
@@ -78,6 +84,10 @@ def lobpcg(
 
     .. note:: A dense :attr:`A` or :attr:`B` enters through its Hermitian part :math:`\frac12 (A + A^H)`, so gradients
         are Hermitian. A sparse one must be Hermitian, and its gradient lives on the stored entries.
+
+    .. note:: Rows may live on several processes: :attr:`A`, :attr:`B`, :attr:`X` and :attr:`iK` as
+        :class:`~torch.distributed.tensor.DTensor` sharded by rows, or callables on such blocks, give E replicated, X
+        and first derivatives sharded by rows; see :ref:`lobpcg-distributed`.
 
     .. note:: To TorchScript the whole of it is one operator, registered when torch is imported into Python: a scripted
         function has gradients, and a module saved with :func:`torch.jit.save` needs a process with Python to run in.
@@ -213,6 +223,17 @@ def _lobpcg(
         return handle_torch_function(
             lobpcg, (A, B, X, iK), A, B=B, X=X, iK=iK, **named, **others
         )
+    if over_processes(A, B, X, iK):
+        from torch._lobpcg_impl.sharded import lobpcg_on_processes
+
+        return lobpcg_on_processes(_solve, A, B, X, iK, numbers, **others)
+    return _solve(A, B, X, iK, numbers, **others)
+
+
+def _solve(
+    A: Any, B: Any, X: Any, iK: Any, numbers: Any, **others: Any
+) -> tuple[Tensor, Tensor]:
+    """lobpcg on plain tensors and callables."""
     options = options_of(A, B, X, iK, *numbers, **others)
     traced = is_traced(A, B, X, iK)
     if traced:
@@ -225,8 +246,8 @@ def _lobpcg(
     if not (traced or differentiated):
         # A Function with nothing to record costs a fifth of a small solve.
         with torch.no_grad(), without_autocast(pencil.device):
-            pairs = _find_pairs(pencil, X, options)
-            return _copy(pairs, pairs.E), _copy(pairs, pairs.X)
+            pairs = find_pairs(pencil, X, options)
+            return copied(pairs, pairs.E), copied(pairs, pairs.X)
     arguments = (pencil.bare(), options, X, *pencil.parameters)
     if traced:
         tensors, held = hold_pencil(*arguments)
@@ -259,8 +280,8 @@ class LOBPCGAutogradFunction(Function):
         pencil: Pencil, options: Options, X: Optional[Tensor], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         with without_autocast(pencil.device):
-            pairs = _find_pairs(pencil.with_parameters(parameters, X), X, options)
-            return tuple(_copy(pairs, T) for T in pairs.tensors)
+            pairs = find_pairs(pencil.with_parameters(parameters, X), X, options)
+            return tuple(copied(pairs, T) for T in pairs.tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -317,40 +338,6 @@ class LOBPCGAutogradFunction(Function):
 def _saved_pairs(ctx: Any) -> Pairs:
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
     return Pairs(ctx.pencil.with_parameters(saved[7:]), ctx.options, *saved[:7])
-
-
-def _find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
-    """The forward of one problem, with a warning where pairs have not converged."""
-    k = options.k
-    found = solve(pencil, X, options)
-    warn_unconverged(found, pencil, options)
-    # All m, of a dense solve, or as many as were asked for: columns may have joined the block on the way.
-    n = found.E.shape[-1] if found.E.shape[-1] == pencil.m else options.n
-    last = n if options.differentiated else k
-    further = (found.E[..., k:last], found.X[..., k:last])
-    residual, scale = found.residual[..., :n], found.scale[..., :n]
-    pairs = Pairs(
-        pencil,
-        options,
-        found.E[..., :k],
-        found.X[..., :k],
-        *further,
-        residual,
-        scale,
-        missed(residual[..., :k], scale[..., :k], pencil.m, options.tol),
-    )
-    return corrected(pairs)
-
-
-def _copy(pairs: Pairs, T: Tensor) -> Tensor:
-    """A tensor of the pairs as it is returned: a copy, so that it neither aliases an argument nor keeps the whole block
-    alive; what was found in double is rounded to the dtype of the matrices here, once."""
-    dtype = pairs.pencil.dtype
-    if T is pairs.missed:
-        dtype = torch.bool
-    elif T is not pairs.X and T is not pairs.Y:
-        dtype = dtype.to_real()
-    return T.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 define_for_torchscript(lobpcg)

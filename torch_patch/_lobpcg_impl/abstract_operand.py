@@ -4,7 +4,7 @@ from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import all_finite
+from torch._lobpcg_impl.blocks import all_finite, Space, WHOLE
 from torch._lobpcg_impl.report import members
 
 
@@ -16,13 +16,14 @@ class Operand:
     """A Hermitian linear map on blocks (*, m, p).
 
     parameters: the tensors that a derivative is taken in.  batch: the shape (*).  stored: numbers held, 0 if unknown.
-    columns: how many vectors `apply` has multiplied so far.
+    columns: how many vectors `apply` has multiplied so far.  space: the rows of blocks.
     """
 
     parameters: Tuple[Tensor, ...] = ()
     batch: Tuple[int, ...] = ()
     stored = 0
     columns = 0
+    space: Space = WHOLE
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -30,14 +30,14 @@ def check_accuracy(
     skew: (+, *, k, k), what is divided by the gaps; lost: what rounding and residuals change in that.
     """
     width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
-    share, total = _shares(seen, gaps, skew / width, setting.forward_mode)
+    share, total = _shares(seen, gaps, skew / width, setting)
     relative = lost / width / total.unsqueeze(-1)
     _check_outside(seen, gaps, setting.options, share, relative)
     # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
     # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.
-    most = 30 * math.sqrt(torch.finfo(seen.X.dtype).eps)
+    most = 30 * math.sqrt(torch.finfo(seen.x.dtype).eps)
     bad = relative > (
-        most if seen.gE is not None and seen.gX is not None else max(most, 1e-4)
+        most if seen.gE is not None and seen.g is not None else max(most, 1e-4)
     )
     if bool(bad.any()):
         worst = torch.where(bad, relative, torch.zeros_like(relative))
@@ -54,41 +54,42 @@ def check_accuracy(
         )
 
 
-def is_clear(seen: Any, options: Options, eps: float) -> bool:
+def is_clear(seen: Any, setting: Any) -> bool:
     """Whether one problem has nothing to report, by bounds on what is computed for the report, ten times below it.
 
     Eigenvalues far apart and small residuals are the rule, and a small problem spends its time in kernels: this costs
-    a dozen, and one transfer.  False, where it cannot tell; eps: unit rounding of the arithmetic of the pairs.
+    a dozen, and one transfer.  False, where it cannot tell.
     """
-    E, T, gX, Z = seen.E, seen.T, seen.gX, seen.Z
+    E, T, G, g, z = seen.E, seen.T, seen.G, seen.g, seen.z
     k = E.shape[-1]
-    if E.dim() > 1 or E.is_complex() or seen.X.is_complex() or k > _FEW:
+    if E.dim() > 1 or k > _FEW or (G is not None and G.is_complex()):
         return False
-    if (gX is None) != (Z is None) or (gX is not None and gX.dim() > 2):
+    if (g is None) != (z is None) or (g is not None and g.dim() > 1):
         return False
     if (seen.gE is not None and seen.gE.dim() > 1) or T.dim() > 1 or not T.shape[-1]:
         return False
+    options = setting.options
     nearest = T.amax(-1, keepdim=True) if options.largest else T.amin(-1, keepdim=True)
-    rows = [E, seen.residual, seen.late, seen.size, norms(seen.X)]
+    rows = [E, seen.residual, seen.late, seen.size, seen.x]
     if seen.gE is not None:
         rows.append(seen.gE)
-    if gX is not None:
-        rows += [norms(gX), norms(Z), seen.left]
+    if g is not None:
+        rows += [g, z, seen.left]
     numbers = torch.cat([*rows, nearest]).tolist()
     each = [numbers[i : i + k] for i in range(0, len(numbers) - 1, k)]
     zero = [0.0] * k
     if seen.gE is None:
         each.insert(5, zero)
-    if gX is None:
+    if g is None:
         each += [zero, zero, zero]
     # Negative, where a pair was missed.
     rest = [(numbers[-1] - value) * options.sign for value in each[0]]
-    own = torch.finfo(seen.X.dtype).eps
-    return _is_clear([*each, rest], seen.X.shape[-2], own, eps)
+    own = torch.finfo(seen.x.dtype).eps
+    return _is_clear([*each, rest], setting.m, own, setting.eps)
 
 
 def _is_clear(rows: List[List[float]], m: int, own: float, eps: float) -> bool:
-    """own: unit rounding of the cotangents."""
+    """own: unit rounding of the cotangents; eps: of the arithmetic of the pairs."""
     E, r, late, size, x, gE, g, z, left, rest = rows
     total = max([abs(w) * a for w, a in zip(gE, x)] + z)
     if not total > 0.0 or any(late) or not min(rest) > 0.0:
@@ -116,17 +117,17 @@ def _pairwise(a: Tensor) -> Tensor:
     return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
 
 
-def _shares(seen: Any, gaps: Any, C: Tensor, forward_mode: bool) -> Any:
+def _shares(seen: Any, gaps: Any, C: Tensor, setting: Any) -> Any:
     """(+, *, k): by what an error relative to x_j enters that of W = X (diag(gE) + C) - Z; and the size of W,
     (+, *, 1)."""
-    x = norms(seen.X)
+    x = seen.x
     total = (norms(C) * x).amax(-1, keepdim=True)
     weight = torch.zeros_like(x)
     if seen.gE is not None:
         weight = weight + seen.gE.abs() * x
         total = torch.maximum(total, weight.amax(-1, keepdim=True))
-    if seen.Z is not None:
-        z, g = norms(seen.Z), norms(seen.gX)
+    if seen.z is not None:
+        z, g = seen.z, seen.g
         there = (seen.left > 0) & (z > 0)
         left = torch.where(there, seen.left, torch.ones_like(g))
         weight_Z = z * torch.where(there, g / left, 1.0).clamp(min=1.0)
@@ -134,12 +135,12 @@ def _shares(seen: Any, gaps: Any, C: Tensor, forward_mode: bool) -> Any:
         rest = torch.where(
             gaps.rest > 0, gaps.rest, torch.full_like(gaps.rest, math.inf)
         )
-        even = g / (rest * math.sqrt(seen.X.shape[-2]))
+        even = g / (rest * math.sqrt(setting.m))
         weight_Z = torch.where(there, torch.maximum(weight_Z, even), weight_Z)
         weight = weight + weight_Z
         # A cotangent in span X but for a ten thousandth leaves a gradient that is as good as zero; a tangent in span X,
         # vectors that do not move, beside the others that would.
-        z = torch.maximum(z, (1.0 if forward_mode else 1e-4) * weight_Z)
+        z = torch.maximum(z, (1.0 if setting.forward_mode else 1e-4) * weight_Z)
         total = torch.maximum(total, z.amax(-1, keepdim=True))
     total = torch.where(total > 0, total, torch.ones_like(total))
     return weight / total, total
@@ -166,10 +167,10 @@ def _check_outside(
         return
     if not T.shape[-1]:
         return
-    single = is_single(torch.finfo(seen.X.dtype).eps)
+    single = is_single(torch.finfo(seen.x.dtype).eps)
     most = 3e-2 if single else 1e-3
     # In a special basis, as of unit vectors, a gradient may be blind to a cluster that the loss sees.
-    seen_at_all = share > 0 if seen.gX is None else (share > 0) | (norms(seen.gX) > 0)
+    seen_at_all = share > 0 if seen.g is None else (share > 0) | (seen.g > 0)
     width = gaps.rounding
     if not single:
         # Of single precision, the vectors are rounded after their residuals.

@@ -2,11 +2,11 @@
 
 A block of p vectors of length m has shape (*, m, p) everywhere.  In memory its columns are contiguous, since a slice of
 vectors then is, and updates and reductions run two to three times faster than on contiguous rows; `columns` makes a
-block so.  A sum over m ends here and nowhere else.
+block so.  A sum over m ends in a Space and nowhere else: here that of one process, which holds all rows.
 """
 
 import math
-from typing import Any
+from typing import Any, Callable, List
 
 import torch
 from torch import Tensor
@@ -76,15 +76,18 @@ def largest_entries(V: Tensor, dim: int = -2) -> Tensor:
     return torch.maximum(V.amax(dim), -V.amin(dim))
 
 
-def fixed_block(m: int, count: int, first: int, like: Tensor) -> Tensor:
-    """Columns `first` to `first + count - 1` of a fixed table of pseudo-random numbers in (-1, 1): (m, count).
+def fixed_block(
+    m: int, count: int, first: int, like: Tensor, offset: int = 0
+) -> Tensor:
+    """Columns `first` to `first + count - 1` of a fixed table of pseudo-random numbers in (-1, 1), of its rows m from
+    `offset` on: (m, count).
 
     The table is a hash of the position (two rounds of multiply and shift on 31-bit integers), so it is the same on
     every device and in every process, and no generator's state is read or changed.  Real also for complex problems: a
     real vector has a component along every eigenvector with probability one just as a complex one has.
     """
     rows = torch.empty([count, m], dtype=like.dtype, device=like.device)
-    position = torch.arange(m, dtype=torch.int64, device=like.device)
+    position = torch.arange(offset, offset + m, dtype=torch.int64, device=like.device)
     column = torch.arange(first + 1, first + count + 1, device=like.device)
     column = column.unsqueeze(-1) * 891646097
     some = max(1, _TABLE // max(1, m))
@@ -97,6 +100,40 @@ def fixed_block(m: int, count: int, first: int, like: Tensor) -> Tensor:
     return rows.mT
 
 
+class Space:
+    """The rows of tall blocks: this process holds all, so that its sum over them is the whole one.
+
+    Where rows live on several processes (module processes), blocks are those that this one holds, what it sums over
+    them is a part, and the methods add the parts of all.  split: whether they do.
+    """
+
+    split = False
+    gram = staticmethod(gram)
+    inner = staticmethod(inner)
+    norms = staticmethod(norms)
+    safe_norms = staticmethod(safe_norms)
+    largest_entries = staticmethod(largest_entries)
+    fixed_block = staticmethod(fixed_block)
+
+    def size(self, V: Tensor) -> int:
+        """The number of rows of a block, m."""
+        return V.shape[-2]
+
+    def joined(self, parts: List[Tensor], lengths: int = 0) -> List[Tensor]:
+        """Whole sums for parts of them, in one message; the first `lengths` are 2-norms."""
+        return parts
+
+    def first(self, make: Callable[[], Any], order: int) -> Any:
+        """What the first process makes of small tensors, a tuple of tensors of that order at most, numbers and None."""
+        return make()
+
+    def agree(self, flag: bool = False) -> bool:
+        """Whether the flag is set on any process."""
+        return flag
+
+
+# All rows on one process.
+WHOLE: Space = Space()
 # The scale of what is near one as it is.
 UNSCALED = torch.ones([], dtype=torch.float64)
 

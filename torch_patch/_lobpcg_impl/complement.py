@@ -21,8 +21,9 @@ from torch._lobpcg_impl.blocks import (
     inner,
     is_single,
     norms,
-    safe_norms,
+    Space,
     take,
+    WHOLE,
 )
 from torch._lobpcg_impl.chebyshev import polynomial
 from torch._lobpcg_impl.conjugate_gradient import conjugate_gradients, Deflation, State
@@ -54,7 +55,12 @@ def is_small(pencil: Pencil) -> bool:
 
 
 def system_tolerance(
-    E: Tensor, X: Tensor, T: Tensor, residual: Tensor, tol: float
+    E: Tensor,
+    X: Tensor,
+    T: Tensor,
+    residual: Tensor,
+    tol: float,
+    space: Space = WHOLE,
 ) -> Tensor:
     """Relative residuals (k,) for the systems of a derivative: half of the relative error that x_j itself has.
 
@@ -66,7 +72,7 @@ def system_tolerance(
     if T.shape[-1] == 0 or E.numel() == 0:
         return E.new_full((E.shape[-1],), tol)
     gap = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)  # (*, k)
-    error = residual * norms(X) / gap
+    error = residual * space.norms(X) / gap
     return (
         (error / 2)
         .reshape(-1, E.shape[-1])
@@ -115,7 +121,7 @@ def _is_all_of_it(
     pencil: Pencil, X: Tensor, b: Tensor, further: Tuple[Tensor, Tensor]
 ) -> bool:
     """Whether X and the further vectors are all eigenvectors of a matrix, and b has no further dimensions."""
-    known = X.shape[-1] + further[0].shape[-1] == X.shape[-2]
+    known = X.shape[-1] + further[0].shape[-1] == pencil.m
     return known and not pencil.generalized and b.shape == X.shape
 
 
@@ -163,8 +169,11 @@ def _solve(
     if bool((size == 0).all()):
         return _further_dimensions_of_columns(torch.zeros_like(b), more, len(batch))
     op.set_scale(b)
-    m, z = X.shape[-2], None
-    if m == k:
+    m, z = pencil.m, None
+    if pencil.space.split:
+        # No process could hold a matrix of order m.
+        z = _iterate(op, b, further, tol)
+    elif m == k:
         z = torch.zeros_like(b)
     elif further is not None and further[0].shape[-1] == m - k:
         z = _by_all_pairs(op, b, *further)
@@ -187,15 +196,17 @@ def _right_hand_side(op: Complement, b: Tensor, eps: float) -> Tuple[Tensor, Ten
     b and of the terms that were subtracted.  It is zero then, and not a direction to solve for.  The projector is as
     exact as X is orthonormal, so it is applied to what it left once more: what lies in the complement keeps its length.
     """
-    size = safe_norms(b)
+    space = op.space
+    size = space.safe_norms(b)
     b = columns(b / _nonzero(size))
-    c = gram(op.X, b)
-    terms = 1 + norms(op.BX).unsqueeze(-2).to(b.real.dtype) @ c.abs()  # (*, 1, q)
+    c = space.gram(op.X, b)
+    longest = space.norms(op.BX).unsqueeze(-2).to(b.real.dtype)
+    terms = 1 + longest @ c.abs()  # (*, 1, q)
     b = op.project_dual(b)
-    left = norms(b, keepdim=True)
+    left = space.norms(b, keepdim=True)
     inside = left <= 16 * eps * terms  # false for NaN, which goes on to be seen
     b = op.project_dual(b / _nonzero(left))
-    again = norms(b, keepdim=True)
+    again = space.norms(b, keepdim=True)
     inside = inside | (again < 0.5)
     b = b.div_(_nonzero(again)).masked_fill_(inside, 0.0)
     return b, (size * left * again).masked_fill(inside, 0.0)
@@ -434,7 +445,7 @@ def _iterate(
 ) -> Tensor:
     """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance."""
     eps = torch.finfo(op.shifts.dtype).eps
-    m = b.shape[-2]
+    m = op.pencil.m
     dense = op.pencil.is_dense()
     if op.pencil.iK is None:
         precondition = _polynomial(op, further)
@@ -485,7 +496,7 @@ def _iterate(
         z, state = conjugate_gradients(op, b, None, deflation, None, rtol, budget)
         if state.all_done:
             return z
-    if m < _SPECTRAL_BELOW:
+    if m < _SPECTRAL_BELOW and not op.space.split:
         return _spectral(op, b, *op.dense())
     if not op.quiet:
         _report_residual(state)
@@ -538,15 +549,18 @@ def _without_cut_cluster(
     column solved again.  A further null vector is not seen by b - (B u) u^H b, so one vector per column is enough.
     """
     eps = torch.finfo(op.shifts.dtype).eps
-    amplification = (state.norm * norms(z)).reshape(-1, z.shape[-1]).amax(0)
+    space = op.space
+    amplification = (state.norm * space.norms(z)).reshape(-1, z.shape[-1]).amax(0)
     large = (amplification > eps**-0.5).nonzero()[:, 0]
     if large.numel() == 0 or op.probe:
         return z
     part = op.restrict(large)
     u = take(op.project(z), large)
-    size = safe_norms(u)
-    u = u / torch.where(size > 0, size, torch.ones_like(size))
-    gap = inner(u, part(u), keepdim=True) / inner(u, op.pencil.B.apply(u), keepdim=True)
+    u = u / _nonzero(space.safe_norms(u))
+    top, bottom = space.joined(
+        [inner(u, V, keepdim=True) for V in (part(u), op.pencil.B.apply(u))]
+    )
+    gap = top / bottom
     # Rounding in the eigenvalues themselves: the two of a cluster agree to a modest multiple of eps |K|.
     cut = (gap.abs() <= 64 * eps * state.norm).squeeze(-2)
     singular = cut.reshape(-1, large.numel()).any(0)

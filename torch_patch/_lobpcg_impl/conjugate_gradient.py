@@ -2,9 +2,14 @@
 
 The operator K_j = s (A - E_j B) / scale is a projected.Complement, positive definite on the complement of the
 eigenvectors.  Extra columns that the forward carried are deflated (Saad, Yeung, Erhel, Guyomarc'h 2000).
+
+All sums over m of an iteration are two groups, since over processes a group is a message.  What projections and
+deflation change in an inner product is orthogonal to the other vector: A Y and B Y were projected, the residual is in
+the dual of the complement, and K p is orthogonal to Y.  So the first group is taken of t = M r as it is, and what makes
+of it a direction is algebra on small matrices; the second of K p before its projection.
 """
 
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -26,19 +31,20 @@ class Deflation:
     """Coarse space of further approximate eigenvectors Y, exact for any Y: directions are kept K_j-orthogonal to Y."""
 
     def __init__(self, op: Any, Y: Tensor) -> None:
+        self.space = op.space
         self.Y = Y = op.project(columnwise(Y))
         factor = op.sign / op.scale
         self.AY = op.project_dual(columnwise(op.pencil.A.apply(Y))) * factor
         self.BY = op.project_dual(columnwise(op.pencil.B.apply(Y))) * factor
         self.shifts = op.shifts
-        K = gram(Y, self.AY).unsqueeze(-3) - op.shifts[..., None, None] * gram(
-            Y, self.BY
-        ).unsqueeze(-3)
+        of_A, of_B = self.space.joined([gram(Y, self.AY), gram(Y, self.BY)])
+        K = of_A.unsqueeze(-3) - op.shifts[..., None, None] * of_B.unsqueeze(-3)
         L, info = torch.linalg.cholesky_ex((K + K.mH) / 2)  # (*, q, p, p)
         smallest = torch.diagonal(L, dim1=-2, dim2=-1).real.amin()
         # Below sqrt(eps) of the operator's size the coarse space holds a cluster cut at k: dividing by it is noise.
         floor = torch.finfo(op.shifts.dtype).eps ** 0.5
-        self.usable = bool(~(info != 0).any() & (smallest * smallest > floor))
+        usable = bool(~(info != 0).any() & (smallest * smallest > floor))
+        self.usable = not self.space.agree(not usable)
         self.inverse = torch.cholesky_inverse(L) if self.usable else L
 
     def restrict(self, columns: Tensor) -> "Deflation":
@@ -56,13 +62,14 @@ class Deflation:
 
     def solve(self, r: Tensor) -> Tuple[Tensor, Tensor]:
         """z_j = Y M_j^-1 Y^H r_j and K_j z_j, without a product with A."""
-        c = self.coefficients(gram(self.Y, r))
+        c = self.coefficients(self.space.gram(self.Y, r))
         return combine(self.Y, c), combine(self.AY, c) - combine(
             self.BY, c * self.shifts[..., None, :]
         )
 
-    def __call__(self, t: Tensor) -> Tensor:
-        c = gram(self.AY, t) - gram(self.BY, t) * self.shifts[..., None, :]
+    def direction(self, t: Tensor, of_A: Tensor, of_B: Tensor) -> Tensor:
+        """t made K_j-orthogonal to Y; of_A, of_B: (A Y)^H t and (B Y)^H t."""
+        c = of_A - of_B * self.shifts[..., None, :]
         return deduct(t, self.Y, self.coefficients(c))
 
 
@@ -112,9 +119,9 @@ def conjugate_gradients(
         norm = sweep.norm
         budget -= sweep.steps
         r = take(b, columns).sub_(part(take(z, columns)))
-        size = norms(r)
+        size, length = op.space.joined([norms(r), norms(take(z, columns))], 2)
         # Two products and a subtraction, each with an error of a few eps |K| |z|.
-        attainable = 16 * eps * (1 + norm * norms(take(z, columns)))
+        attainable = 16 * eps * (1 + norm * length)
         late = (
             (size > torch.maximum(attainable, 2 * rtol[columns]))
             .reshape(-1, columns.numel())
@@ -160,7 +167,8 @@ class _Sweep:
     ) -> None:
         self.op, self.z, self.columns, self.rtol = op, z, columns, rtol
         self.deflation, self.precondition = deflation, precondition
-        self.size0 = norms(take(z, columns), keepdim=True)
+        self.space = op.space
+        self.size0 = self.space.norms(take(z, columns), keepdim=True)
         if deflation is None:
             self.r, self.dz = r, torch.zeros_like(r)
         else:
@@ -169,9 +177,17 @@ class _Sweep:
         self.norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
 
     def run(self, budget: int) -> bool:
-        """Whether K turned out to be indefinite, which ends the run."""
+        """Whether K turned out to be indefinite, which ends the run.
+
+        Over processes the lengths that a column stops by travel with the first group, so the columns that stop have
+        cost a product with the preconditioner.
+        """
+        split = self.space.split
         while True:
-            waiting = self._waiting()
+            sizes = [norms(self.r, keepdim=True), norms(self.dz, keepdim=True)]
+            t, parts = self._ahead() if split else (None, [])
+            length, far, *parts = self.space.joined([*sizes, *parts], 2)
+            waiting = self._waiting(length, far)
             active = waiting.reshape(-1, self.columns.numel()).any(0)
             flags = active.tolist()  # the synchronisation
             if not all(flags) or self.steps >= budget:
@@ -180,18 +196,22 @@ class _Sweep:
                 self._leave([i for i in range(len(flags)) if i not in going])
                 if not going:
                     return False
-                self._keep(torch.tensor(going, device=self.r.device))
-                waiting = waiting[..., going]
-            good = self._step(self._direction())
+                index = torch.tensor(going, device=self.r.device)
+                self._keep(index)
+                t = None if t is None else take(t, index)
+                waiting, *parts = (T[..., index] for T in (waiting, *parts))
+            if t is None:
+                t, parts = self._ahead()
+            good = self._step(self._direction(t, parts))
             if self.steps % 8 == 0 and bool((~good & waiting).any()):
                 self.z.index_add_(-1, self.columns, self.dz)
                 return True
 
-    def _waiting(self) -> Tensor:
-        """(*, 1, q): which residuals are above what is asked for, and above what rounding allows."""
+    def _waiting(self, length: Tensor, far: Tensor) -> Tensor:
+        """(*, 1, q): which residuals are above what is asked for, and above what rounding allows; lengths of r, dz."""
         eps = torch.finfo(self.op.shifts.dtype).eps
-        reach = 2 * eps * self.norm * (self.size0 + norms(self.dz, keepdim=True))
-        return norms(self.r, keepdim=True) > torch.maximum(reach, self.rtol)
+        reach = 2 * eps * self.norm * (self.size0 + far)
+        return length > torch.maximum(reach, self.rtol)
 
     def _leave(self, done: List[int]) -> None:
         index = torch.tensor(done, device=self.r.device)
@@ -207,22 +227,42 @@ class _Sweep:
             self.p, self.Kp = take(self.p, index), take(self.Kp, index)
             self.rho, self.alpha = self.rho[..., index], self.alpha[..., index]
 
-    def _direction(self) -> Tensor:
-        """The next direction p; r^H t, t the preconditioned residual."""
-        t, precondition = self.r, self.precondition
-        if precondition is not None or self.op.pencil.generalized:
-            t = t if precondition is None else columnwise(precondition(t))
+    @property
+    def _projects(self) -> bool:
+        """Whether t leaves the complement."""
+        return self.precondition is not None or self.op.pencil.generalized
+
+    def _ahead(self) -> Tuple[Tensor, List[Tensor]]:
+        """t = M r, and its parts of r^H t, t^H K p, (B X)^H t, (A Y)^H t, (B Y)^H t, as far as they are needed."""
+        t = self.r
+        if self.precondition is not None:
+            t = columnwise(self.precondition(t))
+        if self.op.u is not None and self._projects:
             t = self.op.project(t)
+        parts = [inner(self.r, t, keepdim=True)]
+        if self.precondition is not None and self.p is not None:
+            parts.append(inner(t, self.Kp, keepdim=True))
+        if self._projects:
+            parts.append(gram(self.op.BX, t))
         if self.deflation is not None:
-            t = self.deflation(t)
-        new = inner(self.r, t, keepdim=True)
-        if self.p is None:
+            parts += [gram(self.deflation.AY, t), gram(self.deflation.BY, t)]
+        return t, parts
+
+    def _direction(self, t: Tensor, sums: Sequence[Tensor]) -> Tensor:
+        """The next direction p; r^H t."""
+        given = iter(sums)
+        new = next(given)
+        first = self.p is None
+        # <t, r_old> = 0 for a fixed symmetric preconditioner; written out it may vary or be nonsymmetric.
+        along = None if first or self.precondition is None else next(given)
+        if self._projects:
+            t = deduct(t, self.op.X, next(given))
+        if self.deflation is not None:
+            t = self.deflation.direction(t, next(given), next(given))
+        if first:
             self.p = t
             return new
-        # <t, r_old> = 0 for a fixed symmetric preconditioner; written out it may vary or be nonsymmetric.
-        beta = new / self.rho
-        if precondition is not None:
-            beta = -self.alpha * inner(t, self.Kp, keepdim=True) / self.rho
+        beta = new / self.rho if along is None else -self.alpha * along / self.rho
         self.p = torch.addcmul(t, self.p, beta.to(t.dtype))
         return new
 
@@ -230,13 +270,25 @@ class _Sweep:
         """Go along p; (*, 1, q): where curvature and r^H t are positive, as of a definite K."""
         p = self.p
         self.rho = torch.clamp(new, min=torch.finfo(new.dtype).tiny)
-        self.Kp = Kp = self.op(p)
-        curvature = inner(p, Kp, keepdim=True)
-        self.norm = torch.maximum(self.norm, (norms(Kp) / norms(p)).amax())
+        self.Kp, curvature, size, length = self._image(p)
+        self.norm = torch.maximum(self.norm, (size / length).amax())
         good = (curvature > 0) & (new > 0)
         self.alpha = torch.where(good, new / curvature, torch.zeros_like(new))
         self.dz.addcmul_(p, self.alpha.to(p.dtype))
         # Not in place: without a preconditioner the first p is r.
-        self.r = torch.addcmul(self.r, Kp, -self.alpha.to(p.dtype))
+        self.r = torch.addcmul(self.r, self.Kp, -self.alpha.to(p.dtype))
         self.steps += 1
         return good
+
+    def _image(self, p: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """K p, p^H K p, and the lengths of K p and p.
+
+        What the projection takes off K p is orthogonal to p, and as small as the residuals of X.
+        """
+        op, again = self.op, self.op.u is not None
+        Kp = op(p) if again else op.raw(p)
+        parts = [norms(Kp), norms(p), inner(p, Kp, keepdim=True)]
+        if not again:
+            parts.append(gram(op.X, Kp))
+        size, length, curvature, *c = self.space.joined(parts, 2)
+        return (deduct(Kp, op.BX, c[0]) if c else Kp), curvature, size, length

@@ -32,6 +32,7 @@ from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import gram, is_single, norms, safe_norms
 from torch._lobpcg_impl.complement import in_double, is_small, solve_on_complement
 from torch._lobpcg_impl.gauge import (
@@ -41,14 +42,19 @@ from torch._lobpcg_impl.gauge import (
     Seen,
 )
 from torch._lobpcg_impl.operand import Pencil
-from torch._lobpcg_impl.pairs import in_masses, longer, Pairs, pencil_size
+from torch._lobpcg_impl.pairs import in_masses, longer, missed, Pairs, pencil_size
 from torch._lobpcg_impl.report import OneWarning
 from torch._lobpcg_impl.resolvent import (
     distance_of_quotient,
     nearest_outside,
     reduced_resolvent,
 )
-from torch._lobpcg_impl.solver import dense_is_cheaper, found_in_double
+from torch._lobpcg_impl.solver import (
+    dense_is_cheaper,
+    found_in_double,
+    solve,
+    warn_unconverged,
+)
 from torch._lobpcg_impl.transforms import broadcast, in_transform
 
 
@@ -57,6 +63,40 @@ from torch._lobpcg_impl.transforms import broadcast, in_transform
 # X, so what follows does not settle on whatever eigenvalue is near.  The others are Newton's: they leave no share of
 # far ones.
 _MOST_STEPS = 4
+
+
+def find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
+    """The forward of one problem, with a warning where pairs have not converged."""
+    k = options.k
+    found = solve(pencil, X, options)
+    warn_unconverged(found, pencil, options)
+    # All m, of a dense solve, or as many as were asked for: columns may have joined the block on the way.
+    n = found.E.shape[-1] if found.E.shape[-1] == pencil.m else options.n
+    last = n if options.differentiated else k
+    further = (found.E[..., k:last], found.X[..., k:last])
+    residual, scale = found.residual[..., :n], found.scale[..., :n]
+    pairs = Pairs(
+        pencil,
+        options,
+        found.E[..., :k],
+        found.X[..., :k],
+        *further,
+        residual,
+        scale,
+        missed(residual[..., :k], scale[..., :k], pencil.m, options.tol),
+    )
+    return corrected(pairs)
+
+
+def copied(pairs: Pairs, T: Tensor) -> Tensor:
+    """A tensor of the pairs as it is returned: a copy, so that it neither aliases an argument nor keeps the whole block
+    alive; what was found in double is rounded to the dtype of the matrices here, once."""
+    dtype = pairs.pencil.dtype
+    if T is pairs.missed:
+        dtype = torch.bool
+    elif T is not pairs.X and T is not pairs.Y:
+        dtype = dtype.to_real()
+    return T.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def corrected(pairs: Pairs) -> Pairs:
@@ -190,11 +230,17 @@ def _factors(
 ) -> Tuple[Tensor, bool]:
     """F, and whether some of the pairs are a cluster to it.  Z = [R_j b_j]; without b, in reverse mode, gX is 0."""
     known = pairs.constant() if _may_be_differentiated() else pairs
-    T, left = known.T, None
+    T, space = known.T, known.pencil.space
+    blocks = [known.X]
     if b is not None and Z is not None:
         b, Z = b.detach(), Z.detach()
-        inside = known.X.mH @ b if forward_mode or G is None else G.detach()
-        left = norms(b - known.pencil.B.product(known.X) @ inside)
+        if forward_mode or G is None:
+            inside = space.gram(known.X, b)
+        else:
+            inside = G.detach()
+        blocks += [b, Z, b - known.pencil.B.product(known.X) @ inside]
+    x, *lengths = space.joined([norms(V) for V in blocks], len(blocks))
+    g, z, left = lengths or (None, None, None)
     residual = known.residual[..., : known.E.shape[-1]]
     E, eps, values = pairs.E, torch.finfo(known.E.dtype).eps, known.E
     if is_single(eps) and _was_in_double(known):
@@ -208,8 +254,9 @@ def _factors(
         T = _with_values_outside(known, Z, values, T)
         if Z is not None and pairs.pencil.generalized:
             residual = residual * longer(known, Z)
-    seen = Seen(E, known.X, T, residual, known.late, known.size, G, gE, b, Z, left)
-    F, clustered = pair_factors(seen, pairs.options, eps, forward_mode)
+    seen = Seen(E, x, T, residual, known.late, known.size, G, gE, g, z, left)
+    m = pairs.pencil.m
+    F, clustered = pair_factors(seen, m, pairs.options, eps, forward_mode)
     return F.to(known.E.dtype), clustered
 
 
@@ -265,7 +312,8 @@ def reverse_mode(
     gE: (*, k) or None, gX: (*, m, k) or None, not both None.  Without gX there is no linear system to solve.
     """
     A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
-    G = None if gX is None else X.mH @ gX  # (*, k, k)
+    # (*, k, k)
+    G = None if gX is None else pairs.pencil.space.gram(X, gX)
     with OneWarning():
         Z: Any = None if gX is None else reduced_resolvent(pairs, gX)
         F, clustered = _factors(pairs, G, gE, gX, Z)

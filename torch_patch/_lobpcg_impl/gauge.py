@@ -33,28 +33,28 @@ class Seen(NamedTuple):
     """What decides about a derivative.  (*) is the batch of the pairs, (+) further dimensions of cotangents.
 
     residual, size: |r_j| and N_j of module pairs; late: relative residual of the pairs that missed the tolerance, else
-    0.  In reverse mode G = X^H gX; in forward mode G = Herm(X^H b) and b in the place of gX.  Z = [R_j gX_j], and left
-    the norms of (I - B X X^H) gX_j.
+    0.  In reverse mode G = X^H gX; in forward mode G = Herm(X^H b) and b in the place of gX.  x, g, z, left: 2-norms of
+    the columns of X, gX, Z = [R_j gX_j] and (I - B X X^H) gX.
     """
 
     E: Tensor  # (*, k), in double precision where that is known
-    X: Tensor  # (*, m, k)
+    x: Tensor  # (*, k), in the precision of X
     T: Tensor  # (+, *, q), further eigenvalues
     residual: Tensor  # (+, *, k)
     late: Tensor  # (*, k)
     size: Tensor  # (*, k)
     G: Optional[Tensor]  # (+, *, k, k)
     gE: Optional[Tensor]  # (+, *, k)
-    gX: Optional[Tensor]  # (+, *, m, k)
-    Z: Optional[Tensor]  # (+, *, m, k)
+    g: Optional[Tensor]  # (+, *, k)
+    z: Optional[Tensor]  # (+, *, k)
     left: Optional[Tensor]  # (+, *, k)
 
 
-_TRAILING = (1, 2, 1, 1, 1, 1, 2, 1, 2, 2, 1)
+_TRAILING = (1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 
 
 def pair_factors(
-    seen: Seen, options: Options, eps: float, forward_mode: bool
+    seen: Seen, m: int, options: Options, eps: float, forward_mode: bool
 ) -> Tuple[Tensor, bool]:
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E; and whether some
     pairs are a cluster to it.
@@ -62,12 +62,11 @@ def pair_factors(
     eps: unit rounding of what E and X were before they were rounded to their precision.  Raises RuntimeError where no
     derivative exists; reports where it exists only in part or is inaccurate.
     """
-    E = seen.E
+    E, setting = seen.E, _Setting(m, options, eps, forward_mode)
     if not (forward_mode or torch.is_grad_enabled() or in_transform() or is_traced(E)):
-        if is_clear(seen, options, eps):
+        if is_clear(seen, setting):
             return _of_distinct(E), False
     G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
-    setting = _Setting(options, eps, forward_mode)
     mask = apply(_PairMask, setting, *seen._replace(E=E.detach(), G=G, gE=gE))
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
@@ -81,8 +80,11 @@ def _of_distinct(E: Tensor) -> Tensor:
 
 
 class _Setting:
-    def __init__(self, options: Options, eps: float, forward_mode: bool) -> None:
-        self.options, self.eps, self.forward_mode = options, eps, forward_mode
+    def __init__(
+        self, m: int, options: Options, eps: float, forward_mode: bool
+    ) -> None:
+        self.m, self.options, self.eps = m, options, eps
+        self.forward_mode = forward_mode
         # Set where some F_ij between different pairs is 0, or a graph is traced, in which it may be.
         self.clustered = False
 
@@ -98,14 +100,14 @@ def _mask_shape(seen: Seen) -> List[int]:
 
 def _hold_mask(setting: _Setting, *tensors: Any) -> Held:
     setting.clustered = True
-    numbers = dict(setting.options.numbers(), eps=setting.eps)
+    numbers = dict(setting.options.numbers(), m=setting.m, eps=setting.eps)
     return tensors, dict(numbers, forward_mode=setting.forward_mode)
 
 
 def _restore_mask(
-    *tensors: Any, eps: float, forward_mode: bool, **numbers: Any
+    *tensors: Any, m: int, eps: float, forward_mode: bool, **numbers: Any
 ) -> Tuple[Any, ...]:
-    return (_Setting(Options.of_numbers(**numbers), eps, forward_mode), *tensors)
+    return (_Setting(m, Options.of_numbers(**numbers), eps, forward_mode), *tensors)
 
 
 def _mask_outputs(*tensors: Any, **_: Any) -> Outputs:
@@ -113,14 +115,14 @@ def _mask_outputs(*tensors: Any, **_: Any) -> Outputs:
 
 
 _SEEN = (
-    "Tensor E, Tensor X, Tensor T, Tensor residual, Tensor late, Tensor size, Tensor? G, Tensor? gE, Tensor? gX, "
-    "Tensor? Z, Tensor? left"
+    "Tensor E, Tensor x, Tensor T, Tensor residual, Tensor late, Tensor size, Tensor? G, Tensor? gE, Tensor? g, "
+    "Tensor? z, Tensor? left"
 )
 
 
 @in_graphs(
     "pair_mask",
-    f"({_SEEN}, *, float eps, bool forward_mode, {NUMBERS}) -> Tensor",
+    f"({_SEEN}, *, SymInt m, float eps, bool forward_mode, {NUMBERS}) -> Tensor",
     _mask_outputs,
     _hold_mask,
     _restore_mask,
@@ -289,10 +291,10 @@ def _gaps(seen: Seen, setting: _Setting) -> Gaps:
 
 def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
     """See the top of the module; reports on the way."""
-    E, G, gE, gX = seen.E, seen.G, seen.gE, seen.gX
-    if not setting.forward_mode and is_clear(seen, setting.options, setting.eps):
+    E, G, gE, x, g = seen.E, seen.G, seen.gE, seen.x, seen.g
+    if not setting.forward_mode and is_clear(seen, setting):
         return ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
-    eps, m = torch.finfo(seen.X.dtype).eps, seen.X.shape[-2]
+    eps, m = torch.finfo(x.dtype).eps, setting.m
     gaps = _gaps(seen, setting)
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
     mask = distinct & ~gaps.equal
@@ -308,8 +310,7 @@ def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
         _check_split(G, gaps, 16 * rounding)
         rounding = torch.zeros_like(rounding)
     else:
-        assert gX is not None
-        x, g = (torch.linalg.vector_norm(V, dim=-2) for V in (seen.X, gX))
+        assert g is not None
         amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)  # (+, *, k, k), bounds |G_ij|
         amplitude = (amplitude + amplitude.mT) / 2
         if G.is_complex():
@@ -390,7 +391,7 @@ def _check_gauge(
         return
     batch, k = seen.E.dim() - 1, seen.E.shape[-1]
     why = "the loss depends on the choice of eigenvectors among them"
-    eps = torch.finfo(seen.X.dtype).eps
+    eps = torch.finfo(seen.x.dtype).eps
     certain = bad & gaps.exactly & (skew > math.sqrt(eps) * amplitude)
     if bool(certain.any()) and seen.E.numel() == k:
         text = _cluster_text(certain, gaps.gap, batch, why)
@@ -438,7 +439,7 @@ def _check_weights(seen: Seen, gaps: Gaps, differ: Tensor) -> None:
     the diagonal inside a cluster alone.
     """
     bad = gaps.equal & differ
-    if seen.Z is not None and bool(bad.any()):
+    if seen.z is not None and bool(bad.any()):
         bad = bad & ~_is_lost_in(seen)
     if not bool(bad.any()):
         return
@@ -460,8 +461,8 @@ def _is_lost_in(seen: Seen) -> Tensor:
     """(+, *, k, k): where what gE does not hold of X f(E) X^H in a cluster, of the size of its differences in a generic
     basis, is small beside the part of the gradient that leads out of span X."""
     assert seen.gE is not None
-    assert seen.Z is not None
-    x, z = (torch.linalg.vector_norm(V, dim=-2) for V in (seen.X, seen.Z))
+    assert seen.z is not None
+    x, z = seen.x, seen.z
     part = (seen.gE.unsqueeze(-1) - seen.gE.unsqueeze(-2)).abs() * _pairwise(x)
-    least = 1e-3 if is_single(torch.finfo(seen.X.dtype).eps) else 1e-4
+    least = 1e-3 if is_single(torch.finfo(x.dtype).eps) else 1e-4
     return part <= least * z.amax(-1)[..., None, None]

@@ -16,6 +16,7 @@ Invariants at the top of `update`, up to `drift`: X^H B X = I, X^H B P = 0, P^H 
 rank), AS = A S and BS = B S for S = [X P], and the small matrix G holds S^H A S as the next Ritz problem uses it.
 """
 
+import functools
 import math
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -26,11 +27,8 @@ from torch._lobpcg_impl.basis import Basis
 from torch._lobpcg_impl.blocks import (
     columns,
     deduct,
-    fixed_block,
-    gram,
     inner,
     is_single,
-    largest_entries,
     norms,
 )
 from torch._lobpcg_impl.chebyshev import Chebyshev, polynomial
@@ -134,7 +132,9 @@ class LOBPCG:
         self.bvars: Dict[str, bool] = {"force_stop": False}
         self.tvars: Dict[str, Tensor] = {}
 
-        self.m, self.n = X.shape[-2:]
+        self.pencil = Pencil.of(A, B, iK, X).checked() if pencil is None else pencil
+        self.space = self.pencil.space
+        self.m, self.n = self.space.size(X), X.shape[-1]
         self.batch = X.shape[:-2]
         self.sign = -1.0 if bparams["largest"] else 1.0
         self.eps = torch.finfo(X.dtype).eps
@@ -147,7 +147,6 @@ class LOBPCG:
         self.host = len(self.batch) == 0
         self.place = torch.device("cpu") if self.host else X.device
         self.wide = torch.promote_types(X.dtype, torch.float64)
-        self.pencil = Pencil.of(A, B, iK, X).checked() if pencil is None else pencil
         self.norm_A, self.norm_B = (
             op.mean_square(self.pencil.probe)
             .to(device=self.place, dtype=torch.float64)
@@ -170,7 +169,7 @@ class LOBPCG:
         stored = max(
             self.pencil.A.stored, 0 if self.pencil.iK is None else self.pencil.iK.stored
         )
-        self.small = max(stored, 100 * X[..., 0].numel()) <= 262144
+        self.small = max(stored, 100 * self.m * math.prod(self.batch)) <= 262144
         self.orthogonal_left = 0  # iterations for which W is projected explicitly
         self.drift = (
             0.0  # bound on the loss of the invariants since they were last enforced
@@ -200,7 +199,8 @@ class LOBPCG:
         for op, norm in ((pencil.A, self.norm_A), (pencil.B, self.norm_B)):
             squares = op.row_squares(d)
             if squares is None:
-                norm = norm.to(d.device) / d.mean(-1, keepdim=True)
+                (total,) = self.space.joined([d.sum(-1, keepdim=True)])
+                norm = norm.to(d.device) / (total / self.m)
                 squares = norm.square().expand(d.shape)
             rows.append(squares * d)
         real = self.X.dtype.to_real()
@@ -230,6 +230,7 @@ class LOBPCG:
         self.forms_K: Optional[Tensor] = None  # r^H K r of the last W, where W is
         self.forms_B = self.e  # w^H B w, where small matrices are
         self.least_B = self.least_K = self.e.new_ones(())
+        self.reach = 0.0  # |K r| / |r|, of several processes; 0: not known
         self.d = self.e[..., :0]  # of the last Ritz step
         self.least = 1.0
         self.residual = torch.zeros_like(self.e)
@@ -306,7 +307,7 @@ class LOBPCG:
     def orthonormality_loss(self) -> float:
         """max |X^H B X - I|. Cost: n^2 inner products and a transfer."""
         X = self.basis.part(0, self.n)
-        G = gram(X, self.basis.of_B(0, self.n))
+        G = self.space.gram(X, self.basis.of_B(0, self.n))
         G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
         return float(G.abs().max())
 
@@ -400,10 +401,11 @@ class LOBPCG:
         X = self.X = self.W = self.R = self.S = self.basis.part(0, n)
         for attempt in range(3):
             self.unit_columns(X)
-            (G,) = self.down(hermitian(gram(X, self.pencil.B.apply(X))))
+            (G,) = self.down(hermitian(self.space.gram(X, self.pencil.B.apply(X))))
             self.check_start(X, G)
             # Columns closer than sqrt(eps) to the span of the others carry fewer than half of their digits.
-            T, d, dropped = whiten_scaled(G, self.eps**0.5 * n, self.tiny)
+            whiten = functools.partial(whiten_scaled, G, self.eps**0.5 * n, self.tiny)
+            T, d, dropped = self.space.first(whiten, n)
             self.basis.combine(self.up(T, self.e[..., :0])[0])
             X = self.basis.part(0, n)
             missing = dropped.unsqueeze(-2).to(X.device)
@@ -414,7 +416,7 @@ class LOBPCG:
             if not some and (attempt > 0 or bool((d > 0.01).all())):
                 break
             if some:
-                fresh = fixed_block(self.m, n, first + attempt * n, X)
+                fresh = self.space.fixed_block(self.m, n, first + attempt * n, X)
                 X.copy_(torch.where(missing, fresh, X))
         self.W = columns(torch.empty_like(X))
         self.refresh()
@@ -425,8 +427,9 @@ class LOBPCG:
 
     def unit_columns(self, X: Tensor) -> None:
         """Make columns of length one, or zero; twice, so that neither overflow nor underflow of a square is seen."""
-        X.div_(largest_entries(X).unsqueeze(-2).clamp_min(self.tiny))
-        X.div_(norms(X).unsqueeze(-2).clamp_min(self.tiny))
+        top = self.space.largest_entries(X)
+        X.div_(top.unsqueeze(-2).clamp_min(self.tiny))
+        X.div_(self.space.norms(X).unsqueeze(-2).clamp_min(self.tiny))
 
     def check_rank(self, rank: int) -> None:
         """Error if the caller's X holds fewer independent columns than pairs are wanted."""
@@ -438,10 +441,11 @@ class LOBPCG:
 
     def check_start(self, X: Tensor, G: Tensor) -> None:
         """Error if B is seen not to be positive definite (X: unit or zero columns, G = X^H B X)."""
-        if self.pencil.generalized and bool(
-            (bad := (real_diagonal(G) <= 0) & (norms(X) > 0.5).to(G.device)).any()
-        ):
-            self.raise_not_positive("B", bad)
+        if self.pencil.generalized:
+            there = (self.space.norms(X) > 0.5).to(G.device)
+            bad = (real_diagonal(G) <= 0) & there
+            if bool(bad.any()):
+                self.raise_not_positive("B", bad)
 
     def guard_against_missed_pairs(self) -> None:
         """Decide when fresh columns join a caller's block, which may lack a wanted vector with nothing in it to show
@@ -472,13 +476,13 @@ class LOBPCG:
         if count <= 0:
             return
         first = 3 * self.n + 11 + 100 * self.ivars["istep"]
-        fresh = fixed_block(self.m, count, first, self.W)
+        fresh = self.space.fixed_block(self.m, count, first, self.W)
         fresh = fresh.expand(self.batch + fresh.shape)
         X = self.basis.part(0, kept)
         BX = self.basis.of_B(0, kept)
         k = self.iparams["k"]
         self.before, self.joined = (self.e[..., :k], self.measures.rho[..., :k]), count
-        fresh = deduct(fresh, X, gram(BX, fresh))
+        fresh = deduct(fresh, X, self.space.gram(BX, fresh))
         self.W = torch.cat([X.mT, fresh.mT], -2).mT
         self.complete_start(first + 7)
         self.progress.restart(self.ivars["istep"])
@@ -523,8 +527,7 @@ class LOBPCG:
         else:
             W = self.residuals(new)
         if self.orthogonal_left > 0:
-            W = self.project(W, length, first)
-            length = norms(W)
+            W, length = self.project(W, length, first)
         length = length.clamp_min(self.tiny)
         if not self.host:
             # Masked columns become zero.
@@ -549,6 +552,12 @@ class LOBPCG:
         W = self.pencil.iK.apply(R)
         product, length = length, norms(W)
         self.forms_K = inner(R, W) + self.eps * self.m * product * length
+        if self.space.split:
+            # Lengths cost a message, and Rayleigh-Ritz asks for their size alone: it is that of the last iteration.
+            if self.reach == 0.0:
+                length = self.space.norms(W)
+                self.reach = float((length / product.clamp_min(self.tiny)).mean())
+            length = product * self.reach
         return W, length
 
     def filter(self, length: Tensor, out: Tensor) -> Tuple[Tensor, Tensor]:
@@ -565,16 +574,22 @@ class LOBPCG:
             return self.residuals(out), length
         return W, lengths
 
-    def project(self, W: Tensor, length: Tensor, known: int) -> Tensor:
+    def project(self, W: Tensor, length: Tensor, known: int) -> Tuple[Tensor, Tensor]:
         """W - S S^H B W for S = [X P], `known` vectors, twice, of length one in between: twice is enough (Giraud,
-        Langou, Rozloznik 2005)."""
+        Langou, Rozloznik 2005); and its length.
+
+        Over processes once, which costs one message instead of four: the change of coordinates takes out the rest.
+        """
         basis = self.basis
         S = basis.part(0, known)
         for _ in range(self.iparams.get("ortho_i_max", 2)):
             W = W / length.clamp_min(self.tiny).unsqueeze(-2)
-            W = deduct(W, S, basis.coordinates(W, known))
+            (c,) = self.space.joined([basis.coordinates(W, known)])
+            W = deduct(W, S, c)
+            if self.space.split:
+                return W, torch.ones_like(length)
             length = norms(W)
-        return W
+        return W, length
 
     def ritz(self) -> None:
         """Rayleigh-Ritz on S = [X P W]; X and P, their images, E and G move on."""
@@ -582,7 +597,7 @@ class LOBPCG:
         blocks = list(self.basis.grams(first, self.W))
         if self.forms_K is not None:
             blocks.append(self.forms_K.unsqueeze(-1).to(blocks[0].dtype))
-        gram_A, gram_B, *forms = self.down(*blocks)
+        gram_A, gram_B, *forms = self.down(*self.space.joined(blocks))
         if forms:
             self.least_K = torch.real(forms[0]).min()
         if self.polynomial is not None:
@@ -594,7 +609,8 @@ class LOBPCG:
         active = self.w_index.to(self.place) if self.active < self.n else None
         if self.unit.shape[-1] != gram_B.shape[-1]:
             self.unit = torch.eye(gram_B.shape[-1], dtype=self.wide, device=self.place)
-        step = ritz_step(
+        step = functools.partial(
+            ritz_step,
             self.G,
             self.lost,
             gram_A,
@@ -607,10 +623,13 @@ class LOBPCG:
             self.tiny,
             self.host,
         )
+        forms_B = real_diagonal(gram_B.narrow(-1, first, self.active))
         if self.pencil.generalized:
-            self.forms_B = real_diagonal(gram_B.narrow(-1, first, self.active))
+            self.forms_B = forms_B
             self.least_B = self.forms_B.min()
-        self.advance(step)
+        if self.space.split and forms:
+            self.reach *= float(forms_B.clamp_min(self.tiny).sqrt().mean())
+        self.advance(Ritz(*self.space.first(step, gram_B.shape[-1])))
 
     def advance(self, step: Ritz) -> None:
         """Take a Ritz step."""
@@ -625,17 +644,13 @@ class LOBPCG:
         Cost: n + p products with A (and B). The span, and so what P remembers, is kept.
         """
         self.basis.multiply(0)
-        gram_A, gram_B = self.down(*self.basis.grams(0, self.W))
-        self.advance(
-            ritz_fresh(
-                hermitian(gram_A),
-                hermitian(gram_B),
-                self.n,
-                self.sign,
-                self.eps,
-                self.tiny,
-            )
+        grams = self.space.joined(list(self.basis.grams(0, self.W)))
+        gram_A, gram_B = (hermitian(G) for G in self.down(*grams))
+        step = self.space.first(
+            lambda: ritz_fresh(gram_A, gram_B, self.n, self.sign, self.eps, self.tiny),
+            gram_B.shape[-1],
         )
+        self.advance(Ritz(*step))
         self.d = self.d[..., :0]
         self.drift = 4.0 * self.eps
 
@@ -646,12 +661,14 @@ class LOBPCG:
         AX = basis.of_A(0, n, self.W)
         BX = basis.of_B(0, n)
         torch.addcmul(AX, BX, self.E.unsqueeze(-2).to(AX.dtype), value=-1, out=self.W)
-        self.length = norms(self.W)
-        numbers = [self.length.unsqueeze(-1)]
+        numbers, lengths = [norms(self.W).unsqueeze(-1)], 1
         if self.pencil.generalized:
             numbers.append(norms(X).unsqueeze(-1))
+            lengths = 2 if self.root is None else 3
         if self.root is not None:
             numbers += self.graded_numbers(X)
+        numbers = self.space.joined(numbers, lengths)
+        self.length = numbers[0].squeeze(-1)
         self.residual, *others = (
             torch.real(T).squeeze(-1) for T in self.down(*numbers)
         )
@@ -665,8 +682,8 @@ class LOBPCG:
         self.measures = self.measured(size, others)
 
     def graded_numbers(self, X: Tensor) -> List[Tensor]:
-        """Columns (*, n, 1): rho = |D^-1/2 r|; sums of x_a^2 D_a w_a^2 and of x_a^4 D_a^2 w_a^2, w the row norms of A,
-        then of B, in the scale of D."""
+        """Columns (*, n, 1), of the rows held here: rho = |D^-1/2 r|; sums of x_a^2 D_a w_a^2 and of x_a^4 D_a^2 w_a^2,
+        w the row norms of A, then of B, in the scale of D."""
         squares = X.abs().square()
         rows: Any = self.rows
         masses: Any = self.d_B
@@ -776,7 +793,7 @@ class LOBPCG:
         if kept is None or kept.X.shape[-1] != self.n or self.converged():
             return
         X = self.basis.part(0, k)
-        (G,) = self.down(gram(X, self.pencil.B.apply(X)))
+        (G,) = self.down(self.space.gram(X, self.pencil.B.apply(X)))
         G.diagonal(dim1=-2, dim2=-1).sub_(1.0)
         loss = self.eps + G.abs().amax((-2, -1))
         size = kept.measures.size[..., :k].amax(-1)

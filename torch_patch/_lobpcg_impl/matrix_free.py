@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.abstract_operand import Operand, Probe
-from torch._lobpcg_impl.blocks import gram, largest_entries
+from torch._lobpcg_impl.blocks import largest_entries
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     in_transform,
@@ -266,12 +266,14 @@ class MatrixFree(Operand):
         return self._probe
 
     def largest(self, probe: Probe) -> Tensor:
-        return largest_entries(self._probed(probe)[1]).amax(-1).to(torch.float64)
+        U = self._probed(probe)[1]
+        return self.space.largest_entries(U).amax(-1).to(torch.float64)
 
     def mean_square(self, probe: Probe) -> Tensor:
         V, U = self._probed(probe)
-        length = torch.linalg.vector_norm(V, dim=(-2, -1))
-        return (torch.linalg.vector_norm(U, dim=(-2, -1)) / length).square()
+        both = [torch.linalg.vector_norm(T, dim=(-2, -1)) for T in (U, V)]
+        image, length = self.space.joined(both, 2)
+        return (image / length).square()
 
     def in_double(self) -> Operand:
         return self
@@ -298,16 +300,17 @@ class MatrixFree(Operand):
         V, U = self._probed(probe)
         eps, name = torch.finfo(V.dtype).eps, self.name
         rms = self.mean_square(probe).sqrt().to(V.dtype.to_real())
-        limit = 64.0 * eps * V.shape[-2] * rms
-        u, v, both = U.unbind(-1)
-        apart = (u + (1j * v if V.is_complex() else v) - both).abs().amax(-1)
+        limit = 64.0 * eps * self.space.size(V) * rms
+        u, v, both = U.split(1, -1)
+        apart = u + (1j * v if V.is_complex() else v) - both
+        apart = self.space.largest_entries(apart)[..., 0]
         if bool((apart > limit + 64.0 * torch.finfo(torch.float32).eps * rms).any()):
             raise ValueError(
                 f"lobpcg: {name} is not linear: {name}(u) + {name}(v) and {name}(u + v) differ by "
                 f"{float(apart.max())} for fixed vectors u, v with entries in (-1, 1), at most {float(limit.max())} "
                 f"expected; a callable must map V to {name} V, without a constant part"
             )
-        forms = gram(V[..., :2], U[..., :2])
+        forms = self.space.gram(V[..., :2], U[..., :2])
         skew = (forms - forms.mH).abs().amax((-2, -1))
         if bool((skew > limit).any()):
             warnings.warn(

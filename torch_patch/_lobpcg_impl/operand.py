@@ -18,11 +18,12 @@ from torch import Tensor
 from torch._lobpcg_impl import arguments
 from torch._lobpcg_impl.abstract_operand import Operand, Probe
 from torch._lobpcg_impl.blocks import (
-    fixed_block,
     gram,
     largest_entries,
     safe_scale,
+    Space,
     UNSCALED,
+    WHOLE,
 )
 from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
 from torch._lobpcg_impl.matrix_free import MatrixFree
@@ -516,8 +517,10 @@ class Pencil:
     """A, B and iK of one problem.
 
     batch: their batch shape together with that of the start block.  scale_A, scale_B: powers of four, (*) or (), by
-    which `checked` has multiplied A and B.
+    which `checked` has multiplied A and B.  space: the rows of blocks, m on all processes together.
     """
+
+    space: Space = WHOLE
 
     def __init__(
         self,
@@ -571,9 +574,8 @@ class Pencil:
 
     def probe(self) -> Tensor:
         """Two fixed vectors, (*, m, 2), of which no start block has one."""
-        return fixed_block(self.m, 2, 1 << 20, self.empty()).expand(
-            [*self.batch, self.m, 2]
-        )
+        block = self.space.fixed_block(self.m, 2, 1 << 20, self.empty())
+        return block.expand([*self.batch, *block.shape])
 
     def with_parameters(
         self, parameters: Sequence[Any], X: Optional[Tensor] = None

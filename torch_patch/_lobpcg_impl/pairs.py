@@ -15,7 +15,6 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import norms, safe_norms
 from torch._lobpcg_impl.operand import Operand, Pencil
 
 
@@ -52,7 +51,7 @@ class Pairs:
     @property
     def all_known(self) -> bool:
         """Whether the further pairs are all of the rest."""
-        return self.E.shape[-1] + self.T.shape[-1] == self.X.shape[-2]
+        return self.E.shape[-1] + self.T.shape[-1] == self.pencil.m
 
     @property
     def size(self) -> Tensor:
@@ -101,7 +100,8 @@ def pencil_size(pairs: Pairs) -> Tensor:
     size_A, size_B = (
         _mean_size(M, pencil.probe(), masses) for M in pencil.operands[:2]
     )
-    return (torch.maximum(size_A, E) + E * size_B) * norms(V * masses).square()
+    length = pencil.space.norms(V * masses)
+    return (torch.maximum(size_A, E) + E * size_B) * length.square()
 
 
 def root_of_masses(pencil: Pencil) -> Tensor:
@@ -109,37 +109,40 @@ def root_of_masses(pencil: Pencil) -> Tensor:
     d = pencil.B.diagonal()
     if d is None:
         # Not mean_square(), which looks at values: a callable may be inside of a transform here.
-        V = pencil.probe()
+        V, safe_norms = pencil.probe(), pencil.space.safe_norms
         d = (safe_norms(pencil.B.product(V)) / safe_norms(V)).amax(-1)
     return d.sqrt().unsqueeze(-1).to(pencil.dtype.to_real())
 
 
 def _mean_size(M: Operand, probe: Tensor, masses: Tensor) -> Tensor:
     """(*, 1): root mean square of the eigenvalues of D^-1/2 M D^-1/2, from its product with random vectors."""
-    image = M.product(probe / masses) / masses
+    image, safe_norms = M.product(probe / masses) / masses, M.space.safe_norms
     return (safe_norms(image) / safe_norms(probe)).squeeze(-2).amax(-1, keepdim=True)
 
 
 def longer(pairs: Pairs, Z: Tensor) -> Tensor:
     """(+, *, 1): by what max l grows where the columns of Z are known too, at least 1: their l is |D^1/2 z| for z of
     length one in B.  Without guards the wanted pairs alone do not tell the condition of B.  Cost: k products with B."""
-    masses = root_of_masses(pairs.pencil)
-    Z = Z / safe_norms(Z).clamp_min(torch.finfo(Z.dtype).tiny)
-    form = (Z.conj() * pairs.pencil.B.product(Z)).sum(-2).abs()
+    masses, space = root_of_masses(pairs.pencil), pairs.pencil.space
+    Z = Z / space.safe_norms(Z).clamp_min(torch.finfo(Z.dtype).tiny)
+    (form,) = space.joined([(Z.conj() * pairs.pencil.B.product(Z)).sum(-2)])
+    form = form.abs()
     form = torch.where(form > 0, form, torch.full_like(form, math.inf))
-    there = norms(Z * masses) / form.sqrt()
-    here = norms(torch.cat([pairs.X, pairs.Y], -1) * masses).amax(-1, keepdim=True)
+    there = space.norms(Z * masses) / form.sqrt()
+    here = space.norms(torch.cat([pairs.X, pairs.Y], -1) * masses).amax(
+        -1, keepdim=True
+    )
     return (there.amax(-1, keepdim=True) / here).clamp_min(1.0)
 
 
 def in_masses(pairs: Pairs, R: Tensor) -> Tensor:
     """|r_j|, (*, n), for the 2-norms in pairs.residual, by what becomes of the residuals R (*, m, n)."""
-    masses, length = root_of_masses(pairs.pencil), safe_norms(R)
+    masses, space = root_of_masses(pairs.pencil), pairs.pencil.space
+    length = space.safe_norms(R)
     there = length > 0
-    factor = safe_norms(R / masses)
+    factor = space.safe_norms(R / masses)
     factor = factor / torch.where(there, length, torch.ones_like(length))
     X = torch.cat([pairs.X, pairs.Y], -1)
-    factor = torch.where(there, factor, safe_norms(X)[..., : R.shape[-1]])
-    return (
-        pairs.residual * factor.squeeze(-2) * norms(X * masses).amax(-1, keepdim=True)
-    )
+    factor = torch.where(there, factor, space.safe_norms(X)[..., : R.shape[-1]])
+    longest = space.norms(X * masses).amax(-1, keepdim=True)
+    return pairs.residual * factor.squeeze(-2) * longest

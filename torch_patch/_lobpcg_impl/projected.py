@@ -7,7 +7,7 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import columns, deduct, gram, inner, take
+from torch._lobpcg_impl.blocks import columns, deduct, take
 from torch._lobpcg_impl.operand import Pencil
 
 
@@ -20,7 +20,7 @@ class Complement:
     Bu: Tensor  # where u is given
 
     def __init__(self, pencil: Pencil, shifts: Tensor, X: Tensor, sign: float) -> None:
-        self.pencil = pencil
+        self.pencil, self.space = pencil, pencil.space
         self.shifts, self.X = shifts, columns(X)  # (*, q), (*, m, k)
         self.BX = columns(pencil.B.apply(self.X))
         self.sign = sign
@@ -32,7 +32,8 @@ class Complement:
 
     def set_scale(self, b: Tensor) -> None:
         """Divide by a power of two near the norm of the operator, so that no dot product leaves the range."""
-        top = self.raw(b).abs().amax((-2, -1), keepdim=True)
+        top = self.space.largest_entries(self.raw(b))
+        top = top.amax(-1, keepdim=True).unsqueeze(-1)
         one = torch.ones_like(top)
         self.scale = torch.where(
             top > 0, torch.ldexp(one, torch.frexp(top).exponent), one
@@ -48,26 +49,22 @@ class Complement:
         return self.project_dual(self.raw(z))
 
     def project(self, z: Tensor) -> Tensor:
-        z = deduct(z, self.X, gram(self.BX, z))
-        return (
-            z
-            if self.u is None
-            else z - self.u * (self.Bu.conj() * z).sum(-2, keepdim=True)
-        )
+        z = deduct(z, self.X, self.space.gram(self.BX, z))
+        return z if self.u is None else z - self.u * self._forms(self.Bu, z)
 
     def project_dual(self, b: Tensor) -> Tensor:
-        b = deduct(b, self.BX, gram(self.X, b))
-        return (
-            b
-            if self.u is None
-            else b - self.Bu * (self.u.conj() * b).sum(-2, keepdim=True)
-        )
+        b = deduct(b, self.BX, self.space.gram(self.X, b))
+        return b if self.u is None else b - self.Bu * self._forms(self.u, b)
+
+    def _forms(self, U: Tensor, V: Tensor) -> Tensor:
+        """u_j^H v_j, (*, 1, q)."""
+        return self.space.joined([(U.conj() * V).sum(-2, keepdim=True)])[0]
 
     def exclude(self, u: Tensor) -> "Complement":
         """The same operators on the complement of u_j too; u: (*, m, q) in the complement of X."""
         part = self.restrict(slice(None))
         part.Bu = self.pencil.B.apply(u)
-        size = torch.sqrt(inner(u, part.Bu, keepdim=True))
+        size = torch.sqrt(self.space.inner(u, part.Bu, keepdim=True))
         part.u, part.Bu = u / size, part.Bu / size
         return part
 

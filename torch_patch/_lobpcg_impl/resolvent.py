@@ -22,7 +22,6 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import norms
 from torch._lobpcg_impl.complement import (
     is_small,
     nearest_on_complement,
@@ -101,8 +100,8 @@ class ReducedResolvent(Function):
     ) -> Tensor:
         k = E.shape[-1]
         tol: Any = options.tol
-        if k + T.shape[-1] < X.shape[-2]:
-            tol = system_tolerance(E, X, T, residual[..., :k], tol)
+        if k + T.shape[-1] < pencil.m:
+            tol = system_tolerance(E, X, T, residual[..., :k], tol, pencil.space)
         with without_autocast(X.device):
             return solve_on_complement(
                 pencil.with_parameters(parameters),
@@ -232,12 +231,14 @@ def distance_of_quotient(pencil: Pencil, E: Tensor, Z: Tensor, sign: float) -> T
     From fresh products, k columns: z is known by a right-hand side to its tolerance only, and a quotient that claims a
     missed pair must not lie below the next eigenvalue by noise.
     """
-    length = Z.abs().amax(-2)  # divided out first: squares of 1e200 leave the range
+    # Divided out first: squares of 1e200 leave the range.
+    length = pencil.space.largest_entries(Z)
     there = length > 0
     Z = Z / torch.where(there, length, torch.ones_like(length)).unsqueeze(-2)
     BZ = pencil.B.product(Z)
     R = pencil.A.product(Z) - BZ * E.unsqueeze(-2)
-    top, bottom = (_real((Z.conj() * V).sum(-2)) for V in (R, BZ))
+    forms = [_real((Z.conj() * V).sum(-2)) for V in (R, BZ)]
+    top, bottom = pencil.space.joined(forms)
     far = sign * math.inf
     return torch.where(there, top / torch.where(there, bottom, 1.0), far)
 
@@ -287,7 +288,7 @@ class _NearestOutside(Function):
         residual: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        k, m, p = E.shape[-1], X.shape[-2], T.shape[-1]
+        k, m, p = E.shape[-1], pencil.m, T.shape[-1]
         last, far = E[..., -1:], options.sign * math.inf
         if bool(late.any()):
             return torch.full_like(last, far)
@@ -298,14 +299,11 @@ class _NearestOutside(Function):
         # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
         if p > 0 and 16 * (k + p) <= m:
             nearest, column = (T - last).abs().min(-1, keepdim=True)
-            spread = (residual[..., k:] * norms(Y)).gather(-1, column)
+            spread = (residual[..., k:] * pencil.space.norms(Y)).gather(-1, column)
             # The eigenvalue meant by the guard is within `spread` of it.
             if bool((spread <= nearest / 2).all()):
                 return torch.full_like(last, far)
-        t = torch.arange(1, m + 1, dtype=E.dtype, device=E.device)
-        probe = (
-            torch.sin(t * t).unsqueeze(-1).to(X.dtype)
-        )  # incommensurable with 2 pi: without symmetry
+        probe = pencil.space.fixed_block(m, 1, 1 << 23, X)
         b = torch.cat([torch.zeros_like(X[..., :-1]), probe.expand_as(X[..., -1:])], -1)
         pencil = pencil.with_parameters(parameters)
         # The component along one eigenvector is about 1 / sqrt(m) of the whole.

@@ -6,7 +6,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import fixed_block, inner, is_single, norms
+from torch._lobpcg_impl.blocks import inner, is_single, norms
 from torch._lobpcg_impl.iteration import EigenPairs, LOBPCG
 from torch._lobpcg_impl.operand import operand, Pencil
 from torch._lobpcg_impl.report import members, warn
@@ -53,8 +53,10 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
 
 
 def _start(pencil: Pencil, X: Optional[Tensor], options: Options) -> Tensor:
-    start = fixed_block(pencil.m, options.n, 0, pencil.empty()) if X is None else X
-    return start.expand([*pencil.batch, pencil.m, options.n])
+    start = X
+    if start is None:
+        start = pencil.space.fixed_block(pencil.m, options.n, 0, pencil.empty())
+    return start.expand([*pencil.batch, *start.shape[-2:]])
 
 
 def iterate(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import sys
 from typing import Any, Callable, ContextManager, List, Sequence, Tuple
 
 import torch
@@ -21,6 +22,13 @@ def may_be_differentiated(*operands: Any) -> bool:
         isinstance(M, Tensor) and M.requires_grad for M in operands
     )
     return recorded or in_transform()
+
+
+def over_processes(*operands: Any) -> bool:
+    """Whether one is a DTensor, or carries the mesh of one; where its module was never imported, none can."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    return any(getattr(M, "device_mesh", None) is not None for M in operands)
 
 
 def unwrapped(M: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import fixed_block, inner, norms
 from torch._lobpcg_impl.operand import Pencil
 
 
@@ -41,9 +40,10 @@ def _relax(
 ) -> Tuple[Tensor, Tensor]:
     """Generic columns (*, m, count) after conjugate gradients, and whether K does not reach them: (*, 1, count)."""
     assert pencil.iK is not None
-    tiny = torch.finfo(pencil.dtype).tiny ** 0.5
-    Z = fixed_block(pencil.m, count, (1 << 22) + first, pencil.empty())
-    Z = (Z / norms(Z, keepdim=True)).expand([*pencil.batch, pencil.m, count])
+    tiny, space = torch.finfo(pencil.dtype).tiny ** 0.5, pencil.space
+    inner = space.inner
+    Z = space.fixed_block(pencil.m, count, (1 << 22) + first, pencil.empty())
+    Z = (Z / space.norms(Z, keepdim=True)).expand([*pencil.batch, *Z.shape])
     R = pencil.A.apply(Z) * -sign
     P = W = pencil.iK.apply(R)
     rho = inner(R, W, keepdim=True)
