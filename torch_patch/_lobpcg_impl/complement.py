@@ -257,8 +257,21 @@ def nearest_on_complement(pencil: Pencil, X: Tensor, sign: float) -> Tensor:
     """(*, 1): from E_k to the eigenvalue nearest to the wanted end on the complement, in double precision."""
     pencil, E, X = _pairs_in_double(pencil, X)
     op = Complement(pencil, E[..., -1:], X, sign)
-    C = _reduced(op, *op.dense())[0]
-    return torch.linalg.eigvalsh(C)[..., :1] * op.sign
+    K, M, _ = _restricted(op, *op.dense())
+    if M is None:
+        return torch.linalg.eigvalsh(K)[..., :1] * op.sign
+    # 1 / the largest eigenvalue of M relative to K, where K is positive definite: with a mass that is singular or
+    # graded the rounding of eigenvalues relative to M is that of the largest, in this way that of the one asked for.
+    L, info = torch.linalg.cholesky_ex(K)
+    positive = info == 0
+    one = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    L = torch.where(positive[..., None, None], L, one)
+    nearest = 1.0 / torch.linalg.eigvalsh(_relative_to(L, M))[..., -1:]
+    if not bool(positive.all()):
+        C = _relative_to(_factor_of_mass(M), K)
+        other = torch.linalg.eigvalsh(C)[..., :1]
+        nearest = torch.where(positive.unsqueeze(-1), nearest, other)
+    return nearest * op.sign
 
 
 def _columns_of_further_dimensions(b: Tensor, batch_dims: int) -> Tuple[Tensor, Tensor]:
@@ -359,20 +372,54 @@ def _spectral(op: Complement, b: Tensor, A: Tensor, B: Optional[Tensor]) -> Tens
 def _reduced(
     op: Complement, A: Tensor, B: Optional[Tensor]
 ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-    """C = L^-1 Q^H s (A - E_1 B) Q L^-H / scale, Q and L: the columns of Q span {z : X^H B z = 0}, Q^H B Q = L L^H.
+    """C = L^-1 K L^-H, Q and L, the Cholesky factor of M, for `_restricted`'s K, M and Q; without B, K, Q and None."""
+    K, M, Q = _restricted(op, A, B)
+    if M is None:
+        return K, Q, None
+    L = _factor_of_mass(M)
+    return _relative_to(L, K), Q, L
+
+
+def _restricted(
+    op: Complement, A: Tensor, B: Optional[Tensor]
+) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+    """K = Q^H s (A - E_1 B) Q / scale, M = Q^H B Q or None without B, and Q, whose columns span {z : X^H B z = 0}.
 
     Shifting by one of the E_j first keeps the digits of mu - E_j when the spectrum lies far from zero.
     """
     k = op.X.shape[-1]
     Q = torch.linalg.qr(op.BX, mode="complete").Q[..., k:]  # (*, m, m - k)
     BQ = Q if B is None else B @ Q
-    C = Q.mH @ ((A @ Q - op.shifts[..., :1, None] * BQ) * (op.sign / op.scale))
-    if B is None:
-        return (C + C.mH) / 2, Q, None
-    L = torch.linalg.cholesky(Q.mH @ BQ)
-    C = torch.linalg.solve_triangular(L, (C + C.mH) / 2, upper=False)
+    K = Q.mH @ ((A @ Q - op.shifts[..., :1, None] * BQ) * (op.sign / op.scale))
+    return (K + K.mH) / 2, None if B is None else Q.mH @ BQ, Q
+
+
+def _relative_to(L: Tensor, K: Tensor) -> Tensor:
+    """L^-1 K L^-H, Hermitian to the bit, for a Hermitian K."""
+    C = torch.linalg.solve_triangular(L, K, upper=False)
     C = torch.linalg.solve_triangular(L, C.mH, upper=False)
-    return (C + C.mH) / 2, Q, L
+    return (C + C.mH) / 2
+
+
+def _factor_of_mass(M: Tensor) -> Tensor:
+    """The Cholesky factor of M (*, p, p), which is positive definite, or singular to rounding: then M plus that
+    rounding.  Directions without mass have infinite eigenvalues, which so become large ones; the finite ones keep their
+    digits, unlike those of M without these directions."""
+    L, info = torch.linalg.cholesky_ex(M)
+    singular = info > 0
+    if bool(singular.any()):
+        p, eps = M.shape[-1], torch.finfo(M.dtype).eps
+        size = M.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+        more = 4.0 * p * eps * size * singular
+        L, info = torch.linalg.cholesky_ex(
+            M + torch.diag_embed(more.unsqueeze(-1).expand(M.shape[:-1]))
+        )
+        if bool((info > 0).any()):
+            raise ValueError(
+                f"lobpcg: B is not positive definite{members(info > 0, info.dim())} beside the pairs that were found "
+                "(its Cholesky factorisation fails); B must be Hermitian positive definite"
+            )
+    return L
 
 
 def _by_all_pairs(op: Complement, b: Tensor, T: Tensor, Y: Tensor) -> Optional[Tensor]:

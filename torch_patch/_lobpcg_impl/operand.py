@@ -170,11 +170,7 @@ class Dense(_Matrix):
 
     def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
         (M,) = tangents
-        return (
-            torch.zeros_like(V)
-            if M is None
-            else (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
-        )
+        return _dense_tangent(M, V)
 
     def largest(self, probe: Probe) -> Tensor:
         if self.tensor.shape[-1] == 0:
@@ -320,10 +316,8 @@ class Sparse(_Matrix):
 
     def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
         (M,) = tangents
-        if M is None:
-            return torch.zeros_like(V)
-        if not is_sparse(M):
-            return (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
+        if M is None or not is_sparse(M):
+            return _dense_tangent(M, V)
         pattern = Pattern(M)
         V = V.expand(pattern.batch_shape + V.shape[-2:]) if pattern.batch_shape else V
         return (
@@ -331,33 +325,25 @@ class Sparse(_Matrix):
             + PatternProduct.apply(pattern.values, V, pattern, True)
         ) / 2
 
-    def _per_matrix(self, values: Tensor) -> Tensor:
-        """Sums of nonnegative numbers, one for each stored element of `rows`, over each matrix: (*)."""
+    def _per_matrix(self, values: Tensor, how: str) -> Tensor:
+        """Sum or largest ("sum", "amax") of nonnegative numbers, one for each stored element of `rows`, over each
+        matrix of a batch: (*)."""
         batch = self.tensor.shape[:-2]
         which = row_indices(self.rows) // max(1, self.tensor.shape[-1])
-        return (
-            values.new_zeros(max(1, math.prod(batch)))
-            .index_add(0, which, values)
-            .reshape(batch)
-        )
+        zeros = values.new_zeros(math.prod(batch))
+        return zeros.scatter_reduce(0, which, values, how).reshape(batch)
 
     def largest(self, probe: Probe) -> Tensor:
         values = self.rows.values().abs().to(torch.float64)
-        batch = self.tensor.shape[:-2]
-        if not batch:
+        if self.tensor.dim() == 2:
             return values.amax() if values.numel() else values.new_zeros(())
-        which = row_indices(self.rows) // self.tensor.shape[-1]
-        return (
-            values.new_zeros(math.prod(batch))
-            .scatter_reduce(0, which, values, "amax")
-            .reshape(batch)
-        )
+        return self._per_matrix(values, "amax")
 
     def mean_square(self, probe: Probe) -> Tensor:
         values, m = self.rows.values(), max(1, self.tensor.shape[-1])
         if self.tensor.dim() == 2:
             return torch.linalg.vector_norm(values).square() / m
-        return self._per_matrix(values.abs().square()) / m
+        return self._per_matrix(values.abs().square(), "sum") / m
 
     def diagonal(self) -> Tensor:
         # Looked at in the forward first: inside of torch.func no kernel takes a CSR matrix.
@@ -443,6 +429,12 @@ class Sparse(_Matrix):
                 f"lobpcg: {self.name} is not positive definite{members(bad, bad.dim())}: a diagonal entry is not "
                 f"positive; {self.name} must be Hermitian positive definite"
             )
+
+
+def _dense_tangent(M: Optional[Tensor], V: Tensor) -> Tensor:
+    if M is None:
+        return torch.zeros_like(V)
+    return (torch.matmul(M, V) + torch.matmul(M.mH, V)) / 2
 
 
 def _adjoint(M: Tensor) -> Tensor:
