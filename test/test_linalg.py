@@ -951,6 +951,58 @@ class TestLobpcgPolynomial(LobpcgTestCase):
                     exact = self.exact_directions(A.to_dense(), None, sign, q, R)
                     self.assertEqual(Z, exact, atol=1e-10, rtol=1e-10)
 
+    def test_single_precision(self):
+        """The highest degree, at a spectrum whose wanted end is far from zero: rounding errors of a product stay what
+        those of a recurrence are."""
+        p = self.problems.path_graph(700)
+        A = p.build()[0].to_dense() - 2.0 * torch.eye(700, dtype=torch.float64)
+        E, R = p.extreme(4) - 2.0, self.start(700, 3)
+        for B, d in ((None, None), (1.0 + torch.arange(700) % 7, 1)):
+            D = None if d is None else B.double()
+            M = None if d is None else D.diag().float().to_sparse_csr()
+            S = A if d is None else A * (D[:, None] * D).sqrt()
+            Z, q = self.directions(
+                S.float().to_sparse_csr(), M, 1.0, E.float(), R.float()
+            )
+            self.assertEqual(q.degree, 60)
+            exact = self.exact_directions(S, D, 1.0, q, R)
+            error = torch.linalg.vector_norm(Z.double() - exact)
+            self.assertLess(error, 2e-4 * torch.linalg.vector_norm(exact))
+
+    def test_images_are_kept_or_computed(self):
+        """The same pairs, whether products with the basis are carried along or not."""
+        from unittest import mock
+
+        from torch._lobpcg_impl import basis
+
+        one, p = self.problems.laplacian(31, 28), self.problems
+        for problem in (one, p.laplacian_mass(31, 28), p.diagonal_mass(one, 1e4)):
+            for dtype, method in itertools.product(
+                (torch.float32, torch.complex128), ("ortho", "basic")
+            ):
+                A, B = problem.build(dtype, torch.sparse_csr)
+                found = []
+                for columns in (0, 1000):
+                    seen = []
+                    with mock.patch.object(basis, "_IMAGES_UP_TO", columns):
+                        E, _, messages = self.solve(
+                            A,
+                            B=B,
+                            k=12,
+                            largest=False,
+                            method=method,
+                            tracker=lambda w: seen.append(w.basis.images),
+                        )
+                    self.assertEqual(messages, [])
+                    self.assertEqual(seen[-1], columns > 0)
+                    found.append(E)
+                exact = problem.extreme(12)
+                size = 1e-5 if dtype == torch.float32 else 1e-9
+                for E in found:
+                    self.assertEqual(
+                        E.double(), exact, atol=size * float(exact[-1]), rtol=0
+                    )
+
     def test_diagonal_mass_is_the_measure(self):
         p = self.problems.diagonal_mass(self.problems.indefinite(60), 50.0)
         A, B = p.build(layout=torch.sparse_csr)
@@ -999,9 +1051,9 @@ class TestLobpcgPolynomial(LobpcgTestCase):
             self.problems.mikota(200),
             self.problems.rod(150),
         ):
-            for largest in (False, True):
-                with self.subTest(problem=p.name, largest=largest):
-                    self.run_problem(p, torch.float64, 4, largest, torch.sparse_csr)
+            for k, largest in itertools.product((4, 20), (False, True)):
+                with self.subTest(problem=p.name, k=k, largest=largest):
+                    self.run_problem(p, torch.float64, k, largest, torch.sparse_csr)
 
     def test_every_copy_of_an_eigenvalue(self):
         one = self.problems.laplacian(19, 16)

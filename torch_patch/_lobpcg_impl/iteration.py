@@ -405,15 +405,14 @@ class LOBPCG:
             self.check_start(X, G)
             # Columns closer than sqrt(eps) to the span of the others carry fewer than half of their digits.
             whiten = functools.partial(whiten_scaled, G, self.eps**0.5 * n, self.tiny)
-            T, d, dropped = self.space.first(whiten, n)
+            T, _, dropped = self.space.first(whiten, n)
             self.basis.combine(self.up(T, self.e[..., :0])[0])
             X = self.basis.part(0, n)
             missing = dropped.unsqueeze(-2).to(X.device)
             some = bool(missing.any())
             if some and attempt == 0 and first == 0 and self.probe > 0:
                 self.check_rank(int((~dropped).sum(-1).min()))
-            # Two digits that were lost come back in the Ritz step below.
-            if not some and (attempt > 0 or bool((d > 0.01).all())):
+            if attempt > 0 and not some:
                 break
             if some:
                 fresh = self.space.fixed_block(self.m, n, first + attempt * n, X)

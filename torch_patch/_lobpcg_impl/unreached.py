@@ -58,7 +58,10 @@ def _relax(
         Z, R = Z + P * step, R - AP * step
         square = inner(Z, Z, keepdim=True)
         # A vector that K does not reach would have left about 1 / m.
-        if not bool((going & (square > 1e-4 / pencil.m)).any()):
+        left = square > 1e-4 / pencil.m
+        if not bool(left.any()):
+            return Z, left
+        if not bool((going & left).any()):
             break
         W = pencil.iK.apply(R)
         new = inner(R, W, keepdim=True)
@@ -66,5 +69,5 @@ def _relax(
     energies = inner(Z, R, keepdim=True).abs() * inner(
         Z, pencil.iK.apply(Z), keepdim=True
     )
-    blind = (square > 1e-4 / pencil.m) & (energies.abs() * scale <= _BLIND * square**2)
+    blind = left & (energies.abs() * scale <= _BLIND * square**2)
     return Z, blind & (scale > 0)
