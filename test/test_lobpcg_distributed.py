@@ -465,6 +465,49 @@ def callables(mesh):
             near(leaf.grad, wanted[0])
 
 
+def a_replicated_weight(mesh):
+    """Its gradient, a sum over the rows of all, comes back as it is: replicated."""
+    from torch.distributed.tensor import Replicate
+
+    c = 1 + 0.5 * random(M, seed=2)
+    theta = shard(torch.tensor([1.5], dtype=REAL), mesh, [Replicate()])
+    stiffness = springs(mesh, shard(c, mesh).detach())
+    start = shard(random(M, 6, seed=4), mesh).detach()
+    E, _ = torch.lobpcg(lambda V: stiffness(V) * theta, K, X=start, tol=1e-11)
+    near(E, 1.5 * torch.linalg.eigvalsh(chain(c)).flip(0)[:K])
+    E.sum().backward()
+    assert theta.grad.placements == (Replicate(),), theta.grad.placements
+    near(theta.grad, (E.full_tensor().detach().sum() / 1.5).unsqueeze(0))
+
+
+def a_loss_of_one_process(mesh):
+    """A loss of vectors on the first process, of values on the others."""
+    A, _ = problem()
+    first, of_X = dist.get_rank() == 0, weights(M)[1]
+    leaf, a = shard(A, mesh), A.clone().requires_grad_()
+    E, X = torch.lobpcg(leaf, K, largest=False, tol=1e-11)
+    rows = X.to_local()
+    if first:
+        (rows.square() * of_X[: rows.shape[0]]).sum().backward()
+    else:
+        (E.to_local() * 0).sum().backward()
+    count = -(-M // mesh.size())
+    wanted = (dense_pairs(a, None)[1].square() * of_X)[:count].sum()
+    near(leaf.grad, hermitian(torch.autograd.grad(wanted, a)[0]))
+
+
+def the_default_start_block(mesh):
+    """It is the one that a single process has: each makes its rows."""
+    for dtype in (REAL, torch.float32):
+        A, B = problem(dtype=dtype)
+        a, b = (shard(T, mesh).detach() for T in (A, B))
+        E, X = torch.lobpcg(a, K, B=b, largest=False, niter=0)
+        alone = torch.lobpcg(A, K, B=B, largest=False, niter=0)
+        most = 1e-11 if dtype == REAL else 1e-4
+        near(E, alone[0], most)
+        near(X.full_tensor().abs(), alone[1].abs(), most)
+
+
 def checkpointed(mesh):
     """Tensors that are kept are unpacked once; and the same backward can be taken twice."""
     from torch.utils.checkpoint import checkpoint
@@ -955,6 +998,15 @@ class TestLobpcgDistributed(TestCase):
 
     def test_callables(self):
         self.on_processes("callables")
+
+    def test_a_replicated_weight(self):
+        self.on_processes("a_replicated_weight", (2,))
+
+    def test_a_loss_of_one_process(self):
+        self.on_processes("a_loss_of_one_process")
+
+    def test_the_default_start_block(self):
+        self.on_processes("the_default_start_block", (3,))
 
     def test_checkpoint_and_two_backwards(self):
         self.on_processes("checkpointed", (2,))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._lobpcg_impl.blocks import (
     columns,
+    deduct,
     gram,
     inner,
     is_single,
@@ -199,13 +200,13 @@ def _right_hand_side(op: Complement, b: Tensor, eps: float) -> Tuple[Tensor, Ten
     space = op.space
     size = space.safe_norms(b)
     b = columns(b / _nonzero(size))
-    c = space.gram(op.X, b)
-    longest = space.norms(op.BX).unsqueeze(-2).to(b.real.dtype)
+    longest, c = space.joined([norms(op.BX), gram(op.X, b)], 1)
+    longest = longest.unsqueeze(-2).to(b.real.dtype)
     terms = 1 + longest @ c.abs()  # (*, 1, q)
-    b = op.project_dual(b)
-    left = space.norms(b, keepdim=True)
+    b = deduct(b, op.BX, c)
+    left, c = space.joined([norms(b, keepdim=True), gram(op.X, b)], 1)
     inside = left <= 16 * eps * terms  # false for NaN, which goes on to be seen
-    b = op.project_dual(b / _nonzero(left))
+    b = deduct(b, op.BX, c) / _nonzero(left)
     again = space.norms(b, keepdim=True)
     inside = inside | (again < 0.5)
     b = b.div_(_nonzero(again)).masked_fill_(inside, 0.0)

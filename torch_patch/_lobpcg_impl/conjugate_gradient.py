@@ -34,8 +34,11 @@ class Deflation:
         self.space = op.space
         self.Y = Y = op.project(columnwise(Y))
         factor = op.sign / op.scale
-        self.AY = op.project_dual(columnwise(op.pencil.A.apply(Y))) * factor
-        self.BY = op.project_dual(columnwise(op.pencil.B.apply(Y))) * factor
+        images = [columnwise(M.apply(Y)) for M in (op.pencil.A, op.pencil.B)]
+        inside = self.space.joined([gram(op.X, image) for image in images])
+        self.AY, self.BY = (
+            deduct(image, op.BX, c) * factor for image, c in zip(images, inside)
+        )
         self.shifts = op.shifts
         of_A, of_B = self.space.joined([gram(Y, self.AY), gram(Y, self.BY)])
         K = of_A.unsqueeze(-3) - op.shifts[..., None, None] * of_B.unsqueeze(-3)
