@@ -538,8 +538,13 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             G, late = X.mH @ b.detach(), torch.zeros_like(E)
             x, g = X.norm(dim=-2), b.detach().norm(dim=-2)
             check(
+                operators.moved_by_residuals.default,
+                (A, B, None, E, X, late, T, Y, residual[:2], late + 1, scale[:2]),
+                numbers,
+            )
+            check(
                 operators.pair_mask.default,
-                (E, x, T, residual[:2], late, scale, (G + G.mH) / 2, E, g, g, late),
+                (E, x, T, residual[:2], *[late] * 3, (G + G.mH) / 2, E, g, g, late),
                 dict(numbers, m=12, eps=2e-16, forward_mode=False),
             )
             check(operators.second_order_at_most.default, (b, E.diag()), dict(order=2))

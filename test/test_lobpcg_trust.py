@@ -782,6 +782,85 @@ class TestSingularPreconditioners:
         assert max(columns) <= 6
 
 
+# Narrow gaps in single precision ------------------------------------------------------------------------------------
+
+
+def stretched_grid(side, stretch):
+    """A grid whose second and third eigenvalues differ by the stretch, float32, and all its pairs in closed form."""
+    s = torch.arange(1, side + 1, dtype=DOUBLE)
+    V = torch.sin(math.pi * torch.outer(s, s) / (side + 1)) * math.sqrt(2 / (side + 1))
+    e = 4 * torch.sin(math.pi * s / (2 * (side + 1))) ** 2
+    w = float(torch.tensor(1 + stretch, dtype=SINGLE))
+    e, order = (e[:, None] + w * e).flatten().sort()
+    path = tridiagonal(torch.full((side,), 2.0, dtype=DOUBLE), torch.full((side - 1,), -1.0, dtype=DOUBLE))
+    one = torch.eye(side, dtype=DOUBLE)
+    A = torch.kron(path, one) + w * torch.kron(one, path)
+    return A.to(SINGLE), e, torch.kron(V, V)[:, order]
+
+
+class TestNarrowGapsInSingle:
+    """An eigenvalue a few eps |A| from one that was not asked for: rounding points to its vector hardly ever."""
+
+    @pytest.mark.parametrize("stretch", [3e-3, 1e-3, 3e-4])
+    @pytest.mark.parametrize("start", [False, True])
+    def test_gradient_of_a_grid_is_quiet_and_right(self, stretch, start):
+        A, e, V = stretched_grid(50, stretch)
+        w = torch.randn(2500, generator=generator(0), dtype=DOUBLE)
+        D = 1 / (e[:2] - e[:, None])
+        D[:2] = 0
+        exact = 2 * hermitian(V @ (V.mT @ (w[:, None] * V[:, :2]) * D) @ V[:, :2].mT)
+        A = A.to_sparse_csr().requires_grad_()
+        X = (V[:, :2] + 0.01 * torch.randn(2500, 2, generator=generator(1), dtype=DOUBLE)).to(SINGLE)
+
+        def gradient():
+            _, Y = torch.lobpcg(A, k=2, X=X if start else None, largest=False)
+            return torch.autograd.grad((w.to(SINGLE)[:, None] * Y.square()).sum(), A)[0]
+
+        found, said = call(gradient)
+        assert said == []
+        assert relative_norm(found.to_dense(), stored(A, exact)) < 1e-2
+
+    def test_wrong_ones_are_warned_of(self):
+        """Vectors mixed by hand: the tolerance allows it, and the estimate is within a factor of ten."""
+        A, e, V = stretched_grid(30, 3e-3)
+        gap = float(e[2] - e[1])
+        for angle in (0.05, 0.3):
+            A = A.detach().to_sparse_csr().requires_grad_()
+            c, s = math.cos(angle), math.sin(angle)
+            X = torch.stack([V[:, 0], c * V[:, 1] + s * V[:, 2]], 1).to(SINGLE)
+            w = V[:, 1] * V[:, 2] * 900
+
+            def gradient():
+                _, Y = torch.lobpcg(A, k=2, X=X, largest=False, tol=gap / 8, niter=0)
+                return torch.autograd.grad((w.to(SINGLE)[:, None] * Y.square()).sum(), A)[0]
+
+            D = 1 / (e[:2] - e[:, None])
+            D[:2] = 0
+            exact = 2 * hermitian(V @ (V.mT @ (w[:, None] * V[:, :2]) * D) @ V[:, :2].mT)
+            found, said = call(gradient)
+            error = relative_norm(found.to_dense(), stored(A, exact))
+            (text,) = said
+            stated = float(re.search(r"error of ([-+.0-9e]+)", text)[1])
+            assert error / 10 < stated < 10 * error
+
+    def test_mapped(self):
+        """Under vmap the gradients are those of one matrix at a time, and as quiet."""
+        A, e, V = stretched_grid(20, 1e-3)
+        A = torch.stack([A, 1.5 * A + torch.eye(400)])
+        w = torch.randn(400, 1, generator=generator(0), dtype=DOUBLE).to(SINGLE)
+
+        def gradient(A):
+            return torch.func.grad(lambda A: (w * torch.lobpcg(A, k=2, largest=False, method="ortho")[1] ** 2).sum())(A)
+
+        found, said = call(lambda: torch.func.vmap(gradient)(A))
+        assert said == []
+        D = 1 / (e[:2] - e[:, None])
+        D[:2] = 0
+        exact = hermitian(V @ (V.mT @ (w.double() * V[:, :2]) * D) @ V[:, :2].mT) * 2
+        assert relative_norm(found[0], exact) < 1e-2
+        assert relative_norm(found[1], exact / 1.5) < 1e-2
+
+
 # Spectral functions -------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import is_single, norms
-from torch._lobpcg_impl.complement import report_cut_cluster
+from torch._lobpcg_impl.complement import report_cut_cluster, TOLD_APART
 from torch._lobpcg_impl.report import first, found, members
 
 
@@ -32,7 +32,7 @@ def check_accuracy(
     width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
     share, total = _shares(seen, gaps, skew / width, setting)
     relative = lost / width / total.unsqueeze(-1)
-    _check_outside(seen, gaps, setting.options, share, relative)
+    _check_outside(seen, gaps, setting, share, relative)
     # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
     # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.
     most = 30 * math.sqrt(torch.finfo(seen.x.dtype).eps)
@@ -147,19 +147,20 @@ def _shares(seen: Any, gaps: Any, C: Tensor, setting: Any) -> Any:
 
 
 def _check_outside(
-    seen: Any, gaps: Any, options: Options, share: Tensor, inside: Tensor
+    seen: Any, gaps: Any, setting: Any, share: Tensor, inside: Tensor
 ) -> None:
     """Pairs that missed the tolerance, are close to the rest of the spectrum, or are not the extreme ones."""
     E, T, k = seen.E, seen.T, seen.E.shape[-1]
-    nearest = gaps.rest
+    options, eps = setting.options, setting.eps
+    nearest, error = gaps.rest, seen.moved
+    residual = torch.maximum(
+        seen.residual, least_residual(seen.residual, gaps.rounding)
+    )
     if not T.shape[-1]:
         # Nothing is known of the rest: the gaps inside stand for it.
         equal = gaps.equal | torch.eye(k, dtype=torch.bool, device=E.device)
         nearest = gaps.gap.masked_fill(equal, math.inf).amin(-2)
-    residual = torch.maximum(
-        seen.residual, least_residual(seen.residual, gaps.rounding)
-    )
-    error = residual / torch.where(nearest > 0, nearest, torch.ones_like(nearest))
+        error = residual / torch.where(nearest > 0, nearest, torch.ones_like(nearest))
     error = torch.where(share > 0, error * share, torch.zeros_like(error))
     late = (share > 0) & (seen.late > 0)
     if bool(late.any()):
@@ -176,6 +177,8 @@ def _check_outside(
         # Of single precision, the vectors are rounded after their residuals.
         width = torch.minimum(width, torch.maximum(100 * residual, width / 10))
     cut = seen_at_all & (nearest <= width)
+    if is_single(eps):
+        cut = cut & ~(seen.moved < TOLD_APART)
     bad = error > most
     if bool(cut.any()):
         report_cut_cluster(cut, nearest, k, E.dim() - 1)

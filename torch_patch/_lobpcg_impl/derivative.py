@@ -32,6 +32,7 @@ from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.accuracy import least_residual
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import gram, is_single, norms, safe_norms
 from torch._lobpcg_impl.complement import in_double, is_small, solve_on_complement
@@ -46,6 +47,7 @@ from torch._lobpcg_impl.pairs import in_masses, longer, missed, Pairs, pencil_si
 from torch._lobpcg_impl.report import OneWarning
 from torch._lobpcg_impl.resolvent import (
     distance_of_quotient,
+    moved_by_residuals,
     nearest_outside,
     reduced_resolvent,
 )
@@ -254,9 +256,18 @@ def _factors(
         T = _with_values_outside(known, Z, values, T)
         if Z is not None and pairs.pencil.generalized:
             residual = residual * longer(known, Z)
-    seen = Seen(E, x, T, residual, known.late, known.size, G, gE, g, z, left)
+    seen = Seen(E, x, T, residual, known.late, known.size, None, G, gE, g, z, left)
+
+    def moved() -> Tensor:
+        if not T.shape[-1]:
+            return torch.zeros_like(residual)
+        rounding = 10 * eps * known.size
+        least = torch.maximum(residual, least_residual(residual, rounding))
+        nearest = (values.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
+        return moved_by_residuals(known, least, nearest)
+
     m = pairs.pencil.m
-    F, clustered = pair_factors(seen, m, pairs.options, eps, forward_mode)
+    F, clustered = pair_factors(seen, moved, m, pairs.options, eps, forward_mode)
     return F.to(known.E.dtype), clustered
 
 

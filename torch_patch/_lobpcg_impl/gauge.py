@@ -10,7 +10,7 @@ residuals, and the rounding of E.
 """
 
 import math
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,9 @@ class Seen(NamedTuple):
     """What decides about a derivative.  (*) is the batch of the pairs, (+) further dimensions of cotangents.
 
     residual, size: |r_j| and N_j of module pairs; late: relative residual of the pairs that missed the tolerance, else
-    0.  In reverse mode G = X^H gX; in forward mode G = Herm(X^H b) and b in the place of gX.  x, g, z, left: 2-norms of
-    the columns of X, gX, Z = [R_j gX_j] and (I - B X X^H) gX.
+    0; moved: how far residuals move the vectors, of the others in X apart.  In reverse mode G = X^H gX; in forward mode
+    G = Herm(X^H b) and b in the place of gX.  x, g, z, left: 2-norms of the columns of X, gX, Z = [R_j gX_j] and
+    (I - B X X^H) gX.
     """
 
     E: Tensor  # (*, k), in double precision where that is known
@@ -43,6 +44,7 @@ class Seen(NamedTuple):
     residual: Tensor  # (+, *, k)
     late: Tensor  # (*, k)
     size: Tensor  # (*, k)
+    moved: Optional[Tensor]  # (+, *, k); None where it has not been needed
     G: Optional[Tensor]  # (+, *, k, k)
     gE: Optional[Tensor]  # (+, *, k)
     g: Optional[Tensor]  # (+, *, k)
@@ -50,16 +52,22 @@ class Seen(NamedTuple):
     left: Optional[Tensor]  # (+, *, k)
 
 
-_TRAILING = (1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
+_TRAILING = (1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 
 
 def pair_factors(
-    seen: Seen, m: int, options: Options, eps: float, forward_mode: bool
+    seen: Seen,
+    moved: Callable[[], Tensor],
+    m: int,
+    options: Options,
+    eps: float,
+    forward_mode: bool,
 ) -> Tuple[Tensor, bool]:
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E; and whether some
     pairs are a cluster to it.
 
-    eps: unit rounding of what E and X were before they were rounded to their precision.  Raises RuntimeError where no
+    moved() finds seen.moved, where the pairs do not turn out to be clear without.  eps: unit rounding of what E and X
+    were before they were rounded to their precision.  Raises RuntimeError where no
     derivative exists; reports where it exists only in part or is inaccurate.
     """
     E, setting = seen.E, _Setting(m, options, eps, forward_mode)
@@ -67,7 +75,8 @@ def pair_factors(
         if is_clear(seen, setting):
             return _of_distinct(E), False
     G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
-    mask = apply(_PairMask, setting, *seen._replace(E=E.detach(), G=G, gE=gE))
+    seen = seen._replace(E=E.detach(), moved=moved(), G=G, gE=gE)
+    mask = apply(_PairMask, setting, *seen)
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
     return F, setting.clustered
@@ -115,8 +124,8 @@ def _mask_outputs(*tensors: Any, **_: Any) -> Outputs:
 
 
 _SEEN = (
-    "Tensor E, Tensor x, Tensor T, Tensor residual, Tensor late, Tensor size, Tensor? G, Tensor? gE, Tensor? g, "
-    "Tensor? z, Tensor? left"
+    "Tensor E, Tensor x, Tensor T, Tensor residual, Tensor late, Tensor size, Tensor moved, Tensor? G, Tensor? gE, "
+    "Tensor? g, Tensor? z, Tensor? left"
 )
 
 

@@ -25,6 +25,7 @@ from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.complement import (
     is_small,
     nearest_on_complement,
+    residuals_in_double,
     solve_on_complement,
     system_tolerance,
 )
@@ -340,6 +341,116 @@ class _NearestOutside(Function):
             info.batch_size, dims, pencil, tensors[:2] + (tensors[1],) + tensors[3:]
         )
         return _NearestOutside.apply(pencil, options, E, X, late, *others), 0
+
+
+# |R_j r_j| is looked at where residuals over gaps reach the first of these, and is found to the second of them.
+_LOOK, _ROUGH = 1e-3, 1e-2
+# Residuals in the arithmetic that they are computed in: from so many times eps N on they are no noise.
+_ABOVE_NOISE = 100.0
+
+
+def moved_by_residuals(pairs: Pairs, residual: Tensor, nearest: Tensor) -> Tensor:
+    """(+, *, k): how far x_j is from its eigenvector, but for the others in X, of length one in B.  A constant.
+
+    residual: |r_j|, nearest: distances of E_j to the rest of the spectrum, (+, *, k).  The bound |r_j| / nearest, or,
+    where that is not small, |R_j r_j| to a hundredth of that bound: a residual at rounding level points everywhere, and
+    of m directions one is amplified by the nearest eigenvalue.  Cost then: a rough solution for k columns.
+    """
+    tensors = (
+        pairs.E,
+        pairs.X,
+        pairs.late,
+        pairs.T,
+        pairs.Y,
+        residual,
+        nearest,
+        pairs.size,
+        *pairs.pencil.parameters,
+    )
+    tensors = tuple(T if T is None else T.detach() for T in tensors)
+    return apply(_MovedByResiduals, pairs.pencil.bare(), pairs.options, *tensors)
+
+
+def _rows_shape(*tensors: Any, **numbers: Any) -> Outputs:
+    residual, nearest = tensors[8:10]
+    return [(broadcast(residual.shape, nearest.shape), residual.dtype)]
+
+
+@in_graphs(
+    "moved_by_residuals",
+    f"({MATRICES}, Tensor E, Tensor X, Tensor late, Tensor T, Tensor Y, Tensor residual, Tensor nearest, Tensor size, "
+    f"*, {NUMBERS}) -> Tensor",
+    _rows_shape,
+    hold_pencil,
+    restore_pencil,
+)
+class _MovedByResiduals(Function):
+    @staticmethod
+    def forward(
+        pencil: Pencil,
+        options: Options,
+        E: Tensor,
+        X: Tensor,
+        late: Tensor,
+        T: Tensor,
+        Y: Tensor,
+        residual: Tensor,
+        nearest: Tensor,
+        size: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        far = torch.where(nearest > 0, nearest, torch.ones_like(nearest))
+        bound = residual / far.to(residual.dtype)
+        if bool(late.any()) or not bool((bound > _LOOK).any()):
+            return bound
+        pencil = pencil.with_parameters(parameters)
+        with without_autocast(X.device):
+            e, R = residuals_in_double(pencil, X)
+            eps = torch.finfo(e.dtype).eps
+            clear = residual > _ABOVE_NOISE * eps * size
+            if not bool(clear.any()):
+                return bound
+            z = solve_on_complement(
+                pencil, E, X, R.to(X.dtype), options.sign, _ROUGH, (T, Y), use="probe"
+            )
+            form = pencil.space.inner(z, pencil.B.product(z))
+            length = form.clamp_min(0).sqrt()
+        found = torch.minimum(length.to(bound.dtype) + _ROUGH * bound, bound)
+        return torch.where(clear, found, bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Tuple[Any, ...],
+        pencil: Pencil,
+        options: Options,
+        *tensors: Any,
+    ) -> Any:
+        E, X, late, T, Y, residual, nearest, size = tensors[:8]
+        rows, dims = [late, residual, nearest, size], [in_dims[4], *in_dims[7:10]]
+        if dims[2] is None:  # the result has the shape of the distances at least
+            rows[2], dims[2] = nearest.expand((info.batch_size, *nearest.shape)), 0
+        (late, *rows), _ = batched_first(info.batch_size, dims, rows, (1,) * 4)
+        pencil, (E, X, _, T, Y, _, *parameters) = _mapped(
+            info.batch_size,
+            (*in_dims[2:4], None, *in_dims[5:8], *in_dims[10:]),
+            pencil,
+            (E, X, X, T, Y, residual, *tensors[8:]),
+        )
+        arguments = (E, X, late, T, Y, *rows, *parameters)
+        return _MovedByResiduals.apply(pencil, options, *arguments), 0
 
 
 def _real(x: Tensor) -> Tensor:
