@@ -1274,7 +1274,7 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
 
     def test_estimate_bounds_the_error_over_the_catalogue(self):
         """A forward that was stopped early: the error of the gradient is at most 100 times the estimate, and where the
-        estimate is below a tenth at least a hundredth of it."""
+        estimate is below a tenth at least a hundredth of it; without a word on the gradient it is at most 1e-2."""
         judged = 0
         for p, largest, niter in itertools.product(
             self.problems.catalogue(), (False, True), (2, 8, 20)
@@ -1296,10 +1296,12 @@ class TestLobpcgGradientDegenerate(LobpcgGradientCase):
                 if not found[2]:
                     self.assertLessEqual(error, 1e-8)
                     continue
+                if not texts:
+                    self.assertLessEqual(error, 1e-2)
+                    continue
                 self.assertEqual(len(texts), 1)
-                estimate = float(
-                    re.search(r"residual over gap\) ([^ ]*)\. Raise niter", texts[0])[1]
-                )
+                stated = r"relative error of (?:the gradient .residual over gap. |about )?(\S+?)\.? "
+                estimate = float(re.search(stated, texts[0])[1])
                 self.assertLessEqual(error, 100 * estimate)
                 if estimate < 0.1:
                     self.assertGreaterEqual(error, estimate / 100)

@@ -2,6 +2,7 @@
 """The displayed formulas of the derivative modules, each against a dense oracle that shares no code with it."""
 
 import itertools
+import math
 import unittest
 import warnings
 from unittest import mock
@@ -479,19 +480,40 @@ class ClusterTest(FormulaTest):
             self.assertRelative(gA, self.projector_gradient(e, Q, 2, W), 1e-10)
 
     def test_pairs_that_have_not_converged(self):
-        _, _, A = self.problem(20, [1.0])
+        """A word where their error matters to the gradient, which is measured for small matrices."""
+        for m, angle, warns in ((20, 0.1, True), (20, 1e-5, False), (300, 1e-5, True)):
+            e, Q, A = self.problem(m, [1.0])
 
-        def rough(*args):
-            pairs = exact(5, False)(*args)
-            return EigenPairs(
-                pairs.E, pairs.X, pairs.residual + 1e-3 * pairs.scale, pairs.scale
-            )
+            def rough(*args):
+                pairs = exact(5, False)(*args)
+                c, s = math.cos(angle), math.sin(angle)
+                X = torch.cat(
+                    [
+                        pairs.X[:, :2],
+                        c * pairs.X[:, 2:3] + s * Q[:, 3:4],
+                        pairs.X[:, 3:],
+                    ],
+                    -1,
+                )
+                residual = pairs.residual.clone()
+                residual[2] = s * float(e[3] - e[2])
+                return EigenPairs(pairs.E, X, residual, pairs.scale)
 
-        E, _ = differentiable_eigenpairs(A, None, rough, 3, False, 1e-8)
-        with self.assertWarnsRegex(
-            RuntimeWarning, r"relative residual 1.0e-03 where tol=1.0e-08 .* niter"
-        ):
-            torch.autograd.grad(E.sum(), A)
+            E, _ = differentiable_eigenpairs(A, None, rough, 3, False, 1e-8)
+            with self.subTest(m=m, angle=angle), warnings.catch_warnings(
+                record=True
+            ) as caught:
+                warnings.simplefilter("always")
+                (gA,) = torch.autograd.grad(E.sum(), A)
+                said = [str(w.message) for w in caught]
+                self.assertEqual(len(said), int(warns))
+                if warns:
+                    self.assertRegex(
+                        said[0],
+                        r"relative residual .* where tol=1.0e-08 .* Raise niter",
+                    )
+                else:
+                    self.assertRelative(gA, Q[:, :3] @ Q[:, :3].mH, 1e-4)
 
 
 class PatternTest(FormulaTest):

@@ -545,7 +545,7 @@ class TestLobpcgGraphs(LobpcgGradientCase):
             check(
                 operators.pair_mask.default,
                 (E, x, T, residual[:2], *[late] * 3, (G + G.mH) / 2, E, g, g, late),
-                dict(numbers, m=12, eps=2e-16, forward_mode=False),
+                dict(numbers, m=12, eps=2e-16, measured=True, forward_mode=False),
             )
             check(operators.second_order_at_most.default, (b, E.diag()), dict(order=2))
 

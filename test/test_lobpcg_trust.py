@@ -32,6 +32,15 @@ def call(function):
     return result, [str(w.message) for w in caught if "lobpcg" in str(w.message)]
 
 
+def is_refused(function, text):
+    """Whether function() is a ValueError that holds the text."""
+    try:
+        function()
+    except ValueError as error:
+        return text in str(error)
+    return False
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -762,6 +771,31 @@ class TestSingularPreconditioners:
         bound = 20 * torch.finfo(dtype).eps * exact[-1] + (1e-3 if dtype == SINGLE else 1e-7) * exact[:4]
         assert ((E.double() - exact[:4]).abs() <= bound).all()
         assert (X.mT @ X - torch.eye(4)).abs().max() <= 200 * torch.finfo(dtype).eps
+
+    @pytest.mark.parametrize("method", [None, "ortho", "basic"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("start", [False, True])
+    @pytest.mark.parametrize("below", [1, 3])
+    def test_null_vectors_of_indefinite_matrices(self, below, start, dtype, method):
+        """|A|^-1 but for the null space, which lies among the wanted pairs, not at the end of the spectrum; an inverse
+        that is indefinite itself is an error, or does no harm."""
+        L = free_grid(20, 19)
+        e, V = torch.linalg.eigh(L)
+        A, e = L - e[below] * torch.eye(380, dtype=DOUBLE), e - e[below]
+        inverse = torch.where(e.abs() < 1e-10, 0.0, 1 / e)
+        X = torch.randn(380, 5, generator=generator(0), dtype=dtype) if start else None
+
+        def pairs(K):
+            K = hermitian(K).to(dtype)
+            return torch.lobpcg(A.to(dtype), k=4, iK=K, X=X, largest=False, method=method)
+
+        bound = 20 * torch.finfo(dtype).eps * e[-1] + (1e-3 if dtype == SINGLE else 1e-7) * e[:4].abs()
+        for K, may_be_refused in ((inverse.abs(), False), (inverse, True)):
+            if may_be_refused and is_refused(lambda: pairs((V * K) @ V.mT), "iK is not positive definite"):
+                continue
+            (E, _), said = call(lambda: pairs((V * K) @ V.mT))
+            assert said == []
+            assert ((E.double() - e[:4]).abs() <= bound).all()
 
     def test_one_member_of_a_batch(self):
         L = free_grid(12, 11)

@@ -268,6 +268,20 @@ def residuals_in_double(pencil: Pencil, X: Tensor) -> Tuple[Tensor, Tensor]:
     return E, AX - BX * E.unsqueeze(-2)
 
 
+def mixed_with_others(pencil: Pencil, X: Tensor, sign: float) -> Tensor:
+    """(*, k): the part of each x_j, of length one in B, that is not the j-th eigenvector from the wanted end, all of
+    which are computed in double precision."""
+    pencil, X = pencil.in_double(), in_double(X)
+    A = pencil.A.dense()
+    if pencil.generalized:
+        L = _factor_of_mass(pencil.B.dense())
+        A, X = _relative_to(L, A), L.mH @ X
+    V = torch.linalg.eigh(A)[1]
+    C = gram(V if sign > 0 else V.flip(-1), X)
+    C.diagonal(dim1=-2, dim2=-1).zero_()
+    return norms(C) / norms(X)
+
+
 def nearest_on_complement(pencil: Pencil, X: Tensor, sign: float) -> Tensor:
     """(*, 1): from E_k to the eigenvalue nearest to the wanted end on the complement, in double precision."""
     pencil, E, X = _pairs_in_double(pencil, X)

@@ -41,6 +41,7 @@ from torch._lobpcg_impl.gauge import (
     pair_factors,
     SecondOrderAtMost,
     Seen,
+    Setting,
 )
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.pairs import in_masses, longer, missed, Pairs, pencil_size
@@ -266,8 +267,9 @@ def _factors(
         nearest = (values.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
         return moved_by_residuals(known, least, nearest)
 
-    m = pairs.pencil.m
-    F, clustered = pair_factors(seen, moved, m, pairs.options, eps, forward_mode)
+    measured = is_small(pairs.pencil)
+    setting = Setting(pairs.pencil.m, pairs.options, eps, measured, forward_mode)
+    F, clustered = pair_factors(seen, moved, setting)
     return F.to(known.E.dtype), clustered
 
 

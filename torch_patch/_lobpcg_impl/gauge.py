@@ -55,23 +55,38 @@ class Seen(NamedTuple):
 _TRAILING = (1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 
 
+class Setting:
+    """What the numbers in Seen are judged by.
+
+    eps: unit rounding of what E and X were before they were rounded to their precision.  measured: whether `moved` is
+    no bound for pairs that are late, but what they are off by.
+    """
+
+    def __init__(
+        self, m: int, options: Options, eps: float, measured: bool, forward_mode: bool
+    ) -> None:
+        self.m, self.options, self.eps = m, options, eps
+        self.measured, self.forward_mode = measured, forward_mode
+        # Set where some F_ij between different pairs is 0, or a graph is traced, in which it may be.
+        self.clustered = False
+
+
 def pair_factors(
-    seen: Seen,
-    moved: Callable[[], Tensor],
-    m: int,
-    options: Options,
-    eps: float,
-    forward_mode: bool,
+    seen: Seen, moved: Callable[[], Tensor], setting: Setting
 ) -> Tuple[Tensor, bool]:
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E; and whether some
     pairs are a cluster to it.
 
-    moved() finds seen.moved, where the pairs do not turn out to be clear without.  eps: unit rounding of what E and X
-    were before they were rounded to their precision.  Raises RuntimeError where no
+    moved() finds seen.moved, where the pairs do not turn out to be clear without.  Raises RuntimeError where no
     derivative exists; reports where it exists only in part or is inaccurate.
     """
-    E, setting = seen.E, _Setting(m, options, eps, forward_mode)
-    if not (forward_mode or torch.is_grad_enabled() or in_transform() or is_traced(E)):
+    E = seen.E
+    if not (
+        setting.forward_mode
+        or torch.is_grad_enabled()
+        or in_transform()
+        or is_traced(E)
+    ):
         if is_clear(seen, setting):
             return _of_distinct(E), False
     G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
@@ -88,16 +103,6 @@ def _of_distinct(E: Tensor) -> Tensor:
     return difference.reciprocal_()
 
 
-class _Setting:
-    def __init__(
-        self, m: int, options: Options, eps: float, forward_mode: bool
-    ) -> None:
-        self.m, self.options, self.eps = m, options, eps
-        self.forward_mode = forward_mode
-        # Set where some F_ij between different pairs is 0, or a graph is traced, in which it may be.
-        self.clustered = False
-
-
 def _mask_shape(seen: Seen) -> List[int]:
     shapes = [seen.E.shape + seen.E.shape[-1:]]
     if seen.G is not None:
@@ -107,16 +112,23 @@ def _mask_shape(seen: Seen) -> List[int]:
     return broadcast(*shapes)
 
 
-def _hold_mask(setting: _Setting, *tensors: Any) -> Held:
+def _hold_mask(setting: Setting, *tensors: Any) -> Held:
     setting.clustered = True
-    numbers = dict(setting.options.numbers(), m=setting.m, eps=setting.eps)
-    return tensors, dict(numbers, forward_mode=setting.forward_mode)
+    own = ("m", "eps", "measured", "forward_mode")
+    numbers = {name: getattr(setting, name) for name in own}
+    return tensors, dict(setting.options.numbers(), **numbers)
 
 
 def _restore_mask(
-    *tensors: Any, m: int, eps: float, forward_mode: bool, **numbers: Any
+    *tensors: Any,
+    m: int,
+    eps: float,
+    measured: bool,
+    forward_mode: bool,
+    **numbers: Any,
 ) -> Tuple[Any, ...]:
-    return (_Setting(m, Options.of_numbers(**numbers), eps, forward_mode), *tensors)
+    options = Options.of_numbers(**numbers)
+    return (Setting(m, options, eps, measured, forward_mode), *tensors)
 
 
 def _mask_outputs(*tensors: Any, **_: Any) -> Outputs:
@@ -131,7 +143,7 @@ _SEEN = (
 
 @in_graphs(
     "pair_mask",
-    f"({_SEEN}, *, SymInt m, float eps, bool forward_mode, {NUMBERS}) -> Tensor",
+    f"({_SEEN}, *, SymInt m, float eps, bool measured, bool forward_mode, {NUMBERS}) -> Tensor",
     _mask_outputs,
     _hold_mask,
     _restore_mask,
@@ -140,7 +152,7 @@ class _PairMask(Function):
     """(setting, *seen) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
 
     @staticmethod
-    def forward(setting: _Setting, *tensors: Any) -> Tensor:
+    def forward(setting: Setting, *tensors: Any) -> Tensor:
         seen = Seen(*tensors)
         k = seen.E.shape[-1]
         mask = _pair_mask(seen, setting).to(seen.E.dtype)
@@ -277,7 +289,7 @@ class Gaps(NamedTuple):
     rounding: Tensor  # (*, k), what nothing tells an eigenvalue from
 
 
-def _gaps(seen: Seen, setting: _Setting) -> Gaps:
+def _gaps(seen: Seen, setting: Setting) -> Gaps:
     E, T, r = seen.E, seen.T, seen.residual
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
@@ -298,7 +310,7 @@ def _gaps(seen: Seen, setting: _Setting) -> Gaps:
     return Gaps(gap, distinct & (gap <= blur), exactly, error, rest, rounding)
 
 
-def _pair_mask(seen: Seen, setting: _Setting) -> Tensor:
+def _pair_mask(seen: Seen, setting: Setting) -> Tensor:
     """See the top of the module; reports on the way."""
     E, G, gE, x, g = seen.E, seen.G, seen.gE, seen.x, seen.g
     if not setting.forward_mode and is_clear(seen, setting):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.complement import (
     is_small,
+    mixed_with_others,
     nearest_on_complement,
     residuals_in_double,
     solve_on_complement,
@@ -291,12 +292,12 @@ class _NearestOutside(Function):
     ) -> Tensor:
         k, m, p = E.shape[-1], pencil.m, T.shape[-1]
         last, far = E[..., -1:], options.sign * math.inf
-        if bool(late.any()):
-            return torch.full_like(last, far)
         if k < m and is_small(pencil):
             pencil = pencil.with_parameters(parameters)
             with without_autocast(X.device):
                 return nearest_on_complement(pencil, X, options.sign).to(E.dtype)
+        if bool(late.any()):
+            return torch.full_like(last, far)
         # In a small space a vector is found by chance, without the rest of its cluster; there the solve is cheap, too.
         if p > 0 and 16 * (k + p) <= m:
             nearest, column = (T - last).abs().min(-1, keepdim=True)
@@ -354,7 +355,8 @@ def moved_by_residuals(pairs: Pairs, residual: Tensor, nearest: Tensor) -> Tenso
 
     residual: |r_j|, nearest: distances of E_j to the rest of the spectrum, (+, *, k).  The bound |r_j| / nearest, or,
     where that is not small, |R_j r_j| to a hundredth of that bound: a residual at rounding level points everywhere, and
-    of m directions one is amplified by the nearest eigenvalue.  Cost then: a rough solution for k columns.
+    of m directions one is amplified by the nearest eigenvalue.  Cost then: a rough solution for k columns.  Where pairs
+    are late they may not even be the wanted ones: a small pencil then is solved densely, of others the bound is all.
     """
     tensors = (
         pairs.E,
@@ -401,9 +403,14 @@ class _MovedByResiduals(Function):
     ) -> Tensor:
         far = torch.where(nearest > 0, nearest, torch.ones_like(nearest))
         bound = residual / far.to(residual.dtype)
-        if bool(late.any()) or not bool((bound > _LOOK).any()):
+        pencil, some_late = pencil.with_parameters(parameters), bool(late.any())
+        if some_late and is_small(pencil):
+            with without_autocast(X.device):
+                mixed = mixed_with_others(pencil, X, options.sign).to(bound.dtype)
+            # Vectors far off are not the only thing that is: the gaps are those of others.
+            return torch.where(mixed < 1e-2, mixed, torch.maximum(mixed, bound))
+        if some_late or not bool((bound > _LOOK).any()):
             return bound
-        pencil = pencil.with_parameters(parameters)
         with without_autocast(X.device):
             e, R = residuals_in_double(pencil, X)
             eps = torch.finfo(e.dtype).eps

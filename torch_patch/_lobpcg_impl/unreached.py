@@ -4,9 +4,10 @@ A pseudoinverse of a graph's Laplacian, or a multigrid cycle for it, has no part
 one.  New directions K r, K = iK, then hold nothing of the vectors there; a block loses the little of them that it
 started with to the smooth vectors that K serves first, and a wanted pair is missed without a trace in any residual.
 Conjugate gradients on A z = 0 from a generic z, preconditioned by K, take away what K reaches and leave the rest.
+Where A is indefinite, and K positive, such as |A|^-1 but for the null space, they do so on A K A z = 0.
 """
 
-from typing import Tuple
+from typing import Callable, Tuple
 
 import torch
 from torch import Tensor
@@ -23,36 +24,56 @@ _BLIND = 1e-3
 def unreached(pencil: Pencil, sign: float, count: int) -> Tensor:
     """Columns (*, m, p) that K does not reach, p = count, or none where it reaches all.
 
-    sign: -1 where the largest pairs are wanted.  Cost: at most seven products of a column with A and with K; where K
-    leaves something, of count columns.
+    sign: -1 where the largest pairs are wanted.  Cost: at most seven products of a column with A and with K, of an
+    indefinite A three times that; where K leaves something, of count columns.
     """
-    Z, blind = _relax(pencil, sign, 0, 1)
-    if count == 0 or not bool(blind.any()):
+    iK, A = pencil.iK, pencil.A
+    assert iK is not None
+    K = iK.apply
+
+    def plain(V: Tensor) -> Tensor:
+        return A.apply(V) * sign
+
+    def squared(V: Tensor) -> Tensor:
+        return A.apply(K(A.apply(V)))
+
+    apply = plain
+    Z, blind, definite = _relax(pencil, K, plain, 0, 1)
+    if count > 0 and not definite:
+        apply = squared
+        Z, blind, definite = _relax(pencil, K, squared, 0, 1)
+    if count == 0 or not definite or not bool(blind.any()):
         return Z[..., :0]
     if count > 1:
-        more, _ = _relax(pencil, sign, 1, count - 1)
+        more, _, _ = _relax(pencil, K, apply, 1, count - 1)
         Z = torch.cat([Z.mT, more.mT], -2).mT
     return Z
 
 
 def _relax(
-    pencil: Pencil, sign: float, first: int, count: int
-) -> Tuple[Tensor, Tensor]:
-    """Generic columns (*, m, count) after conjugate gradients, and whether K does not reach them: (*, 1, count)."""
-    assert pencil.iK is not None
+    pencil: Pencil,
+    K: Callable[[Tensor], Tensor],
+    apply: Callable[[Tensor], Tensor],
+    first: int,
+    count: int,
+) -> Tuple[Tensor, Tensor, bool]:
+    """Generic columns (*, m, count) after conjugate gradients on apply(Z) = 0; whether K does not reach them, (*, 1,
+    count); and whether nothing has shown that the operator is indefinite on what K reaches."""
     tiny, space = torch.finfo(pencil.dtype).tiny ** 0.5, pencil.space
     inner = space.inner
     Z = space.fixed_block(pencil.m, count, (1 << 22) + first, pencil.empty())
     Z = (Z / space.norms(Z, keepdim=True)).expand([*pencil.batch, *Z.shape])
-    R = pencil.A.apply(Z) * -sign
-    P = W = pencil.iK.apply(R)
+    R = -apply(Z)
+    P = W = K(R)
     rho = inner(R, W, keepdim=True)
     scale = torch.zeros_like(rho)
+    negative = torch.zeros_like(rho, dtype=torch.bool)
     for _ in range(_STEPS):
-        AP = pencil.A.apply(P) * sign
+        AP = apply(P)
         curvature = inner(P, AP, keepdim=True)
         # Where A or K is not positive definite nothing is gained.
         going = (curvature > tiny) & (rho > tiny)
+        negative = negative | ((curvature < -tiny) & (rho > tiny))
         step = torch.where(going, rho / curvature, torch.zeros_like(rho))
         scale = torch.where(scale == 0, step, scale)
         Z, R = Z + P * step, R - AP * step
@@ -60,14 +81,14 @@ def _relax(
         # A vector that K does not reach would have left about 1 / m.
         left = square > 1e-4 / pencil.m
         if not bool(left.any()):
-            return Z, left
+            return Z, left, not bool(negative.any())
         if not bool((going & left).any()):
             break
-        W = pencil.iK.apply(R)
+        W = K(R)
         new = inner(R, W, keepdim=True)
         P, rho = W + P * torch.where(going, new / rho, torch.zeros_like(rho)), new
-    energies = inner(Z, R, keepdim=True).abs() * inner(
-        Z, pencil.iK.apply(Z), keepdim=True
-    )
-    blind = left & (energies.abs() * scale <= _BLIND * square**2)
-    return Z, blind & (scale > 0)
+    form, reached = -inner(Z, R, keepdim=True), inner(Z, K(Z), keepdim=True)
+    below = -_BLIND * square**2
+    negative = negative | (form * reached.abs() * scale < below)
+    blind = left & ((form * reached * scale).abs() <= -below)
+    return Z, blind & (scale > 0), not bool(negative.any())
