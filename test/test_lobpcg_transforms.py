@@ -1,6 +1,7 @@
 # Owner(s): ["module: autograd"]
 """torch.lobpcg under torch.func, hooks, autocast, checkpoints, threads; transform by layout, a test for each cell."""
 
+import functools
 import itertools
 import warnings
 import weakref
@@ -139,6 +140,36 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
             lambda A: torch.func.vmap(self.scalar, in_dims=(0, None))(A, self.B).sum()
         )(A)
         self.assert_close(total, expected, 1e-8)
+
+    def test_vmap_of_jvp_over_batches(self):
+        """First-order perturbation by dense eigenvectors; batches of one, two and no matrices, iterated and dense."""
+        for size, m, dtype in itertools.product(
+            (0, 1, 2), (24, 60, 200), (torch.float32, torch.float64)
+        ):
+            A = torch.stack(
+                [
+                    torch.diag(torch.arange(1.0, m + 1)) + self.weights(m, seed=i) / m
+                    for i in range(3 * size)
+                ]
+                or [torch.eye(m)]
+            )[: 3 * size].reshape(3, size, m, m)
+            A, T = A.to(dtype), self.weights(m, dtype, seed=9).expand(size, m, m)
+            V = torch.linalg.eigh(A.double()).eigenvectors[..., :2]
+            exact = (V * (T.double() @ V)).sum(-2)
+            for options in ({"method": "ortho", "n": 2}, {}):
+
+                def tangent(a):
+                    f = functools.partial(
+                        torch.lobpcg, k=2, largest=False, tol=1e-6, **options
+                    )
+                    return torch.func.jvp(lambda A: f(A)[0], (a,), (T,))[1]
+
+                with self.subTest(size=size, m=m, dtype=dtype, **options):
+                    found = torch.func.vmap(tangent)(A)
+                    self.assertEqual(found.shape, exact.shape)
+                    # Inner products of length m; pairs of small matrices are corrected to rounding.
+                    bound = 16 * m**0.5 * torch.finfo(dtype).eps
+                    self.assertEqual(found.double(), exact, rtol=0, atol=bound)
 
     def test_vectorised_autograd(self):
         leaf = self.leaf(self.A)

@@ -122,7 +122,7 @@ def test_classes_go_before_main_with_their_imports():
     result = insert_classes(fake.THEIR_TESTS, fake.OUR_TESTS, ["TestSymmetric"]).decode()
     inserted = result[result.index("import math") : result.index("if __name__")]
     assert "    pass\n\n\nimport math" in result
-    assert inserted.startswith("import math\nfrom torch.autograd import gradcheck\n\n\n# What a comment")
+    assert inserted.startswith("import math\n\nfrom torch.autograd import gradcheck\n\n\n# What a comment")
     assert result.replace("\n" + inserted, "").encode() == fake.THEIR_TESTS
     assert "\nenlist(TestSymmetric)\n" in inserted
     assert "TestElsewhere" not in inserted

@@ -6,6 +6,7 @@ that mention them. Nothing else travels: a definition that needs a helper must h
 
 import ast
 import builtins
+import sys
 from collections.abc import Iterable, Sequence
 
 from .errors import PatchError
@@ -25,7 +26,9 @@ def insert_classes(
     selected = _selected(own, names, name)
     imports = _needed_imports(upstream, own, selected, names, name, earlier)
     own_lines = split_lines(decoded(ours, name).replace("\r\n", "\n"))
-    texts = ["\n".join(ast.unparse(node) for node in imports)] if imports else []
+    groups = [[node for node in imports if _is_standard(node) == kind] for kind in (True, False)]
+    lines_of = ["\n".join(ast.unparse(node) for node in group) for group in groups if group]
+    texts = ["\n\n".join(lines_of)] if imports else []
     texts += [_text(own_lines, node) for node in selected]
     blank = next((n for n in (0, 1) if lines[:place] and lines[place - 1 - n].strip()), 2)  # lines above, up to 2
     inserted = "\n" * (2 - blank) + "\n\n\n".join(texts) + "\n\n\n"
@@ -163,6 +166,11 @@ def _origin(node: ast.stmt) -> str:
         return node.names[0].name if node.names[0].asname else node.names[0].name.split(".")[0]
     assert isinstance(node, ast.ImportFrom)
     return "." * node.level + f"{node.module or ''}.{node.names[0].name}"
+
+
+def _is_standard(node: ast.stmt) -> bool:
+    """Whether an import is of the standard library, which stands in a group of its own."""
+    return _origin(node).lstrip(".").split(".")[0] in sys.stdlib_module_names
 
 
 def _bound(body: list[ast.stmt]) -> set[str]:

@@ -57,7 +57,8 @@ class Operand:
 
     def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
         """Cotangents of the parameters for cotangents U of the products with V, summed over the pairs (U, V);
-        differentiable in U and V.  That of a Hermitian matrix is the Hermitian part of sum U V^H."""
+        differentiable in U and V.  That of a Hermitian matrix is the Hermitian part of sum U V^H.
+        """
         return ()
 
     def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ class Polynomial:
             u = u - Q @ (Q.mH @ u)
             size = norms(u, keepdim=True)
             # An invariant subspace ends the recurrence: zeros follow.
-            going = size > 8 * self.eps * self.m**0.5 * diagonal[0].abs().unsqueeze(-1)
+            rounding = 8 * self.eps * self.m**0.5
+            going = size > rounding * diagonal[0].abs().unsqueeze(-1)
             size = size.where(going, torch.zeros_like(size))
             v = torch.where(going, u / size, torch.zeros_like(u))
             off.append(size[..., 0])

@@ -57,7 +57,8 @@ def around_constructor(M: Tensor) -> Tensor:
         return M
     try:
         values = node._saved_values
-    except RuntimeError:  # freed by an earlier backward, or changed in place: an error once a gradient is asked for
+    except RuntimeError:
+        # Freed by an earlier backward, or changed in place: an error once a gradient is asked for.
         return M
     if values is None or not values.requires_grad:
         return M

@@ -293,7 +293,8 @@ class LOBPCG:
         if self.converged() and self.drift > 8.0 * self.eps:
             # The verdict is given on fresh products where carried ones may have lost a digit of the residual, and the
             # pairs are returned B-orthonormal to rounding, whatever tol is.
-            rounding = (32.0 + self.m**0.5) * self.eps  # of inner products of length m
+            length = self.m**0.5  # of inner products of m terms
+            rounding = (32.0 + length) * self.eps
             if (
                 self.drift > 1e-3 * self.fparams["tol"]
                 or self.orthonormality_loss() > rounding
@@ -787,7 +788,8 @@ class LOBPCG:
 
     def restore_best(self) -> None:
         """The best pairs again where the last are five times worse, unless these have a trace better by more than their
-        loss of orthonormality explains: then a pair that was missed before has come in."""
+        loss of orthonormality explains: then a pair that was missed before has come in.
+        """
         kept, k = self.kept, self.iparams["k"]
         if kept is None or kept.X.shape[-1] != self.n or self.converged():
             return

@@ -490,7 +490,8 @@ def hermitian_part(M: Any) -> Any:
 
 def _is_hermitian(M: Tensor) -> bool:
     """Whether dense M (*, m, m) equals M^H to the bit; by tiles, since the transpose as a whole would miss the cache
-    throughout.  False under a transform or a tracer, where values cannot be looked at."""
+    throughout.  False under a transform or a tracer, where values cannot be looked at.
+    """
     if in_transform() or is_traced(M):
         return False
     M = M.detach()

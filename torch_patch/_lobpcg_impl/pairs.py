@@ -122,7 +122,8 @@ def _mean_size(M: Operand, probe: Tensor, masses: Tensor) -> Tensor:
 
 def longer(pairs: Pairs, Z: Tensor) -> Tensor:
     """(+, *, 1): by what max l grows where the columns of Z are known too, at least 1: their l is |D^1/2 z| for z of
-    length one in B.  Without guards the wanted pairs alone do not tell the condition of B.  Cost: k products with B."""
+    length one in B.  Without guards the wanted pairs alone do not tell the condition of B.  Cost: k products with B.
+    """
     masses, space = root_of_masses(pairs.pencil), pairs.pencil.space
     Z = Z / space.safe_norms(Z).clamp_min(torch.finfo(Z.dtype).tiny)
     (form,) = space.joined([(Z.conj() * pairs.pencil.B.product(Z)).sum(-2)])

@@ -26,9 +26,8 @@ class Complement:
         self.sign = sign
         self.scale = torch.ones((1, 1), dtype=shifts.dtype, device=shifts.device)
         self.quiet = self.probe = False
-        self.u: Optional[Tensor] = (
-            None  # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
-        )
+        # (*, m, q): a further direction to exclude, one per column, u^H B u = 1
+        self.u: Optional[Tensor] = None
 
     def set_scale(self, b: Tensor) -> None:
         """Divide by a power of two near the norm of the operator, so that no dot product leaves the range."""
@@ -83,6 +82,7 @@ class Complement:
         if pencil.is_known():
             return pencil.A.dense(), pencil.B.dense() if pencil.generalized else None
         identity = torch.eye(pencil.m, dtype=self.X.dtype, device=self.X.device)
-        return pencil.A.apply(identity), pencil.B.apply(
-            identity
-        ) if pencil.generalized else None
+        return (
+            pencil.A.apply(identity),
+            pencil.B.apply(identity) if pencil.generalized else None,
+        )

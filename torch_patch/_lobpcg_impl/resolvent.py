@@ -337,7 +337,8 @@ class _NearestOutside(Function):
         *tensors: Any,
     ) -> Any:
         (late,), _ = batched_first(info.batch_size, in_dims[4:5], tensors[2:3], (1,))
-        dims = in_dims[2:4] + (None,) + in_dims[5:]
+        # X stands in the place of b, too, mapped as it is: what is mapped decides how many dimensions there are.
+        dims = in_dims[2:4] + in_dims[3:4] + in_dims[5:]
         pencil, (E, X, _, *others) = _mapped(
             info.batch_size, dims, pencil, tensors[:2] + (tensors[1],) + tensors[3:]
         )

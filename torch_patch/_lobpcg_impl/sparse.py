@@ -164,9 +164,10 @@ class Pattern:
             batch = torch.zeros_like(index[0])
             for size, coordinate in zip(self.batch_shape, index):
                 batch = batch * size + coordinate
-            return batch * self.block_rows + index[-2], batch * self.block_rows + index[
-                -1
-            ]
+            return (
+                batch * self.block_rows + index[-2],
+                batch * self.block_rows + index[-1],
+            )
         if start == end:  # nothing is stored
             none = self.plain.new_zeros(0, dtype=torch.int64)
             return none, none
@@ -418,7 +419,8 @@ class _Values(Function):
 
 def _refuse_accumulation(node: Any) -> None:
     """An error with a remedy where PyTorch is about to put a gradient into the .grad of a leaf whose layout it cannot
-    accumulate: it asks whether a CSC, BSR or BSC tensor is contiguous, which those refuse to say."""
+    accumulate: it asks whether a CSC, BSR or BSC tensor is contiguous, which those refuse to say.
+    """
     if node is None or not hasattr(node, "variable"):
         return
     leaf = node.variable

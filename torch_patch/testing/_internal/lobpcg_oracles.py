@@ -210,7 +210,8 @@ class LobpcgGradientCase(LobpcgTestCase):
         t = torch.arange(1, m * m + 1, dtype=torch.float64).reshape(m, m) ** 2
         M = 2**0.5 * torch.sin(0.6180339887 * t + seed)
         if dtype.is_complex:
-            M = torch.complex(M, 2**0.5 * torch.sin(0.4142135624 * t + seed)) / 2**0.5
+            imaginary = 2**0.5 * torch.sin(0.4142135624 * t + seed)
+            M = torch.complex(M, imaginary) / 2**0.5
         return ((M + M.mH) / 2).to(dtype)
 
     def loss_of_values(self, E, X):

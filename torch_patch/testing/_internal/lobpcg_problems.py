@@ -402,9 +402,10 @@ def _graph(name, m, i, j, spectrum, normalized=False):
 
     def assemble():
         degree = torch.bincount(torch.cat([i, j]), minlength=m).double()
-        return _coo(m, i, j, _full(len(i), -1), degree), _diagonal(
-            degree
-        ) if normalized else None
+        return (
+            _coo(m, i, j, _full(len(i), -1), degree),
+            _diagonal(degree) if normalized else None,
+        )
 
     degree = torch.bincount(torch.cat([i, j]), minlength=m)
     condition = float(degree.max()) / float(degree.min()) if normalized else 1.0
@@ -492,9 +493,10 @@ def prescribed(name, spectrum, condition=1.0, is_complex=False):
     def assemble():
         U, d, V = factors()
         C = (U * d) @ V.mH
-        return _hermitian((C * spectrum) @ C.mH), _hermitian(
-            (U * d**2) @ U.mH
-        ) if generalized else None
+        return (
+            _hermitian((C * spectrum) @ C.mH),
+            _hermitian((U * d**2) @ U.mH) if generalized else None,
+        )
 
     def vectors(position):
         U, d, V = factors()
@@ -547,9 +549,12 @@ def doubled(m):
     def assemble():
         A = T.assemble()[0]
         indices = torch.cat([2 * A.indices(), 2 * A.indices() + 1], 1)
-        return torch.sparse_coo_tensor(
-            indices, A.values().repeat(2), (2 * m, 2 * m)
-        ).coalesce(), None
+        return (
+            torch.sparse_coo_tensor(
+                indices, A.values().repeat(2), (2 * m, 2 * m)
+            ).coalesce(),
+            None,
+        )
 
     def vectors(position):
         X = torch.zeros(2 * m, len(position), dtype=torch.float64)
