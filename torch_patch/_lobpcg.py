@@ -6,12 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options, options_of
-from torch._lobpcg_impl.derivative import (
-    copied,
-    find_pairs,
-    forward_mode,
-    reverse_mode,
-)
+from torch._lobpcg_impl.derivative import copied, find_pairs, forward_mode, reverse_mode
 from torch._lobpcg_impl.graph import (
     define_for_torchscript,
     hold_pencil,

@@ -93,7 +93,8 @@ def find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
 
 def copied(pairs: Pairs, T: Tensor) -> Tensor:
     """A tensor of the pairs as it is returned: a copy, so that it neither aliases an argument nor keeps the whole block
-    alive; what was found in double is rounded to the dtype of the matrices here, once."""
+    alive; what was found in double is rounded to the dtype of the matrices here, once.
+    """
     dtype = pairs.pencil.dtype
     if T is pairs.missed:
         dtype = torch.bool

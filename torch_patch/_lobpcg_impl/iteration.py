@@ -24,13 +24,7 @@ import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import FEW_ITERATIONS
 from torch._lobpcg_impl.basis import Basis
-from torch._lobpcg_impl.blocks import (
-    columns,
-    deduct,
-    inner,
-    is_single,
-    norms,
-)
+from torch._lobpcg_impl.blocks import columns, deduct, inner, is_single, norms
 from torch._lobpcg_impl.chebyshev import Chebyshev, polynomial
 from torch._lobpcg_impl.convergence import (
     judge_batch,
@@ -546,7 +540,8 @@ class LOBPCG:
 
     def precondition(self, length: Tensor) -> Tuple[Tensor, Tensor]:
         """K R and its lengths, R the residuals that go on, `length` theirs; forms_K < 0 where r^H K r < 0 proves that
-        K is not positive definite, beyond the dot product's rounding error, m eps ||r|| ||K r||."""
+        K is not positive definite, beyond the dot product's rounding error, m eps ||r|| ||K r||.
+        """
         assert self.pencil.iK is not None
         R = self.W if self.active == self.n else _take(self.W, self.w_index)
         W = self.pencil.iK.apply(R)

@@ -196,7 +196,8 @@ class Processes(Space):
 
     def first(self, make: Callable[[], Any], order: int) -> Any:
         """The fields that make() returns on the first process: tensors of two dimensions at most, in double where they
-        are not masks, numbers and None.  One broadcast, however large they turn out to be."""
+        are not masks, numbers and None.  One broadcast, however large they turn out to be.
+        """
         room = order * (order + 1) * 2 * (2 if self.complex else 1) + 4 * order
         message = torch.zeros(1 + _FIELDS * _HEAD + room, dtype=torch.float64)
         if not any(self.ranks):

@@ -58,7 +58,8 @@ def _relax(
     count: int,
 ) -> Tuple[Tensor, Tensor, bool]:
     """Generic columns (*, m, count) after conjugate gradients on apply(Z) = 0; whether K does not reach them, (*, 1,
-    count); and whether nothing has shown that the operator is indefinite on what K reaches."""
+    count); and whether nothing has shown that the operator is indefinite on what K reaches.
+    """
     tiny, space = torch.finfo(pencil.dtype).tiny ** 0.5, pencil.space
     inner = space.inner
     Z = space.fixed_block(pencil.m, count, (1 << 22) + first, pencil.empty())

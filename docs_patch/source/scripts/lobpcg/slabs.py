@@ -15,12 +15,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import (
-    distribute_tensor,
-    DTensor,
-    init_device_mesh,
-    Shard,
-)
+from torch.distributed.tensor import distribute_tensor, DTensor, init_device_mesh, Shard
 
 
 def laplacian_rows(side: int, first: int, count: int) -> torch.Tensor:
