@@ -34,15 +34,15 @@ def check_accuracy(
     width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
     share, total = _shares(seen, gaps, skew / width, setting)
     relative = lost / width / total.unsqueeze(-1)
-    _check_outside(seen, gaps, setting, share, relative)
     # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
     # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.
     most = 30 * math.sqrt(torch.finfo(seen.x.dtype).eps)
     if seen.gE is None or seen.g is None:
         most = max(most, 1e-4)
-    if bool((seen.late > 0).any()):
-        most = max(most, LATE)
     bad = relative > most
+    # Of late pairs this is no estimate below what is told of them at all.
+    inside = torch.where(bad, relative.clamp(min=LATE), relative)
+    _check_outside(seen, gaps, setting, share, inside)
     if bool(bad.any()):
         worst = torch.where(bad, relative, torch.zeros_like(relative))
         i, j = first(worst == worst.max(), 2)
@@ -170,7 +170,7 @@ def _check_outside(
     if bool(late.any()):
         # The forward has said that pairs have not converged; here it counts what that means for the gradient.
         error = torch.maximum(error, inside.amax(-2))
-        if not setting.measured or bool((late & (error > LATE)).any()):
+        if not setting.measured or bool((late & (error >= LATE)).any()):
             _report_late(seen, options, late, error)
             return
     if not T.shape[-1]:
