@@ -506,6 +506,9 @@ def test_a_mail_can_be_read():
         files += [file for page in patch.docs for file in series.source(page).parent.glob(f"{Path(page).stem}.*")]
         assert sum(len(file.read_text().splitlines()) for file in files) <= 1500, patch.subject
         assert all(path.startswith("torch/") for path in patch.new + patch.replace)
+    (number,) = [number for number, patch in enumerate(series.patches, 1) if patch.replace]
+    assert f"Patch {number} lets torch.lobpcg use them" in series.cover.text
+    assert len(series.cover.text.split()) <= 500  # a page
 
 
 # --- the torch that runs these tests
