@@ -37,6 +37,9 @@ DONE = {"": "finished"}
         ({"a": "failed", **DONE}, DONE, [], [], False),
         (DONE, {"ours": "failed", **DONE}, [], ["ours"], False),
         ({"a": "passed"}, {"a": "passed"}, [], [], False),  # neither came to its end
+        # a test over operators that no operator passes, and one that the plain one does
+        ({"x_sin_cpu": "failed", **DONE}, {"x_lobpcg_cpu": "failed", **DONE}, [], [], False),
+        ({"x_sin_cpu": "passed", **DONE}, {"x_lobpcg_cpu": "failed", **DONE}, [], ["x_lobpcg_cpu"], False),
         ({"a": "passed", **DONE}, {"a": "passed"}, [], [], True),
     ],
 )

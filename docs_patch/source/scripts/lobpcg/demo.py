@@ -306,14 +306,21 @@ def main():
         f"torch {torch.__version__}, numpy {numpy.__version__}, {torch.get_num_threads()} thread(s)\n"
     )
     begin = time.perf_counter()
-    figures = [
-        *issue_38948(),
-        *issue_38948(method="ortho", tol=1e-11),
-        *karate_club(),
-        *symmetric_gradcheck(),
-        *symmetric_gradcheck(fast_mode=True, method="ortho"),
-        *four_cases(),
-    ]
+    parts = {
+        "issue 38948": (issue_38948,),
+        "issue 38948, iterated": (issue_38948, {"method": "ortho", "tol": 1e-11}),
+        "karate club": (karate_club,),
+        "gradcheck": (symmetric_gradcheck,),
+        "gradcheck, fast": (
+            symmetric_gradcheck,
+            {"fast_mode": True, "method": "ortho"},
+        ),
+        "A, A with B fixed, B, A and B": (four_cases,),
+    }
+    figures = []
+    for name, (part, *options) in parts.items():
+        print(f"{name} ...", flush=True)
+        figures += part(**dict(*options))
     seconds = time.perf_counter() - begin
 
     width = max(len(figure.name) for figure in figures)
