@@ -297,6 +297,9 @@ def _gaps(seen: Seen, setting: Setting) -> Gaps:
     # An error asks for more than a warning: residuals that leave the vectors undetermined.
     exactly = distinct & (gap <= undetermined(seen.size, r, setting.eps))
     blur = 10 * setting.eps * _pairwise(seen.size)
+    if is_single(setting.eps):
+        # Of a graded matrix that is far above what residuals leave undetermined, and a factor left out is an error.
+        blur = undetermined(seen.size, r, setting.eps)
     error = _pairwise(least_residual(r, rounding))
     rest = torch.full_like(E, math.inf)
     if T.shape[-1]:
