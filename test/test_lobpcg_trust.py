@@ -856,8 +856,8 @@ class TestNarrowGapsInSingle:
 
     @pytest.mark.parametrize("seed", [7008, 7148, 7178])
     def test_factors_between_close_pairs_of_a_graded_bar(self, seed):
-        """Gaps of 30 beside a pencil of 1e8 are above what residuals leave undetermined: left out, their factor costs up
-        to nine tenths of the gradient."""
+        """Gaps of 30 beside a pencil of 1e8 are above what residuals leave undetermined: left out, their factor costs
+        up to nine tenths of the gradient."""
         assert ordinary.examine(ordinary.draw(seed, SINGLE)).bad() == []
 
     def test_wrong_ones_are_warned_of(self):
