@@ -126,10 +126,31 @@ def test_files_are_patched_verified_and_reverted(versions, tmp_path, wheel, proj
 
 def test_the_table_is_put_between_its_marks(versions, tmp_path, monkeypatch):
     page = fake.write_files(tmp_path, {"page.md": b"a\n<!-- versions -->\nold\n<!-- /versions -->\nb\n"}) / "page.md"
+    text = b'oldest = "2.6.0"\ntested = ["2.13.0"]  # ran\npatched = []\n[cover]\n'
+    series = fake.write_files(tmp_path, {"series.toml": text}) / "series.toml"
     monkeypatch.setattr(versions, "PAGE", page)
-    versions.publish([versions.Row("2.15.0", "2.15.0+cpu", "ran", True, 12.4)])
+    monkeypatch.setattr(versions, "SERIES", series)
+    rows = [versions.Row("2.15.0", "2.15.0+cpu", "ran", True, 12.4), versions.Row("2.6.0", "w", "patched", True, 0.1)]
+    versions.publish(rows)
+    assert series.read_text() == 'oldest = "2.6.0"\ntested = ["2.15.0"]\npatched = ["2.6.0"]\n[cover]\n'
     assert "old" not in page.read_text()
-    assert "\n| 2.15.0 | 2.15.0+cpu | ran | 12 min |\n<!-- /versions -->\nb\n" in page.read_text()
+    assert (
+        "\n| 2.15.0 | 2.15.0+cpu | ran | 12 min |\n| 2.6.0 | w | patched | 0 min |\n<!-- /versions -->\nb\n"
+        in page.read_text()
+    )
+
+
+def test_the_words_for_what_was_done_do_not_ask_to_do_it_again(versions, tmp_path, monkeypatch):
+    series = (
+        fake.write_files(tmp_path, {"torch_patch/series.toml": b"tested = []\n[cover]\n"}) / "torch_patch/series.toml"
+    )
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    monkeypatch.setattr(versions, "SERIES", series)
+    before = versions.state()
+    series.write_text('tested = ["2.15.0"]\n[cover]\n')
+    assert versions.state() == before
+    series.write_text('tested = ["2.15.0"]\n[covers]\n')
+    assert versions.state() != before
 
 
 def test_unknown_versions_are_refused(versions, capsys):

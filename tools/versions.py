@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
+SERIES = ROOT / "torch_patch" / "series.toml"
 FOLDER = ROOT / "build" / "versions"
 MARKS = ("<!-- versions -->\n", "<!-- /versions -->")
 
@@ -48,6 +49,7 @@ SILENCE = 8.0  # seconds
 OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 PERCENT = re.compile(r"\[ *(\d+)%\]")
 SUMMARY = re.compile(r"^=+ (.*) in [\d.]+s.*=+$", re.MULTILINE)
+NAMED = re.compile(r"^(tested|patched) = .*\n", re.MULTILINE)
 COUNT = re.compile(r"(\d+) (passed|failed|error|skipped|xfailed|xpassed)")
 
 
@@ -80,7 +82,9 @@ def state() -> str:
         for path in sorted((ROOT / top).rglob("*")):
             if path.is_file() and path.suffix in (".py", ".toml", ".rst"):
                 digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
+                # The words for what was done with a version follow from the results.
+                data = NAMED.sub("", path.read_text(encoding="utf-8")) if path == SERIES else path.read_text("utf-8")
+                digest.update(hashlib.sha256(data.encode()).digest())
     return digest.hexdigest()
 
 
@@ -265,11 +269,15 @@ def table(rows: list[Row]) -> str:
 
 
 def publish(rows: list[Row]) -> None:
-    """Put the table where CONTRIBUTING has it; tests hold the versions in series.toml to it."""
+    """Put the table where CONTRIBUTING has it, and name its versions in series.toml; a test compares the two."""
     text = PAGE.read_text(encoding="utf-8")
     head, rest = text.split(MARKS[0])
     tail = rest.split(MARKS[1])[1]
     PAGE.write_text(f"{head}{MARKS[0]}{table(rows)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    words = {"tested": RAN, "patched": PATCHED}
+    named = {key: ", ".join(f'"{row.version}"' for row in rows if row.version in words[key]) for key in words}
+    text = NAMED.sub(lambda line: f"{line[1]} = [{named[line[1]]}]\n", SERIES.read_text(encoding="utf-8"))
+    SERIES.write_text(text, encoding="utf-8")
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -283,7 +291,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--wheel", metavar="VERSION=FILE", help="a wheel that is at hand", **listed)
     parser.add_argument("--again", action="store_true", help="do a version that is done already")
     parser.add_argument("--keep", action="store_true", help="keep the environments, in build/versions/")
-    parser.add_argument("--publish", action="store_true", help="put the table into CONTRIBUTING.md")
+    parser.add_argument("--publish", action="store_true", help="put the table into CONTRIBUTING.md and series.toml")
     parser.add_argument("--pytest", type=shlex.split, default=[], metavar="OPTIONS", help="for pytest: --pytest='-n 2'")
     options = parser.parse_args(arguments)
     unknown = [version for version in options.versions if version not in (*RAN, *PATCHED)]
@@ -313,7 +321,7 @@ def main(arguments: list[str]) -> int:
     missing = len((*RAN, *PATCHED)) - len(done)
     if missing:
         print(f"not done with these files: {missing} versions")
-    if options.publish and not missing:
+    if options.publish and not missing and all(row.right for row in done):
         publish(done)
     return 0 if all(row.right for row in rows.values()) else 1
 
