@@ -64,8 +64,7 @@ class Row(NamedTuple):
 
     @property
     def line(self) -> str:
-        cells = (self.version, self.build, self.done, f"{self.minutes:.0f} min")
-        return f"| {' | '.join(cells)} |"
+        return f"| {self.version} | {self.build} | {self.done} |"
 
 
 def say(text: str) -> None:
@@ -264,7 +263,7 @@ def patch_files(version: str, options: argparse.Namespace) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    head = ["| PyTorch | build | what was done | time |", "| --- | --- | --- | --- |"]
+    head = ["| PyTorch | build | done |", "| --- | --- | --- |"]
     return "\n".join([*head, *(row.line for row in rows)])
 
 
@@ -315,7 +314,7 @@ def main(arguments: list[str]) -> int:
         else:
             say(f"{version}: done already")
         rows[version] = row
-        say(row.line)
+        say(f"{row.version}: {row.done}, {row.minutes:.0f} min")
     done = [row for version in (*RAN, *PATCHED) if (row := rows.get(version) or load(version))]
     print(table(done))
     missing = len((*RAN, *PATCHED)) - len(done)
