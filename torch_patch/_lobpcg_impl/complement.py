@@ -11,7 +11,7 @@ smallest, and its eigenvalues are s (mu_i - E_j) over the eigenvalues mu_i not c
 """
 
 import math
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ from torch._lobpcg_impl.blocks import (
     inner,
     is_single,
     norms,
-    Space,
     take,
-    WHOLE,
 )
 from torch._lobpcg_impl.chebyshev import polynomial
 from torch._lobpcg_impl.conjugate_gradient import conjugate_gradients, Deflation, State
@@ -59,24 +57,19 @@ def is_small(pencil: Pencil) -> bool:
 
 
 def system_tolerance(
-    E: Tensor,
-    X: Tensor,
-    T: Tensor,
-    residual: Tensor,
-    tol: float,
-    space: Space = WHOLE,
+    E: Tensor, length: Any, T: Tensor, residual: Tensor, tol: float
 ) -> Tensor:
     """Relative residuals (k,) for the systems of a derivative: half of the relative error that x_j itself has.
 
-    E: (*, k), X: (*, m, k), T: (*, p) further eigenvalues, residual: (*, k).  With e_j = |r_j| |x_j| / gap_j, the bound
-    on that error, z_j inherits up to e_j |b_j| / gap_j from x_j; a residual tol |b_j| of its own adds tol |b_j| / gap_j
-    At least tol and at most 1e-3; tol without T, which leaves the gap unknown.  Ritz values in T lie too far inside:
-    the gap comes out too large and the tolerance too small, never the other way.
+    E: (*, k), length: |x_j|, (*, k) or 1, T: (*, p) further eigenvalues, residual: (*, k).  With e_j = |r_j| |x_j| /
+    gap_j, the bound on that error, z_j inherits up to e_j |b_j| / gap_j from x_j; a residual tol |b_j| of its own adds
+    tol |b_j| / gap_j.  At least tol and at most 1e-3; tol without T, which leaves the gap unknown.  Ritz values in T lie
+    too far inside: the gap comes out too large and the tolerance too small, never the other way.
     """
     if T.shape[-1] == 0 or E.numel() == 0:
         return E.new_full((E.shape[-1],), tol)
     gap = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)  # (*, k)
-    error = residual * space.norms(X) / gap
+    error = residual * length / gap
     return (
         (error / 2)
         .reshape(-1, E.shape[-1])
@@ -547,7 +540,8 @@ def _iterate(
             else max(50, m // _PRODUCTS_PER_FACTOR)
         )
         budget = budget if budget >= 50 else 0
-    state = State(math.inf, 0.0, False, False, torch.zeros_like(op.scale))
+    none = torch.zeros_like(op.scale)
+    state = State(math.inf, 0.0, False, False, none, none)
     if budget:
         z, state = conjugate_gradients(
             op, b, None, deflation, precondition, rtol, budget
@@ -653,7 +647,7 @@ def _without_cut_cluster(
     """
     eps = torch.finfo(op.shifts.dtype).eps
     space = op.space
-    amplification = (state.norm * space.norms(z)).reshape(-1, z.shape[-1]).amax(0)
+    amplification = (state.norm * state.lengths).reshape(-1, z.shape[-1]).amax(0)
     large = (amplification > eps**-0.5).nonzero()[:, 0]
     if large.numel() == 0 or op.probe:
         return z

@@ -34,13 +34,14 @@ class Deflation:
         self.space = op.space
         self.Y = Y = op.project(columnwise(Y))
         factor = op.sign / op.scale
-        images = [columnwise(M.apply(Y)) for M in (op.pencil.A, op.pencil.B)]
-        inside = self.space.joined([gram(op.X, image) for image in images])
+        images = [columnwise(M.apply(Y)) * factor for M in (op.pencil.A, op.pencil.B)]
+        parts = [gram(V, image) for V in (op.X, Y) for image in images]
+        in_A, in_B, of_A, of_B = self.space.joined(parts)
         self.AY, self.BY = (
-            deduct(image, op.BX, c) * factor for image, c in zip(images, inside)
+            deduct(image, op.BX, c) for image, c in zip(images, (in_A, in_B))
         )
         self.shifts = op.shifts
-        of_A, of_B = self.space.joined([gram(Y, self.AY), gram(Y, self.BY)])
+        # What is deducted is orthogonal to Y.
         K = of_A.unsqueeze(-3) - op.shifts[..., None, None] * of_B.unsqueeze(-3)
         L, info = torch.linalg.cholesky_ex((K + K.mH) / 2)  # (*, q, p, p)
         smallest = torch.diagonal(L, dim1=-2, dim2=-1).real.amin()
@@ -63,9 +64,9 @@ class Deflation:
         """M_j^-1 c_j for c: (*, p, q), M_j = Y^H K_j Y."""
         return (self.inverse @ c.mT.unsqueeze(-1)).squeeze(-1).mT
 
-    def solve(self, r: Tensor) -> Tuple[Tensor, Tensor]:
-        """z_j = Y M_j^-1 Y^H r_j and K_j z_j, without a product with A."""
-        c = self.coefficients(self.space.gram(self.Y, r))
+    def solve(self, c: Tensor) -> Tuple[Tensor, Tensor]:
+        """z_j = Y M_j^-1 c_j and K_j z_j for c = Y^H r, (*, p, q), without a product with A."""
+        c = self.coefficients(c)
         return combine(self.Y, c), combine(self.AY, c) - combine(
             self.BY, c * self.shifts[..., None, :]
         )
@@ -78,7 +79,7 @@ class Deflation:
 
 class State:
     """How a run of conjugate gradients ended: the relative residual that most exceeds the one asked for, and that one,
-    whether curvature was not positive, |K|."""
+    whether curvature was not positive, |K|, and the lengths of the columns of z, (*, q)."""
 
     def __init__(
         self,
@@ -87,9 +88,10 @@ class State:
         all_done: bool,
         indefinite: bool,
         norm: Tensor,
+        lengths: Tensor,
     ) -> None:
         self.residual, self.asked, self.all_done = residual, asked, all_done
-        self.indefinite, self.norm = indefinite, norm
+        self.indefinite, self.norm, self.lengths = indefinite, norm, lengths
 
 
 def conjugate_gradients(
@@ -115,6 +117,7 @@ def conjugate_gradients(
         z = torch.zeros_like(b)
     else:
         r = r - part(z)
+    lengths = op.shifts.new_zeros(b.shape[:-2] + b.shape[-1:])
     for _ in range(1 + _RESTARTS):
         coarse = deflation and deflation.restrict(columns)
         sweep = _Sweep(part, r, z, columns, coarse, precondition, rtol[columns])
@@ -123,6 +126,7 @@ def conjugate_gradients(
         budget -= sweep.steps
         r = take(b, columns).sub_(part(take(z, columns)))
         size, length = op.space.joined([norms(r), norms(take(z, columns))], 2)
+        lengths.index_copy_(-1, columns, length)
         # Two products and a subtraction, each with an error of a few eps |K| |z|.
         attainable = 16 * eps * (1 + norm * length)
         late = (
@@ -140,7 +144,12 @@ def conjugate_gradients(
         columns, r = columns[late], take(r, late)
         part = op.restrict(columns)
     return z, State(
-        float(excess) * asked, asked, all_done, indefinite and not all_done, norm
+        float(excess) * asked,
+        asked,
+        all_done,
+        indefinite and not all_done,
+        norm,
+        lengths,
     )
 
 
@@ -171,11 +180,13 @@ class _Sweep:
         self.op, self.z, self.columns, self.rtol = op, z, columns, rtol
         self.deflation, self.precondition = deflation, precondition
         self.space = op.space
-        self.size0 = self.space.norms(take(z, columns), keepdim=True)
+        parts = [norms(take(z, columns), keepdim=True)]
         if deflation is None:
+            (self.size0,) = self.space.joined(parts, 1)
             self.r, self.dz = r, torch.zeros_like(r)
         else:
-            self.dz, image = deflation.solve(r)
+            self.size0, inside = self.space.joined([*parts, gram(deflation.Y, r)], 1)
+            self.dz, image = deflation.solve(inside)
             self.r = r - image
         self.norm = torch.zeros((), dtype=op.shifts.dtype, device=r.device)
 

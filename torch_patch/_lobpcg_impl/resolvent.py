@@ -103,7 +103,8 @@ class ReducedResolvent(Function):
         k = E.shape[-1]
         tol: Any = options.tol
         if k + T.shape[-1] < pencil.m:
-            tol = system_tolerance(E, X, T, residual[..., :k], tol, pencil.space)
+            length: Any = pencil.space.norms(X) if pencil.generalized else 1
+            tol = system_tolerance(E, length, T, residual[..., :k], tol)
         with without_autocast(X.device):
             return solve_on_complement(
                 pencil.with_parameters(parameters),
