@@ -908,14 +908,22 @@ class TestLobpcgPolynomial(LobpcgTestCase):
         self.assertEqual(messages, [])
         return (E, *seen[-1])
 
-    def directions(self, A, B, sign, E, R, most=60):
-        """q(C) D^-1 R from the polynomial aimed by eigenvalues E, and the polynomial."""
+    def directions(self, A, B, sign, E, R, most=60, exact=True):
+        """q(C) D^-1 R from the polynomial aimed by eigenvalues E, and the polynomial; not `exact`: with products in
+        single precision, as they are unless the interval begins at the wanted end, almost."""
+        from unittest import mock
+
+        from torch._lobpcg_impl import product_form
         from torch._lobpcg_impl.chebyshev import polynomial
         from torch._lobpcg_impl.operand import Pencil
 
         q = polynomial(Pencil.of(A, B, None, R), sign, most)
         X = torch.zeros(*E.shape[:-1], R.shape[-2], E.shape[-1], dtype=R.dtype)
-        q.aim(E, X)
+        far = math.inf if exact else product_form._BLURRED
+        with mock.patch.object(product_form, "_BLURRED", far):
+            q.aim(E, X)
+        if q.chosen.degree > 1 and not exact:
+            self.assertEqual(q.chosen.form.M.dtype.to_real(), torch.float32)
         return q(R), q.chosen
 
     def exact_directions(self, A, D, sign, q, R):
@@ -950,6 +958,26 @@ class TestLobpcgPolynomial(LobpcgTestCase):
                     self.assertGreater(q.degree, 1)
                     exact = self.exact_directions(A.to_dense(), None, sign, q, R)
                     self.assertEqual(Z, exact, atol=1e-10, rtol=1e-10)
+
+    def test_products_in_single_precision(self):
+        """They are right to its rounding, whatever the size of the matrix, of its measure and of each column."""
+        p = self.problems.diagonal_mass(self.problems.indefinite(60), 50.0)
+        A, B = p.build(layout=torch.sparse_csr)
+        d = B.to_dense().diagonal()
+        columns = torch.tensor([1e-200, 1.0, 1e200, 0.0], dtype=torch.float64)
+        R = self.start(p.m, 4)
+        for sign, size in itertools.product((1.0, -1.0), (1e-60, 1.0, 1e60)):
+            E = p.extreme(4, sign < 0)
+            B = (size * d).diag().to_sparse_csr()
+            for M, D, e in ((A * size, size * d, E), (A.to(torch.complex128), d, E)):
+                B = D.diag().to(M.dtype).to_sparse_csr()
+                V = R.to(M.dtype)
+                Z, q = self.directions(M, B, sign, e, V * columns, exact=False)
+                exact = self.exact_directions(M.to_dense(), D, sign, q, V)
+                error = torch.linalg.vector_norm(Z / columns - exact, dim=0)
+                bound = 2e-5 * torch.linalg.vector_norm(exact, dim=0)
+                self.assertTrue(bool((error < bound)[:3].all()), (sign, size, error))
+                self.assertEqual(Z[:, 3], torch.zeros_like(Z[:, 3]))
 
     def test_single_precision(self):
         """The highest degree, at a spectrum whose wanted end is far from zero: rounding errors of a product stay what
@@ -1026,6 +1054,12 @@ class TestLobpcgPolynomial(LobpcgTestCase):
             )
             self.assertEqual(own.degree, q.degree)
             self.assertEqual(Z[i], alone, atol=1e-10, rtol=1e-10)
+        Z, _ = self.directions(A.to_sparse(), None, 1.0, E, R, q.degree, exact=False)
+        for i in range(3):
+            alone, _ = self.directions(
+                A[i].to_sparse(), None, 1.0, E[i], R[i], q.degree
+            )
+            self.assertEqual(Z[i], alone, atol=1e-5, rtol=1e-5)
 
     def test_batch_of_starts(self):
         """More start blocks than matrices."""

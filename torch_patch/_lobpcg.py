@@ -114,8 +114,9 @@ def lobpcg(
             :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
             outside TorchScript, a callable on blocks. Used in backward as well; not differentiated. Default: where
             :attr:`A` is sparse, a Chebyshev polynomial in :attr:`A` that approximates :math:`(A - \sigma)^{-1}`, at up
-            to 60 products an iteration; ``ortho_iparams={"degree": 0}``, a callable that returns its argument, or
-            :attr:`niter` below 200 switch it off.
+            to 60 products an iteration, in single precision where that tells the pairs from the rest;
+            ``ortho_iparams={"degree": 0}``, a callable that returns its argument, or :attr:`niter` below 200 switch it
+            off.
         niter (int, optional): most iterations. 0: Rayleigh-Ritz on the start block alone; -1: until the residual
             cannot improve any more. Default: 1000.
         tol (float, optional): a pair has converged when

@@ -32,6 +32,8 @@ from torch._lobpcg_impl.sparse import (
     block_diagonal,
     by_rows,
     columns_at_a_time,
+    multiply,
+    whole_rows,
     compressed_rows,
     csr_matrix,
     is_sparse,
@@ -280,27 +282,30 @@ class Sparse(_Matrix):
             tall = V.reshape((math.prod(V.shape[:extra]), -1, p)).movedim(
                 0, -2
             )  # (b m, +, p)
-            U = self.rows @ tall.reshape(tall.shape[0], -1)
+            U = multiply(self.rows, tall.reshape(tall.shape[0], -1))
             return U.reshape(tall.shape).movedim(-2, 0).reshape(V.shape)
         if V.dim() > 2:
-            return _unfold(self.rows @ _fold(V), V)
-        return self.rows @ V.contiguous()
+            return _unfold(multiply(self.rows, _fold(V)), V)
+        return multiply(self.rows, V)
 
     def apply_to(self, V: Tensor, out: Tensor) -> Tensor:
         if V.dim() > 2 or V.device.type != "cpu":
             return super().apply_to(V, out)
         self.columns += V.shape[-1]
-        m, p = V.shape
-        width = columns_at_a_time(m)
+        (m, p), size = V.shape, V.element_size()
+        width = columns_at_a_time(m, size)
         # Products take rows, columns are what blocks are made of: some at a time, in memory that is mapped already.
-        v, u = (V.new_empty(m * min(width, p)) for _ in range(2))
+        v, u = (V.new_empty(m * min(width, whole_rows(p, size))) for _ in range(2))
         for i in range(0, p, width):
             part = V[:, i : i + width]
-            rows, image = (b[: part.numel()].view(part.shape) for b in (v, u))
-            rows.copy_(part)
+            q = part.shape[-1]
+            wide = whole_rows(q, size)
+            rows, image = (b[: m * wide].view(m, wide) for b in (v, u))
+            rows[:, :q].copy_(part)
+            rows[:, q:].zero_()
             # A product that replaces nothing: mm would fill its result with zeros first.
             torch.addmm(image, self.rows, rows, beta=0.0, out=image)
-            out[:, i : i + width].copy_(image)
+            out[:, i : i + width].copy_(image[:, :q])
         return out
 
     def product(self, V: Tensor) -> Tensor:

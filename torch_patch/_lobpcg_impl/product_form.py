@@ -8,6 +8,11 @@ has the zeros x_j = cosh(eta + 2 pi i j / d), j = 1, ..., d - 1, cosh eta = x(s)
 that are conjugates of each other make a real quadratic, and b -> (Y^2 + f Y + g) b is Y ((Y + f) b) + g b: two products
 with the matrix, each of which takes the sum with it, and no other pass over a block.  A three-term recurrence has a
 pass more in every step, which is a third of its time.
+
+What these products cost is the way of matrix and block through memory, so they are in single precision: a direction of
+search need not be exact, and q of a matrix that differs by rounding is as positive (Kressner, Ma and Shao 2023 do so
+with factorizations).  Iterations are as many.  Only where the interval begins so close to the shift that this rounding
+would blur the two are products in the precision of A.
 """
 
 import math
@@ -15,15 +20,23 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import columns
+from torch._lobpcg_impl.blocks import columns, largest_entries
 from torch._lobpcg_impl.operand import Sparse
-from torch._lobpcg_impl.sparse import columns_at_a_time, csr_matrix, row_indices
+from torch._lobpcg_impl.sparse import (
+    columns_at_a_time,
+    csr_matrix,
+    row_indices,
+    whole_rows,
+)
 
 
 # How far from the origin of Y the shift may lie, in half widths of the interval.  Zeros crowd at the shift, d^-2 apart,
 # and each is exact to eps of its distance from the origin: in single precision and d = 60 the error of a product is
 # 2e-5 with the origin at the shift, 3e-5 here and 4e-3 with the origin in the middle (a recurrence: 2e-5).
 _NEAR = 0.05
+# The distance from shift to interval, in half widths, below which products are in the precision of A: single precision
+# moves eigenvalues by 1e-7 of that width.
+_BLURRED = 1e-5
 # Factors are taken in the order of the fractional parts of multiples of this, which spreads the zeros of each partial
 # product over the whole ellipse, so that it is as even as the whole.
 _GOLDEN = 0.6180339887498949
@@ -76,7 +89,7 @@ class ProductForm:
     """q(C) D^-1 on blocks; D (*, m) or None for the identity.
 
     A batch is one block-diagonal matrix with factors for each.  Blocks are held by rows here, (m, p) contiguous, which
-    is what sparse products take.  The matrix is A itself where there is no measure, no batch and an origin of zero.
+    is what sparse products take.
     """
 
     def __init__(self, A: Sparse, D: Optional[Tensor], sign: float) -> None:
@@ -87,10 +100,11 @@ class ProductForm:
             self.inverse = D.reshape(-1, 1).reciprocal()
             values = self.rows.values() * self.inverse[row_indices(self.rows), 0]
             self.rows = self._matrix(values)
-        self.shifted = self.M = self.rows  # D^-1 A - o; in units, of a batch
+        self.shifted = self.M = self.rows  # D^-1 A - o; the same in units
         self.origins: List[float] = []
+        self.dtype = self.rows.dtype  # of the products
         self.on: Optional[Tensor] = None  # places of the diagonal among the values
-        self.alpha = 1.0
+        self.alpha = self.unit = 1.0
         self.scale: Any = 1.0
         self.single = False
         self.numbers: List[Any] = []
@@ -101,24 +115,39 @@ class ProductForm:
         return csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
 
     def aim(self, intervals: List[Interval], degree: int) -> None:
-        """Set the polynomial.  Cost: a pass over the stored elements of a batch; else only where the origin moves."""
-        if not self.origins or any(
-            abs(i.s - o) > _NEAR * i.half for i, o in zip(intervals, self.origins)
-        ):
+        """Set the polynomial.  Cost: a pass over the stored elements of a batch; else only where origin or precision
+        change."""
+        far = [abs(i.s - o) > _NEAR * i.half for i, o in zip(intervals, self.origins)]
+        moves = any(far) or not far
+        if moves:
             self._move([0.0 if abs(i.s) <= _NEAR * i.half else i.s for i in intervals])
+        clear = all(i.a - i.s > _BLURRED * i.half for i in intervals)
+        dtype = _single(self.rows.dtype) if clear else self.rows.dtype
+        if moves or dtype != self.dtype:
+            self._set_precision(dtype, intervals)
         each = [_factors(i, o, degree) for i, o in zip(intervals, self.origins)]
         self.single = degree % 2 == 0
         if len(each) == 1:
             self.scale, self.numbers = each[0].scale, each[0].numbers
-            self.alpha = -self.sign * each[0].unit / intervals[0].half
+            self.alpha = -self.sign * each[0].unit / intervals[0].half / self.unit
             return
         self.alpha = -self.sign
         units = [f.unit / i.half for f, i in zip(each, intervals)]
         row = row_indices(self.shifted)
         factors = self._of_rows(units)[row, 0]
-        self.M = self._matrix(self.shifted.values() * factors)
+        self.M = self._matrix((self.shifted.values() * factors).to(dtype))
         self.scale = self._of_rows([f.scale for f in each])
-        self.numbers = [self._of_rows(list(f)) for f in zip(*(f.numbers for f in each))]
+        real = self.M.values().dtype.to_real()
+        self.numbers = [
+            self._of_rows(list(f)).to(real) for f in zip(*(f.numbers for f in each))
+        ]
+
+    def _set_precision(self, dtype: torch.dtype, intervals: List[Interval]) -> None:
+        self.dtype, self.unit, self.M = dtype, 1.0, self.shifted
+        if dtype != self.rows.dtype and len(intervals) == 1:
+            # A power of two that brings entries near one: none leaves the range.
+            self.unit = 2.0 ** -math.frexp(intervals[0].half)[1]
+            self.M = self._matrix((self.shifted.values() * self.unit).to(dtype))
 
     def _of_rows(self, numbers: List[float]) -> Tensor:
         """A number for each matrix of a batch as one for each row, (m, 1)."""
@@ -140,38 +169,57 @@ class ProductForm:
             else:
                 values[self.on] -= self.sign * self._of_rows(origins)[:, 0]
             self.shifted = self._matrix(values)
-        self.M = self.shifted
 
     def __call__(self, R: Tensor, out: Optional[Tensor] = None) -> Tensor:
         """q(C) D^-1 R, R (*, m, p), in `out` where that is given, which may be R; columns are contiguous."""
         out = columns(torch.empty_like(R)) if out is None else out
-        scale = self.scale if self.inverse is None else self.inverse * self.scale
         if R.dim() == 2:
-            self._pieces(R, scale, out)
+            self._pieces(R, out)
             return out
         # Many blocks of one matrix are a wide block.
         M, p = self.rows.shape[0], R.shape[-1]
         wide = R.reshape(-1, M, p).movedim(0, 1)  # (M, +, p)
-        Z = self._product(wide.reshape(M, -1), scale)
-        return out.copy_(Z.view(wide.shape).movedim(1, 0).reshape(R.shape))
+        Z = torch.empty(wide.shape, dtype=R.dtype, device=R.device)
+        self._product(wide.reshape(M, -1), Z.view(M, -1))
+        return out.copy_(Z.movedim(1, 0).reshape(R.shape))
 
-    def _pieces(self, R: Tensor, scale: Any, out: Tensor) -> None:
+    def _pieces(self, R: Tensor, out: Tensor) -> None:
         """Some columns at a time on a host, so that three blocks fit into a cache."""
         p = width = R.shape[-1]
         if R.device.type == "cpu":
-            width = columns_at_a_time(R.shape[0])
+            width = columns_at_a_time(R.shape[0], self.dtype.itemsize)
         for i in range(0, p, width):
-            Z = self._product(R[:, i : i + width], scale)
-            out[:, i : i + width].copy_(Z)
+            self._product(R[:, i : i + width], out[:, i : i + width])
 
-    def _product(self, R: Tensor, scale: Any) -> Tensor:
-        """q(C) (scale R), (m, p) contiguous; the next product overwrites it."""
-        size = R.numel()
-        if not self.buffers or self.buffers[0].numel() < size:
-            # New pages cost more than a product with them.
-            self.buffers = (R.new_empty(size), R.new_empty(size))
-        b, v = (buffer[:size].view(R.shape) for buffer in self.buffers)
-        torch.mul(R, scale, out=b)
+    def _product(self, R: Tensor, out: Tensor) -> None:
+        """out := q(C) D^-1 R, R (m, p)."""
+        m, p = R.shape
+        size, factor = self.inverse, self.scale
+        if self.dtype != R.dtype:
+            # In units of its largest entry a column is not beyond what single precision holds.
+            R = R if self.inverse is None else R * self.inverse
+            top = largest_entries(R)
+            top = torch.where(top > 0, top, torch.ones_like(top))
+            size, factor = top.reciprocal(), top * self.scale
+        wide = whole_rows(p, self.dtype.itemsize)
+        b, v = (buffer.view(m, wide) for buffer in self._buffers(m * wide, R))
+        if size is None:
+            b[:, :p].copy_(R)
+        else:
+            torch.mul(R, size, out=b[:, :p])
+        b[:, p:].zero_()
+        torch.mul(self._factored(b, v)[:, :p], factor, out=out)
+
+    def _buffers(self, size: int, like: Tensor) -> Tuple[Tensor, ...]:
+        """Memory of two blocks, held: new pages cost more than a product with them."""
+        held = self.buffers[0] if self.buffers else None
+        if held is None or held.dtype != self.dtype or held.numel() < size:
+            new = (like.new_empty(size, dtype=self.dtype) for _ in range(2))
+            self.buffers = tuple(new)
+        return tuple(buffer[:size] for buffer in self.buffers)
+
+    def _factored(self, b: Tensor, v: Tensor) -> Tensor:
+        """The product of the factors of q, without its scale, and b, in one of b and v, (m, p) contiguous."""
         numbers = iter(self.numbers)
         if self.single:
             self._step(next(numbers), b, b, v)
@@ -188,6 +236,11 @@ class ProductForm:
         else:
             torch.mul(T, c, out=out)
             torch.addmm(out, self.M, U, alpha=self.alpha, out=out)
+
+
+def _single(dtype: torch.dtype) -> torch.dtype:
+    """Single precision, real or complex as dtype is."""
+    return torch.complex64 if dtype.is_complex else torch.float32
 
 
 def _diagonal_places(M: Tensor) -> Tuple[Tensor, Tensor]:
