@@ -148,7 +148,7 @@ class Polynomial:
     def learn(self, W: Tensor, of_A: Tensor, of_B: Tensor) -> None:
         """Chebyshev.learn: of (sign A, D), by a fifth of the width."""
         if self.definite and self.D is not None:
-            of_B = inner(W, W * self.D.unsqueeze(-1)).to(of_A.device, of_A.dtype)
+            of_B = self._forms(W).to(of_A.device, of_A.dtype)
         # A masked direction is zero.
         quotient = (of_A * self.sign / of_B).nan_to_num(-math.inf, -math.inf, -math.inf)
         for i, values in enumerate(self._each(quotient)):
@@ -156,6 +156,12 @@ class Polynomial:
             low, up = self.bounds[i]
             if value > up + 64.0 * self.eps * abs(up):
                 self.bounds[i] = (low, value + 0.2 * (value - min(low, value)))
+
+    def _forms(self, X: Tensor) -> Tensor:
+        """x^H D x, (*, p)."""
+        assert self.D is not None
+        squares = torch.real(X.conj() * X) if X.is_complex() else X * X
+        return (squares.mT @ self.D.unsqueeze(-1)).squeeze(-1)
 
     def widen(self) -> None:
         """Chebyshev.widen."""
@@ -184,7 +190,7 @@ class Polynomial:
         ends = self._ends(E)
         far = all(a - l > 0.5 * abs(l) for l, a in ends)
         if self.definite and self.D is not None:
-            E = E / inner(X, X * self.D.unsqueeze(-1)).to(E.device, E.dtype)
+            E = E / self._forms(X).to(E.device, E.dtype)
             ends = self._ends(E)
         low, high = zip(*ends)
         self.intervals = [
