@@ -696,7 +696,10 @@ class TestStarts:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.strided])
-    @pytest.mark.parametrize(("values", "times", "k"), [(7, 5, 8), (12, 6, 7), (20, 4, 3)])
+    @pytest.mark.parametrize(
+        ("values", "times", "k"),
+        [(7, 5, 8), (12, 6, 7), (20, 4, 3), (14, 9, 10), (3, 40, 12), (6, 17, 16)],
+    )
     def test_exact_vectors_of_the_wrong_end(self, dtype, layout, values, times, k):
         e = torch.arange(float(values)).repeat(times).to(dtype) - values // 2
         A = torch.diag(e)
@@ -901,6 +904,37 @@ class TestNarrowGapsInSingle:
         assert relative_norm(found[1], exact / 1.5) < 1e-2
 
 
+class TestClustersCutInSingle:
+    """Eigenvalue k and the next are told apart by nothing but the rounding of the entries to single precision.
+
+    The matrix that is given has a gap of 1e-7 there, which an iteration in single precision does not see; its pairs
+    are found in double precision, and the gradient of that matrix is right.
+    """
+
+    @pytest.mark.parametrize("dtype", [SINGLE, torch.complex64])
+    @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr])
+    @pytest.mark.parametrize(("m", "k", "seed"), [(20, 1, 0), (20, 1, 1), (40, 2, 2), (100, 3, 3), (200, 2, 4)])
+    def test_gradient(self, dtype, layout, m, k, seed):
+        wide = torch.promote_types(dtype, DOUBLE)
+        Q = torch.linalg.qr(torch.randn(m, m, generator=generator(seed), dtype=wide)).Q
+        e = torch.cat([torch.arange(k), torch.arange(k - 1, m - 1)]).double()
+        A = hermitian((Q * e) @ Q.mH).to(dtype)
+        M = hermitian(torch.randn(m, m, generator=generator(seed + 50), dtype=wide))
+        given = (A.to_sparse_csr() if layout == torch.sparse_csr else A).requires_grad_()
+
+        def function():
+            _, X = torch.lobpcg(given, k=k, largest=False, method="ortho")
+            return torch.autograd.grad(((M.to(dtype) @ X).conj() * X).real.sum(), given)[0]
+
+        e, V = torch.linalg.eigh(A.to(wide))
+        divided = torch.zeros(m, m, dtype=DOUBLE)
+        divided[:k, k:] = 1 / (e[:k, None] - e[k:])
+        exact = V @ ((V.mH @ M @ V) * (divided + divided.T)) @ V.mH
+        g, said = call(function)
+        error = torch.linalg.norm(g.to_dense().to(wide) - exact) / torch.linalg.norm(exact)
+        assert error < 1e-3, said
+
+
 # Spectral functions -------------------------------------------------------------------------------------------------
 
 
@@ -1041,6 +1075,23 @@ class TestOneBadMember:
                 < 1e-8
             )
         assert [text for text in said if not re.search(r"\b3\b", text)] == []
+
+
+class TestPhases:
+    """A loss of the entries of a complex vector depends on its phase, also where that entry comes back real."""
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+    @pytest.mark.parametrize("m", [20, 200])
+    @pytest.mark.parametrize("kind", ["diagonal", "full"])
+    def test_entries_are_refused(self, dtype, m, kind):
+        A = torch.diag(torch.arange(m)).to(dtype)
+        if kind == "full":
+            A = hermitian(torch.randn(m, m, generator=generator(m), dtype=dtype))
+        A.requires_grad_()
+        for entry in (0, m - 1):
+            _, X = torch.lobpcg(A, k=1, largest=entry > 0)
+            with pytest.raises(RuntimeError, match="phase of eigenvector 0"):
+                X[entry].real.sum().backward()
 
 
 # Interface ----------------------------------------------------------------------------------------------------------

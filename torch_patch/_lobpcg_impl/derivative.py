@@ -38,6 +38,7 @@ from torch._lobpcg_impl.blocks import gram, is_single, norms, safe_norms
 from torch._lobpcg_impl.complement import in_double, is_small, solve_on_complement
 from torch._lobpcg_impl.gauge import (
     generic_basis,
+    generic_phases,
     pair_factors,
     SecondOrderAtMost,
     Seen,
@@ -54,6 +55,7 @@ from torch._lobpcg_impl.resolvent import (
 )
 from torch._lobpcg_impl.solver import (
     dense_is_cheaper,
+    dense_solve,
     found_in_double,
     solve,
     warn_unconverged,
@@ -66,6 +68,8 @@ from torch._lobpcg_impl.transforms import broadcast, in_transform
 # X, so what follows does not settle on whatever eigenvalue is near.  The others are Newton's: they leave no share of
 # far ones.
 _MOST_STEPS = 4
+# Residuals above so many times rounding are left by steps that have not come to their end.
+_NEAR = 16.0
 
 
 def find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
@@ -131,6 +135,8 @@ def corrected(pairs: Pairs) -> Pairs:
     size, residual = pencil_size(pairs), _in_masses(pairs)
     known = (size[..., :k].to(E.dtype), residual[..., :k].to(E.dtype))
     turned = generic_basis(E, X, *known, torch.finfo(E.dtype).eps)
+    if X.is_complex():
+        turned = generic_phases(turned)
     if turned is not X:
         pairs = dataclasses.replace(pairs, X=turned)
         X, residual = turned, _in_masses(pairs)
@@ -182,7 +188,22 @@ def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
         X, r = torch.where(better, V, X), torch.where(better, moved, r)
         if bool((before <= rounding).all()) or (step > 0 and not bool(better.any())):
             break
+    if bool((before > _NEAR * rounding).any()):
+        return _densely(pairs, E, X, before)
     return E, X, before
+
+
+def _densely(
+    pairs: Pairs, E: Tensor, X: Tensor, residual: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """E, X, residual of each matrix, or those of a dense solve in double precision where its residuals are smaller:
+    where a gap is as narrow as the residuals were, a few steps do not tell two vectors from each other."""
+    found = dense_solve(pairs.pencil.in_double().checked(), pairs.options)
+    k = E.shape[-1]
+    e, V, r = found.E[..., :k], found.X[..., :k], found.residual[..., :k]
+    better = (r.amax(-1) < residual.amax(-1)).unsqueeze(-1)
+    E, residual = torch.where(better, e, E), torch.where(better, r, residual)
+    return E, torch.where(better.unsqueeze(-1), V, X), residual
 
 
 def _joined(pencil: Pencil, X: Tensor, Z: Tensor) -> Tuple[Tensor, Tensor]:

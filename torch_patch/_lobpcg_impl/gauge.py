@@ -278,6 +278,16 @@ def generic_basis(
     return X @ torch.linalg.matrix_exp(angles - angles.mT).to(X.dtype)
 
 
+def generic_phases(X: Tensor) -> Tensor:
+    """X, complex, with its columns turned by fixed phases.
+
+    A loss that depends on the phase of x is recognised by Im x^H gx.  That vanishes where the loss is stationary in the
+    phase, as a real part is where an entry is real, and eigensolvers return vectors with a real entry.
+    """
+    j = torch.arange(1, X.shape[-1] + 1, dtype=X.dtype.to_real(), device=X.device)
+    return X * torch.polar(torch.ones_like(j), 1 + torch.sin(j * j))
+
+
 class Gaps(NamedTuple):
     """Between the wanted eigenvalues, (*, k, k); and from each to the rest, (+, *, k)."""
 
