@@ -288,8 +288,8 @@ class LOBPCG:
         self.ivars["iterations_left"] -= 1
         self.new_directions()
         self.ritz()
-        # A twentieth of the residual lost to rounding delays nothing; below 64 eps there is nothing to win.  A column that
-        # only has to settle is judged by less than half of the digits.
+        # A twentieth of the residual lost to rounding delays nothing; below 64 eps there is nothing to win.  Where all
+        # that is left to do is to settle, less than half of the digits decide.
         least = self.eps ** (0.25 if self.settling else 0.5)
         current = max(self.fparams["tol"], min(self.best_rerr, least))
         if self.drift > max(0.05 * current, 64.0 * self.eps):
