@@ -542,9 +542,27 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                 (A, B, None, E, X, late, T, Y, residual[:2], late + 1, scale[:2]),
                 numbers,
             )
+            mixed = (E.unsqueeze(-1) - E).abs() + 1
+            check(
+                operators.mixed_by_residuals.default,
+                (A, B, None, E, X, mixed, T, Y, residual[:2], scale[:2]),
+                numbers,
+            )
             check(
                 operators.pair_mask.default,
-                (E, x, T, residual[:2], *[late] * 3, (G + G.mH) / 2, E, g, g, late),
+                (
+                    E,
+                    x,
+                    T,
+                    residual[:2],
+                    *[late] * 3,
+                    mixed,
+                    (G + G.mH) / 2,
+                    E,
+                    g,
+                    g,
+                    late,
+                ),
                 dict(numbers, m=12, eps=2e-16, measured=True, forward_mode=False),
             )
             check(operators.second_order_at_most.default, (b, E.diag()), dict(order=2))

@@ -34,6 +34,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -49,10 +50,11 @@ _MOST = 1e-3
 # Of silent gradients in single precision, this share may be wrong by more than that.
 _SINGLE_SHARE = 5 / 2000
 _WORTH_A_WORD = 1e-2
-# The precision is .91, not the .95 that it should be. Of some 70 warnings of smaller errors half are of errors above
-# _MOST in double precision, where silence is forbidden; a dozen are of diagonal sparse matrices, which do not store the
-# entries that the warning is about. Where a warning that has to be given counts as right, it is .96.
-_PRECISION, _DUE, _RECALL = 0.9, 0.95, 0.99
+# The precision is .923, not the .95 that it should be. Of 55 warnings of smaller errors 35 are of errors above _MOST
+# in double precision, where silence is forbidden; eight are of diagonal matrices, where eigenvalues are equal to the
+# bit, or where what the warning is about is not stored. Due: where a warning that has to be given counts as right.
+# Stated: the share of stated errors within a factor of ten, of gradients that are wrong by more than _WORTH_A_WORD.
+_PRECISION, _DUE, _RECALL, _STATED = 0.9, 0.97, 0.99, 0.9
 # Where the bound is below this, a warning or an error has no reason.
 _NEEDLESS = 1e-3
 _GAPS = ("bit", "rounding", 1e-13, 1e-10, 1e-6, 1e-2, 1.0, 1.0, 1.0)
@@ -244,7 +246,8 @@ def exact_gradients(case, e, V, X):
     size = 0.1 * torch.linalg.norm(wanted).item() ** 2 * M.abs().max().item()
     in_A = difference.abs().max().item()
     rounding = 16 * math.sqrt(case.m) * case.eps * E.abs().max().item()
-    factor = max(in_B.abs().max().item(), rounding / _MOST * in_A)
+    # Rounding of the eigenvalue by itself stays within what may come in silence.
+    factor = max(in_B.abs().max().item(), rounding / bound(case, e) * in_A)
     return (
         _hermitian(V @ (M * difference) @ V.mH),
         -_hermitian(V @ (M * in_B) @ V.mH),
@@ -466,6 +469,8 @@ class TestRandomGradients(TestCase):
         self.assertGreaterEqual(precision, _PRECISION)
         self.assertGreaterEqual(due, _DUE)
         self.assertGreaterEqual(recall, _RECALL)
+        stated, good = stated_errors(found)
+        self.assertGreaterEqual(good, _STATED * stated)
 
 
 class Gradients(torch.utils.data.Dataset):
@@ -526,6 +531,17 @@ def precision_and_recall(found):
     return good / max(len(warned), 1), recall, due / max(len(warned), 1)
 
 
+def stated_errors(found):
+    """How many warnings of gradients wrong by more than 1e-2 state their error, and how many to a factor of ten."""
+    stated = re.compile(r"relative error of (?:the gradient .residual over gap. |about )?([0-9.]+(?:e[-+]?[0-9]+)?)")
+    ratios = []
+    for _, o in found:
+        text = stated.search(o.text) if o.kind == "warning" else None
+        if text and _WORTH_A_WORD < o.own < math.inf:
+            ratios.append(float(text[1]) / o.own)
+    return len(ratios), sum(0.1 <= ratio <= 10 for ratio in ratios)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Count right, refused, warned of, and wrong and silent gradients.")
     parser.add_argument("--examples", type=int, default=2000)
@@ -549,6 +565,8 @@ def main():
     precision, recall, due = precision_and_recall(ours)
     print(f"warnings of errors above {_WORTH_A_WORD}: precision {precision:.3f}, recall {recall:.3f}")
     print(f"warnings where silence is forbidden, above {_MOST} in double precision: precision {due:.3f}")
+    stated, good = stated_errors(ours)
+    print(f"errors stated in warnings of more than {_WORTH_A_WORD}: {stated}, within a factor of ten {good}")
     pairs = [o for _, o in ours if o.kind != "error"]
     false, unsaid = sum(o.denied and o.converged for o in pairs), sum(not (o.denied or o.converged) for o in pairs)
     denied = sum(o.denied for o in pairs)

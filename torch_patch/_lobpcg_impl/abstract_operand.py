@@ -94,6 +94,10 @@ class Operand:
         """The matrix, (*, m, m)."""
         raise NotImplementedError
 
+    def where_stored(self) -> Optional[Tensor]:
+        """Where entries are that a gradient is returned for, (*, m, m); None where it is a full matrix."""
+        return None
+
     def in_double(self) -> "Operand":
         raise NotImplementedError
 

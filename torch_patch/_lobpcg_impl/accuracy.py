@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import is_single, norms
 from torch._lobpcg_impl.complement import report_cut_cluster, TOLD_APART
-from torch._lobpcg_impl.report import first, found, members
+from torch._lobpcg_impl.report import doubt, first, found, left_out, members
 
 
 # The relative error of a gradient from which on a second word is said on pairs that have not converged.
@@ -25,21 +25,24 @@ _FEW = 16
 
 
 def check_accuracy(
-    seen: Any, gaps: Any, setting: Any, skew: Tensor, lost: Tensor
+    seen: Any, gaps: Any, setting: Any, skew: Tensor, lost: Tensor, mask: Tensor
 ) -> None:
     """Report the pair, or the two, with the largest error, if it is large.  seen, gaps, setting: of module gauge.
 
-    skew: (+, *, k, k), what is divided by the gaps; lost: what rounding and residuals change in that.
+    skew: (+, *, k, k), what is divided by the gaps; lost: what rounding and residuals change in that; mask: where a
+    factor is used.
     """
     width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
     share, total = _shares(seen, gaps, skew / width, setting)
-    relative = lost / width / total.unsqueeze(-1)
+    left_out((lost / width).masked_fill(mask, 0.0))
+    relative = lost / width * _pairwise(seen.x) / total.unsqueeze(-1)
     # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
     # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.
     most = 30 * math.sqrt(torch.finfo(seen.x.dtype).eps)
     if seen.gE is None or seen.g is None:
         most = max(most, 1e-4)
     bad = relative > most
+    _doubt_estimates(seen, gaps, setting, relative, share)
     # Of late pairs this is no estimate below what is told of them at all.
     inside = torch.where(bad, relative.clamp(min=LATE), relative)
     _check_outside(seen, gaps, setting, share, inside)
@@ -50,12 +53,30 @@ def check_accuracy(
             float(T[..., i, j].min()) for T in (gaps.gap, _pairwise(seen.size))
         )
         where = members(bad[..., i, j], seen.E.dim() - 1)
+        # Vectors that were turned are not those which others are found beside.
+        used = gaps.gap > 2 * _pairwise(gaps.rounding)
+        used = bool(used.expand_as(bad)[..., i, j].all())
+        least = 0.0 if is_single(torch.finfo(seen.x.dtype).eps) else most
         found(
             f"lobpcg: the loss distinguishes eigenpairs {i} and {j}, whose gap {gap:.1e} beside a pencil of size "
-            f"{size:.1e} is so small that the gradient has a relative error of about {float(worst.max()):.1e}{where}. "
+            f"{size:.1e} is so small that the gradient has a relative error of about {{estimate}}{where}. "
             "Tighten tol, or use a loss that treats the two alike.",
             float(worst.max()),
+            _at_most_one(worst),
+            least if used else None,
         )
+
+
+def _doubt_estimates(
+    seen: Any, gaps: Any, setting: Any, inside: Tensor, share: Tensor
+) -> None:
+    """Doubt estimates within a hundredth of what is worth a word, and gaps of which rounding leaves four digits."""
+    outside = seen.moved * share
+    close = gaps.rounding / torch.where(gaps.rest > 0, gaps.rest, gaps.rounding)
+    most = 1e-4 if is_single(torch.finfo(seen.x.dtype).eps) else 1e-5
+    near = torch.maximum(outside, (close * share).expand_as(outside))
+    if not bool((inside < most).all() & (near < most).all()):
+        doubt()
 
 
 def is_clear(seen: Any, setting: Any) -> bool:
@@ -112,7 +133,7 @@ def _is_clear(rows: List[List[float]], m: int, own: float, eps: float) -> bool:
             mixing = max(blur[i], blur[j]) + 4 * r[i] * r[j] / min(rest[i], rest[j])
             amplitude = (x[i] * g[j] + x[j] * g[i]) / 2
             lost = mixing * (amplitude / gap + abs(gE[i] - gE[j])) + own * amplitude
-            if lost > 3 * own**0.5 * gap * total:
+            if lost * max(x[i], x[j]) > 3 * own**0.5 * gap * total:
                 return False
     return True
 
@@ -173,6 +194,7 @@ def _check_outside(
         if not setting.measured or bool((late & (error >= LATE)).any()):
             _report_late(seen, options, late, error)
             return
+        doubt()
     if not T.shape[-1]:
         return
     single = is_single(torch.finfo(seen.x.dtype).eps)
@@ -188,7 +210,8 @@ def _check_outside(
         cut = cut & ~(seen.moved < TOLD_APART)
     bad = error > most
     if bool(cut.any()):
-        report_cut_cluster(cut, nearest, k, E.dim() - 1)
+        larger = seen.g is not None and bool((gaps.equal.any(-1) & cut).any())
+        report_cut_cluster(cut, nearest, k, E.dim() - 1, not larger)
     elif bool(bad.any()):
         _report_near(seen, nearest, bad, error)
     accuracy = (seen.residual + width).unsqueeze(-1)
@@ -208,14 +231,20 @@ def least_residual(residual: Tensor, rounding: Tensor) -> Tensor:
 def _report_late(seen: Any, options: Options, late: Tensor, error: Tensor) -> None:
     late, relative, error = torch.broadcast_tensors(late, seen.late, error)
     worst = float(relative[late].max())
-    estimate = float(error[late].max())
     where = members(late.any(-1), seen.E.dim() - 1)
     found(
         f"lobpcg: gradient of eigenpairs that have not converged{where}: relative residual {worst:.1e} where "
         f"tol={options.tol:.1e} was asked for; estimated relative error of the gradient (residual over gap) "
-        f"{estimate:.1e}. Raise niter or n, pass a preconditioner iK, or loosen tol if that is accurate enough.",
+        "{estimate}. Raise niter or n, pass a preconditioner iK, or loosen tol if that is accurate enough.",
         math.inf,
+        _at_most_one(error[late]),
+        0.0,
     )
+
+
+def _at_most_one(error: Tensor) -> float:
+    """The largest; vectors of length one are not farther apart, so beyond one a bound says no more."""
+    return min(float(error.max()), 1.0)
 
 
 def _report_near(seen: Any, nearest: Tensor, bad: Tensor, error: Tensor) -> None:
@@ -226,13 +255,14 @@ def _report_near(seen: Any, nearest: Tensor, bad: Tensor, error: Tensor) -> None
     gap, r, size = (
         float(V.expand_as(at)[at][0]) for V in (nearest, seen.residual, seen.size)
     )
-    estimate = float(worst.max())
     found(
-        f"lobpcg: the gradient has an estimated relative error of {estimate:.1e} (residual over gap): eigenvalue {j} "
+        f"lobpcg: the gradient has an estimated relative error of {{estimate}} (residual over gap): eigenvalue {j} "
         f"of the k={k} asked for is at a distance of {gap:.1e} from those that were not, beside a residual of {r:.1e} "
         f"and a pencil of size {size:.1e}{members(bad.any(-1), seen.E.dim() - 1)}. Raise k until the cluster is "
         "complete, tighten tol, or use a loss that does not depend on this pair.",
-        estimate,
+        float(worst.max()),
+        _at_most_one(worst),
+        0.0,
     )
 
 

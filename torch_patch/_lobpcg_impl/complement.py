@@ -491,15 +491,19 @@ def _report_cut_cluster(op: Complement, cut: Tensor, gap: Tensor, k: int) -> Non
     report_cut_cluster(cut, gap * op.scale.squeeze(-2), k, cut.dim() - 1)
 
 
-def report_cut_cluster(cut: Tensor, gap: Tensor, k: int, batch: int) -> None:
-    """cut: (+, *, q), where eigenvalue q mod k equals one that was not asked for; gap: the distance of the two."""
+def report_cut_cluster(
+    cut: Tensor, gap: Tensor, k: int, batch: int, measurable: bool = True
+) -> None:
+    """cut: (+, *, q), where eigenvalue q mod k equals one that was not asked for; gap: the distance of the two;
+    measurable: whether no more than two are equal."""
     j = int(cut.reshape(-1, cut.shape[-1]).any(0).nonzero()[0]) % k
     width = float(gap.expand_as(cut)[cut].max())
     found(
         f"lobpcg: eigenvalue {j} of the k={k} asked for equals one that was not asked for (gap {width:.1e}, rounding "
         f"level){members(cut.any(-1), batch)}, so its eigenvector is not a differentiable function of the matrices; "
         "the part of the gradient that exists is returned. Raise k until the cluster is complete, or use a loss that "
-        "does not depend on this vector."
+        "does not depend on this vector.",
+        measurable=0.0 if measurable else None,
     )
 
 

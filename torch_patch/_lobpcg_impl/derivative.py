@@ -38,27 +38,31 @@ from torch._lobpcg_impl.blocks import gram, is_single, norms, safe_norms
 from torch._lobpcg_impl.complement import in_double, is_small, solve_on_complement
 from torch._lobpcg_impl.gauge import (
     generic_basis,
+    generic_phases,
     pair_factors,
     SecondOrderAtMost,
     Seen,
     Setting,
 )
+from torch._lobpcg_impl.measured import Gradient, measured_error
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.pairs import in_masses, longer, missed, Pairs, pencil_size
-from torch._lobpcg_impl.report import OneWarning
+from torch._lobpcg_impl.report import members, OneWarning
 from torch._lobpcg_impl.resolvent import (
     distance_of_quotient,
+    mixed_by_residuals,
     moved_by_residuals,
     nearest_outside,
     reduced_resolvent,
 )
 from torch._lobpcg_impl.solver import (
     dense_is_cheaper,
+    dense_solve,
     found_in_double,
     solve,
     warn_unconverged,
 )
-from torch._lobpcg_impl.transforms import broadcast, in_transform
+from torch._lobpcg_impl.transforms import broadcast, in_transform, is_traced
 
 
 # The first searches the span of the pairs and of what the residuals point to, which holds the neighbour that a narrow
@@ -66,6 +70,11 @@ from torch._lobpcg_impl.transforms import broadcast, in_transform
 # X, so what follows does not settle on whatever eigenvalue is near.  The others are Newton's: they leave no share of
 # far ones.
 _MOST_STEPS = 4
+# Measured relative errors from which on a word is said: above, in double precision and of pairs that have converged, no
+# gradient may come in silence; of others the forward has spoken, and single precision has digits to spare.
+WORTH_A_WORD, WORTH_A_WORD_IN_DOUBLE = 5e-3, 7e-4
+# Residuals above so many times rounding are left by steps that have not come to their end.
+_NEAR = 16.0
 
 
 def find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
@@ -116,21 +125,23 @@ def corrected(pairs: Pairs) -> Pairs:
     # Without B a dense solve is as good as the step.
     if not (wanted or pairs.pencil.generalized) or not pairs.X.numel():
         return pairs
+    pairs = _newton_step(pairs)
     k = pairs.E.shape[-1]
-    E, X, residual = _newton_step(pairs)
+    E, X = pairs.E, pairs.X
     if X.dtype != pairs.pencil.dtype:
         # What is left of entries that are zero: products of two would leave the range of single precision.
         least = torch.finfo(pairs.pencil.dtype).tiny ** 0.5 * X.abs().amax(
             -2, keepdim=True
         )
         X = X.masked_fill(X.abs() < least, 0.0)
-    residual = torch.cat([residual, pairs.residual[..., k:]], -1)
-    pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
+        pairs = dataclasses.replace(pairs, X=X)
     if not wanted:
         return pairs
     size, residual = pencil_size(pairs), _in_masses(pairs)
     known = (size[..., :k].to(E.dtype), residual[..., :k].to(E.dtype))
     turned = generic_basis(E, X, *known, torch.finfo(E.dtype).eps)
+    if X.is_complex():
+        turned = generic_phases(turned)
     if turned is not X:
         pairs = dataclasses.replace(pairs, X=turned)
         X, residual = turned, _in_masses(pairs)
@@ -148,24 +159,24 @@ def _in_masses(pairs: Pairs) -> Tensor:
     return in_masses(pairs, _residuals(pencil, values, V))
 
 
-def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
-    """E, X, residual after the step, in the precision of the step, or as they were where it does not help."""
+def _newton_step(pairs: Pairs) -> Pairs:
+    """The pairs after the step, E and X in its precision, or as they were where it does not help."""
     pencil, E, X = pairs.pencil, pairs.E, pairs.X
     m, k = X.shape[-2:]
     residual, scale = pairs.residual[..., :k], pairs.scale[..., :k]
     eps = torch.finfo(E.dtype).eps
     late = pairs.missed
     if k == m or not is_small(pencil) or (late is not None and bool(late.any())):
-        return E, X, residual
+        return pairs
     # A dense forward in double is at rounding level already: nothing to win.
     if (
         not is_single(eps)
         and not pencil.generalized
         and dense_is_cheaper(pencil, pairs.options)
     ):
-        return E, X, residual
+        return pairs
     if not is_single(eps) and bool((residual <= math.sqrt(m) * eps * scale).all()):
-        return E, X, residual
+        return pairs
     pencil, E, X = pencil.in_double(), in_double(E), in_double(X)
     r = _residuals(pencil, E, X)
     before, rounding = norms(r), math.sqrt(m) * torch.finfo(E.dtype).eps * scale
@@ -180,9 +191,40 @@ def _newton_step(pairs: Pairs) -> Tuple[Tensor, Tensor, Tensor]:
         E, before = torch.where(better, ritz, E), torch.where(better, after, before)
         better = better.unsqueeze(-1)
         X, r = torch.where(better, V, X), torch.where(better, moved, r)
-        if bool((before <= rounding).all()) or (step > 0 and not bool(better.any())):
+        done = bool((before <= rounding).all())
+        if done or (step > 0 and not bool(better.any())):
             break
-    return E, X, before
+    residual = torch.cat([before, pairs.residual[..., k:]], -1)
+    pairs = dataclasses.replace(pairs, E=E, X=X, residual=residual)
+    if done or bool((before <= _NEAR * rounding).all()):
+        return pairs
+    return _densely(pairs)
+
+
+def _densely(pairs: Pairs) -> Pairs:
+    """The pairs of each matrix, or those of a dense solve in double precision where its residuals are smaller: where a
+    gap is as narrow as the residuals were, a few steps do not tell two vectors from each other."""
+    pencil = pairs.pencil.in_double()
+    found = dense_solve(pencil.checked(), pairs.options)
+    k = pairs.E.shape[-1]
+    n = k + pairs.T.shape[-1]
+    E, X = found.E[..., :n], found.X[..., :n]
+    residual = norms(_residuals(pencil, E, X))
+    residual = torch.cat([residual, pairs.residual[..., n:]], -1)
+    better = residual[..., :k].amax(-1) < pairs.residual[..., :k].amax(-1)
+
+    def pick(new: Tensor, old: Tensor) -> Tensor:
+        where = better.reshape(better.shape + (1,) * (old.dim() - better.dim()))
+        return torch.where(where, new, old)
+
+    return dataclasses.replace(
+        pairs,
+        E=pick(E[..., :k], pairs.E),
+        X=pick(X[..., :k], pairs.X),
+        T=pick(E[..., k:], pairs.T),
+        Y=pick(X[..., k:], pairs.Y),
+        residual=pick(residual, pairs.residual),
+    )
 
 
 def _joined(pencil: Pencil, X: Tensor, Z: Tensor) -> Tuple[Tensor, Tensor]:
@@ -258,19 +300,23 @@ def _factors(
         T = _with_values_outside(known, Z, values, T)
         if Z is not None and pairs.pencil.generalized:
             residual = residual * longer(known, Z)
-    seen = Seen(E, x, T, residual, known.late, known.size, None, G, gE, g, z, left)
+    seen = Seen(
+        E, x, T, residual, known.late, known.size, None, None, G, gE, g, z, left
+    )
 
-    def moved() -> Tensor:
+    def errors() -> Tuple[Tensor, Tensor]:
+        least = least_residual(residual, 10 * eps * known.size)
+        gap = (values.unsqueeze(-1) - values.unsqueeze(-2)).abs()
+        mixed = mixed_by_residuals(known, least, gap)
         if not T.shape[-1]:
-            return torch.zeros_like(residual)
-        rounding = 10 * eps * known.size
-        least = torch.maximum(residual, least_residual(residual, rounding))
+            return torch.zeros_like(residual), mixed
         nearest = (values.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
-        return moved_by_residuals(known, least, nearest)
+        least = torch.maximum(residual, least)
+        return moved_by_residuals(known, least, nearest), mixed
 
     measured = is_small(pairs.pencil)
     setting = Setting(pairs.pencil.m, pairs.options, eps, measured, forward_mode)
-    F, clustered = pair_factors(seen, moved, setting)
+    F, clustered = pair_factors(seen, errors, setting)
     return F.to(known.E.dtype), clustered
 
 
@@ -328,32 +374,64 @@ def reverse_mode(
     A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
     # (*, k, k)
     G = None if gX is None else pairs.pencil.space.gram(X, gX)
-    with OneWarning():
+    with OneWarning() as said:
         Z: Any = None if gX is None else reduced_resolvent(pairs, gX)
         F, clustered = _factors(pairs, G, gE, gX, Z)
-    N = None
-    if clustered and _may_be_differentiated():
-        E, F, N = _in_cluster(pairs, F)
-    W: Any = None if gE is None else X * gE.unsqueeze(-2)
-    if G is not None and gX is not None:
-        K = (G - G.mH) / 2
-        C = K * F
+        N = None
+        if clustered and _may_be_differentiated():
+            E, F, N = _in_cluster(pairs, F)
+        W: Any = None if gE is None else X * gE.unsqueeze(-2)
+        if G is not None and gX is not None:
+            K = (G - G.mH) / 2
+            C = K * F
+            if N is not None:
+                C = (K + N @ C - C @ N) * F
+                Z = reduced_resolvent(pairs, gX, E)
+                Z = Z + reduced_resolvent(pairs, B.product(Z @ N), E)
+            W = X @ C - Z if W is None else W + X @ C - Z
         if N is not None:
-            C = (K + N @ C - C @ N) * F
-            Z = reduced_resolvent(pairs, gX, E)
-            Z = Z + reduced_resolvent(pairs, B.product(Z @ N), E)
-        W = X @ C - Z if W is None else W + X @ C - Z
-    if N is not None:
-        W = SecondOrderAtMost.apply(W, F.detach(), 0)
+            W = SecondOrderAtMost.apply(W, F.detach(), 0)
+        V: Any = None
+        if need_B or said.doubtful:
+            V = W * E.unsqueeze(-2)
+            if N is not None:
+                V = V + W @ N
+            if G is not None:
+                V = V + X @ ((G + G.mH) / 4)
+        if said.doubtful and is_small(pairs.pencil) and not in_transform():
+            _measure(
+                said, pairs, Gradient(gE, gX, F, W, V, said.hidden), need_A, need_B
+            )
     gA: Cotangents = A.pullback((W, X)) if need_A else (None,) * len(A.parameters)
     if not need_B:
         return gA, (None,) * len(B.parameters)
-    V = W * E.unsqueeze(-2)
-    if N is not None:
-        V = V + W @ N
-    if G is not None:
-        V = V + X @ ((G + G.mH) / 4)
     return gA, B.pullback((-V, X))
+
+
+def _measure(
+    said: OneWarning, pairs: Pairs, gradient: Gradient, need_A: bool, need_B: bool
+) -> None:
+    """Replace what was estimated by what is measured."""
+    if is_traced(pairs.E) or pairs.pencil.m == 1:
+        return
+    with torch.no_grad():
+        error, gap = measured_error(pairs, gradient, need_A, need_B)
+    if bool(error.isnan().any()):
+        return
+    single = is_single(torch.finfo(pairs.pencil.dtype).eps)
+    late = pairs.missed is not None and bool(pairs.missed.any())
+    least = WORTH_A_WORD if single or late else WORTH_A_WORD_IN_DOUBLE
+    # The worst, where none is bad.
+    bad = error >= error.max().clamp(max=least)
+    where = members(bad, error.dim())
+    said.measured(
+        float(error.max()),
+        least,
+        f"lobpcg: the gradient has an estimated relative error of {{estimate}}{where}: the narrowest gap beside its "
+        f"k={pairs.E.shape[-1]} eigenvalues is {float(gap.min()):.1e}, in a pencil of size "
+        f"{float(pairs.size.max()):.1e}. Tighten tol, raise k past a cluster, or use a loss that treats close "
+        "eigenvalues alike.",
+    )
 
 
 def _may_be_differentiated() -> bool:

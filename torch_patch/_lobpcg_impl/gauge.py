@@ -14,7 +14,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.accuracy import check_accuracy, is_clear, least_residual
+from torch._lobpcg_impl.accuracy import check_accuracy, is_clear
 from torch._lobpcg_impl.arguments import Options
 from torch._lobpcg_impl.blocks import is_single
 from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
@@ -33,9 +33,9 @@ class Seen(NamedTuple):
     """What decides about a derivative.  (*) is the batch of the pairs, (+) further dimensions of cotangents.
 
     residual, size: |r_j| and N_j of module pairs; late: relative residual of the pairs that missed the tolerance, else
-    0; moved: how far residuals move the vectors, of the others in X apart.  In reverse mode G = X^H gX; in forward mode
-    G = Herm(X^H b) and b in the place of gX.  x, g, z, left: 2-norms of the columns of X, gX, Z = [R_j gX_j] and
-    (I - B X X^H) gX.
+    0; moved: how far residuals move the vectors, of the others in X apart; mixed: towards each other, times their gap.
+    In reverse mode G = X^H gX; in forward mode G = Herm(X^H b) and b in the place of gX.  x, g, z, left: 2-norms of the
+    columns of X, gX, Z = [R_j gX_j] and (I - B X X^H) gX.
     """
 
     E: Tensor  # (*, k), in double precision where that is known
@@ -45,6 +45,7 @@ class Seen(NamedTuple):
     late: Tensor  # (*, k)
     size: Tensor  # (*, k)
     moved: Optional[Tensor]  # (+, *, k); None where it has not been needed
+    mixed: Optional[Tensor]  # (+, *, k, k), likewise
     G: Optional[Tensor]  # (+, *, k, k)
     gE: Optional[Tensor]  # (+, *, k)
     g: Optional[Tensor]  # (+, *, k)
@@ -52,7 +53,7 @@ class Seen(NamedTuple):
     left: Optional[Tensor]  # (+, *, k)
 
 
-_TRAILING = (1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
+_TRAILING = (1, 1, 1, 1, 1, 1, 1, 2, 2, 1, 1, 1, 1)
 
 
 class Setting:
@@ -72,13 +73,13 @@ class Setting:
 
 
 def pair_factors(
-    seen: Seen, moved: Callable[[], Tensor], setting: Setting
+    seen: Seen, errors: Callable[[], Tuple[Tensor, Tensor]], setting: Setting
 ) -> Tuple[Tensor, bool]:
     """F: (+, *, k, k), 1 / (E_j - E_i) where that factor is used and 0 elsewhere, differentiable in E; and whether some
     pairs are a cluster to it.
 
-    moved() finds seen.moved, where the pairs do not turn out to be clear without.  Raises RuntimeError where no
-    derivative exists; reports where it exists only in part or is inaccurate.
+    errors() finds seen.moved and seen.mixed, where the pairs do not turn out to be clear without.  Raises RuntimeError
+    where no derivative exists; reports where it exists only in part or is inaccurate.
     """
     E = seen.E
     if not (
@@ -90,7 +91,8 @@ def pair_factors(
         if is_clear(seen, setting):
             return _of_distinct(E), False
     G, gE = (T if T is None else T.detach() for T in (seen.G, seen.gE))
-    seen = seen._replace(E=E.detach(), moved=moved(), G=G, gE=gE)
+    moved, mixed = errors()
+    seen = seen._replace(E=E.detach(), moved=moved, mixed=mixed, G=G, gE=gE)
     mask = apply(_PairMask, setting, *seen)
     difference = E.unsqueeze(-2) - E.unsqueeze(-1)  # (*, k, k): E_j - E_i at (i, j)
     F = mask / torch.where(mask > 0, difference, torch.ones_like(difference))
@@ -136,8 +138,8 @@ def _mask_outputs(*tensors: Any, **_: Any) -> Outputs:
 
 
 _SEEN = (
-    "Tensor E, Tensor x, Tensor T, Tensor residual, Tensor late, Tensor size, Tensor moved, Tensor? G, Tensor? gE, "
-    "Tensor? g, Tensor? z, Tensor? left"
+    "Tensor E, Tensor x, Tensor T, Tensor residual, Tensor late, Tensor size, Tensor moved, Tensor mixed, Tensor? G, "
+    "Tensor? gE, Tensor? g, Tensor? z, Tensor? left"
 )
 
 
@@ -278,6 +280,16 @@ def generic_basis(
     return X @ torch.linalg.matrix_exp(angles - angles.mT).to(X.dtype)
 
 
+def generic_phases(X: Tensor) -> Tensor:
+    """X, complex, with its columns turned by fixed phases.
+
+    A loss that depends on the phase of x is recognised by Im x^H gx.  That vanishes where the loss is stationary in the
+    phase, as a real part is where an entry is real, and eigensolvers return vectors with a real entry.
+    """
+    j = torch.arange(1, X.shape[-1] + 1, dtype=X.dtype.to_real(), device=X.device)
+    return X * torch.polar(torch.ones_like(j), 1 + torch.sin(j * j))
+
+
 class Gaps(NamedTuple):
     """Between the wanted eigenvalues, (*, k, k); and from each to the rest, (+, *, k)."""
 
@@ -300,7 +312,8 @@ def _gaps(seen: Seen, setting: Setting) -> Gaps:
     if is_single(setting.eps):
         # Of a graded matrix that is far above what residuals leave undetermined, and a factor left out is an error.
         blur = undetermined(seen.size, r, setting.eps)
-    error = _pairwise(least_residual(r, rounding))
+    assert seen.mixed is not None
+    error = seen.mixed
     rest = torch.full_like(E, math.inf)
     if T.shape[-1]:
         rest = (E.unsqueeze(-1) - T.unsqueeze(-2)).abs().amin(-1)
@@ -356,12 +369,25 @@ def _pair_mask(seen: Seen, setting: Setting) -> Tensor:
     if gE is not None and G is not None:
         # X f(E) X^H has a skew part of gap times its slope, which may hide below the rounding of G.
         hidden = _weighs_differently(gE) & distinct & ~mask
-        lost = torch.where(hidden, torch.maximum(skew, rounding), lost)
+        least = torch.maximum(skew, rounding)
+        least = torch.minimum(least, gaps.gap * _slopes(gE, G))
+        lost = torch.where(hidden, least, lost)
     if gE is not None:
         lost = lost + gaps.error * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
     lost = lost * (used & distinct & ~gaps.equal)
-    check_accuracy(seen, gaps, setting, skew * mask, lost)
+    check_accuracy(seen, gaps, setting, skew * mask, lost, mask)
     return mask
+
+
+def _slopes(gE: Tensor, G: Tensor) -> Tensor:
+    """(+, *, k, k): the factor of x_i x_j^H in the gradient of a smooth function X f(E) X^H, f' M_ij with a Hermitian
+    M.  There gE_i = f'_i M_ii, and Herm(G)_ij = (f_i + f_j) M_ij."""
+    H = (G + G.mH).abs() / 2
+    diagonal = H.diagonal(dim1=-2, dim2=-1).square()
+    size = ((diagonal.unsqueeze(-1) + diagonal.unsqueeze(-2)) / 2).sqrt()
+    there = size > 0
+    slopes = _pairwise(gE.abs()) * H / torch.where(there, size, torch.ones_like(size))
+    return slopes.masked_fill(~there, math.inf)
 
 
 def _weighs_differently(gE: Tensor) -> Tensor:

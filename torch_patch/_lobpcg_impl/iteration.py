@@ -50,6 +50,9 @@ from torch._lobpcg_impl.unreached import unreached
 
 # Fresh columns that join a caller's block: a second one saves a third of the iterations and none of the products.
 _FRESH = 1
+# Columns that go on behind those that are known while fresh ones have to settle.  A start that is right pays for them,
+# so there are no more until one has turned out to be wrong twice.
+_SEEKERS = 2
 
 
 class EigenPairs(NamedTuple):
@@ -170,6 +173,13 @@ class LOBPCG:
         )
         self.guarded = False  # fresh columns join the block and have to settle
         self.joined = 0  # how many did, last
+        self.seekers = (
+            _SEEKERS  # columns behind the wanted ones that go on then, at most
+        )
+        self.again = False  # whether a search has led to another
+        self.settling = (
+            False  # whether all wanted pairs have converged, but not settled
+        )
         self.best_rerr = float("inf")
         self.progress = Progress(
             math.prod(self.batch), iparams["k"], self.sign, self.eps
@@ -278,8 +288,10 @@ class LOBPCG:
         self.ivars["iterations_left"] -= 1
         self.new_directions()
         self.ritz()
-        # A twentieth of the residual lost to rounding delays nothing; below 64 eps there is nothing to win.
-        current = max(self.fparams["tol"], min(self.best_rerr, self.eps**0.5))
+        # A twentieth of the residual lost to rounding delays nothing; below 64 eps there is nothing to win.  Where all
+        # that is left to do is to settle, less than half of the digits decide.
+        least = self.eps ** (0.25 if self.settling else 0.5)
+        current = max(self.fparams["tol"], min(self.best_rerr, least))
         if self.drift > max(0.05 * current, 64.0 * self.eps):
             self.refresh()
         self.update_residual()
@@ -486,8 +498,9 @@ class LOBPCG:
     def search(self) -> None:
         """At convergence: join fresh columns, unless those that joined before have found less than they might have.
 
-        r generic columns find at most r vectors of a repeated eigenvalue; if fewer than r pairs are new, none of their
-        eigenvalues has another copy.
+        r generic columns that go on find at most r vectors of a repeated eigenvalue; if fewer than r pairs are new,
+        none of their eigenvalues has another copy.  What a first search has found may all be simple, so r grows after
+        the second.
         """
         k = self.iparams["k"]
         if not self.joined:
@@ -499,9 +512,11 @@ class LOBPCG:
         # More than the eigenvalues could still improve by, and than rounding.
         known = torch.maximum(rho, 100.0 * self.eps * self.measures.size[..., :k])
         new = (e - self.e[..., :k]) * self.sign > known
-        if int(new.sum(-1).max()) >= self.joined:
+        if int(new.sum(-1).max()) >= min(self.joined, self.seekers):
+            count = max(self.n - k, 2 * self.joined)
+            self.seekers, self.again = (count if self.again else _SEEKERS), True
             self.probe = k
-            self.join(k, max(self.n - k, 2 * self.joined))
+            self.join(k, count)
 
     # -- one iteration ------------------------------------------------------------------------------------------------
 
@@ -722,7 +737,7 @@ class LOBPCG:
         more = candidates
         if self.joined:
             settled = self.settled()
-            candidates = more = min(self.n, max(self.probe, k) + 2)
+            candidates = more = min(self.n, max(self.probe, k) + self.seekers)
         elif self.bparams.get("separate", False) and self.n > k:
             settled, more = self.separated(), max(candidates, k + 1)
         rules = Rules(k, candidates, more, self.eps**0.5, self.loss())
@@ -751,6 +766,7 @@ class LOBPCG:
         self.active, self.ivars["converged_count"] = verdict.active, verdict.lead
         self.best_rerr = verdict.worst
         self.w_index, self.w_valid = verdict.index, verdict.valid
+        self.settling = max(verdict.awaited, default=0.0) < 0.0
         self.progress.note(self.ivars["istep"], verdict, self.orthonormality_loss)
         if verdict.nearest < 200.0 * self.eps and not self.converged():
             self.keep_best()

@@ -384,6 +384,10 @@ class Sparse(_Matrix):
         pattern = self.pattern
         return pattern.with_values((M.values() * factors).reshape(pattern.values.shape))
 
+    def where_stored(self) -> Tensor:
+        ones = torch.ones_like(self.pattern.values)
+        return self.pattern.with_values(ones).to_dense() != 0
+
     def dense(self) -> Tensor:
         return self.tensor.to_dense()
 

@@ -1,11 +1,10 @@
 """What is said about a derivative: one warning, of the worst that was found, on the line that asked for it."""
 
-import math
 import os
 import sys
 import threading
 import warnings
-from typing import Any, Optional, Tuple, Type
+from typing import Any, List, Optional, Tuple, Type
 
 import torch
 from torch import Tensor
@@ -30,33 +29,72 @@ def warn(text: str, category: Type[Warning] = RuntimeWarning) -> None:
 
 
 class OneWarning:
-    """Of what is `found` inside the block only the worst is said, at its end; nothing, where the block raises."""
+    """Of what is `found` inside the block only the worst is said, at its end; nothing, where the block raises.
 
-    text: Optional[str] = None
-    error = -math.inf
+    doubtful: whether something was found that rests on an estimate, or an estimate came near to what is worth a word.
+    hidden: what is left out of the factors of the gradient, where that was noted.
+    """
 
     def __enter__(self) -> "OneWarning":
         self.outer = getattr(_this_thread, "block", None)
+        self.entries: List[Tuple[str, float, Optional[float], Optional[float]]] = []
+        self.doubtful = False
+        self.hidden: Optional[Tensor] = None
         _this_thread.block = self
         return self
 
     def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
         _this_thread.block = self.outer
-        if self.text is not None and kind is None:
-            found(self.text, self.error)
+        if kind is None and self.entries:
+            found(*max(self.entries, key=lambda entry: entry[1]))
+
+    def measured(self, error: float, least: float, otherwise: str) -> None:
+        """The relative error was measured: what was estimated is said from `least` on, and with it; `otherwise`, where
+        no estimate has said anything."""
+        certain = [entry for entry in self.entries if entry[3] is None]
+        estimated = [entry for entry in self.entries if entry[3] is not None]
+        self.entries = certain
+        for text, rank, _, own in estimated:
+            if error >= (own or least):
+                self.entries.append((text, rank, error, None))
+        if not self.entries and error >= least:
+            self.entries.append((otherwise, error, error, None))
 
 
-def found(text: str, error: float = 1e30) -> None:
+def found(
+    text: str,
+    error: float = 1e30,
+    estimate: Optional[float] = None,
+    measurable: Optional[float] = None,
+) -> None:
     """Something to be said, about a relative error of that size; by default about a part that does not exist.
 
     Infinite, and so before all else, is the error of pairs that have not converged: everything else may follow from
-    that.
+    that.  estimate: what stands for {estimate} in the text.  measurable: the error from which it is said where one is
+    measured, 0 for that of all; None, where no measurement overrules it.
     """
     block = getattr(_this_thread, "block", None)
-    if block is None:
+    if block is not None:
+        block.entries.append((text, error, estimate, measurable))
+        block.doubtful = block.doubtful or measurable is not None
+    elif estimate is not None:
+        warn(text.replace("{estimate}", f"{estimate:.1e}"))
+    else:
         warn(text)
-    elif not error <= block.error:
-        block.text, block.error = text, error
+
+
+def doubt() -> None:
+    """What has been estimated does not say that nothing is wrong."""
+    block = getattr(_this_thread, "block", None)
+    if block is not None:
+        block.doubtful = True
+
+
+def left_out(hidden: Tensor) -> None:
+    """Note what is known to be missing: (+, *, k, k)."""
+    block = getattr(_this_thread, "block", None)
+    if block is not None:
+        block.hidden = hidden
 
 
 def members(bad: Tensor, batch: int) -> str:

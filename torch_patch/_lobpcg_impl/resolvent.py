@@ -462,5 +462,94 @@ class _MovedByResiduals(Function):
         return _MovedByResiduals.apply(pencil, options, *arguments), 0
 
 
+def mixed_by_residuals(pairs: Pairs, residual: Tensor, gap: Tensor) -> Tensor:
+    """(+, *, k, k): what mixes x_i and x_j, times the gap between the two.  A constant to autograd.
+
+    residual: |r_j|, (+, *, k), gap: (*, k, k).  The bound max(|r_i|, |r_j|), or, where it is not small beside the gap,
+    |x_i^H r_j| from residuals in double precision where they are to be had: Rayleigh-Ritz leaves much less of it than
+    of r_j, and of graded matrices the bound is thousands of times what is there.  Cost then: a product with k columns.
+    """
+    tensors = (pairs.E, pairs.X, gap, pairs.T, pairs.Y, residual, pairs.size)
+    tensors = tuple(T.detach() for T in (*tensors, *pairs.pencil.parameters))
+    return apply(_MixedByResiduals, pairs.pencil.bare(), pairs.options, *tensors)
+
+
+def _square_shape(*tensors: Any, **numbers: Any) -> Outputs:
+    gap, residual = tensors[5], tensors[8]
+    return [(broadcast(gap.shape, [*residual.shape, 1]), residual.dtype)]
+
+
+@in_graphs(
+    "mixed_by_residuals",
+    f"({MATRICES}, Tensor E, Tensor X, Tensor gap, Tensor T, Tensor Y, Tensor residual, Tensor size, *, {NUMBERS}) -> "
+    "Tensor",
+    _square_shape,
+    hold_pencil,
+    restore_pencil,
+)
+class _MixedByResiduals(Function):
+    @staticmethod
+    def forward(
+        pencil: Pencil,
+        options: Options,
+        E: Tensor,
+        X: Tensor,
+        gap: Tensor,
+        T: Tensor,
+        Y: Tensor,
+        residual: Tensor,
+        size: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        bound = torch.maximum(residual.unsqueeze(-1), residual.unsqueeze(-2))
+        bound = bound.expand(broadcast(bound.shape, gap.shape))
+        distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
+        if not bool((distinct & (bound > _LOOK * gap)).any()):
+            return bound.clone()
+        with without_autocast(X.device):
+            pencil = pencil.with_parameters(parameters)
+            e, R = residuals_in_double(pencil, X)
+            S = pencil.space.gram(X.to(R.dtype), R).abs().to(bound.dtype)
+        noise = torch.finfo(e.dtype).eps * size
+        S = torch.maximum(S, S.mT) + torch.maximum(
+            noise.unsqueeze(-1), noise.unsqueeze(-2)
+        )
+        return torch.minimum(bound, S)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Tuple[Any, ...],
+        pencil: Pencil,
+        options: Options,
+        *tensors: Any,
+    ) -> Any:
+        E, X, gap, T, Y, residual, size = tensors[:7]
+        rows, dims = [gap, residual, size], [in_dims[4], *in_dims[7:9]]
+        if dims[1] is None:  # the result has the mapped dimension at least
+            rows[1], dims[1] = residual.expand((info.batch_size, *residual.shape)), 0
+        (gap, *rows), _ = batched_first(info.batch_size, dims, rows, (2, 1, 1))
+        pencil, (E, X, _, T, Y, _, *parameters) = _mapped(
+            info.batch_size,
+            (*in_dims[2:4], None, *in_dims[5:8], *in_dims[9:]),
+            pencil,
+            (E, X, X, T, Y, residual, *tensors[7:]),
+        )
+        arguments = (E, X, gap, T, Y, *rows, *parameters)
+        return _MixedByResiduals.apply(pencil, options, *arguments), 0
+
+
 def _real(x: Tensor) -> Tensor:
     return torch.real(x) if x.is_complex() else x
