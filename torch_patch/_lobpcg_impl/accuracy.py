@@ -34,7 +34,7 @@ def check_accuracy(
     """
     width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
     share, total = _shares(seen, gaps, skew / width, setting)
-    left_out((lost / width).masked_fill(mask, 0.0))
+    left_out(lambda: (lost / width).masked_fill(mask, 0.0))
     relative = lost / width * _pairwise(seen.x) / total.unsqueeze(-1)
     # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
     # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.

@@ -400,7 +400,7 @@ def reverse_mode(
                 V = V + X @ ((G + G.mH) / 4)
         if said.doubtful and is_small(pairs.pencil) and not in_transform():
             _measure(
-                said, pairs, Gradient(gE, gX, F, W, V, said.hidden), need_A, need_B
+                said, pairs, Gradient(gE, gX, F, W, V, said.hidden()), need_A, need_B
             )
     gA: Cotangents = A.pullback((W, X)) if need_A else (None,) * len(A.parameters)
     if not need_B:

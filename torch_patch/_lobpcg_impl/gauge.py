@@ -369,9 +369,10 @@ def _pair_mask(seen: Seen, setting: Setting) -> Tensor:
     if gE is not None and G is not None:
         # X f(E) X^H has a skew part of gap times its slope, which may hide below the rounding of G.
         hidden = _weighs_differently(gE) & distinct & ~mask
-        least = torch.maximum(skew, rounding)
-        least = torch.minimum(least, gaps.gap * _slopes(gE, G))
-        lost = torch.where(hidden, least, lost)
+        if bool(hidden.any()):
+            least = torch.maximum(skew, rounding)
+            least = torch.minimum(least, gaps.gap * _slopes(gE, G))
+            lost = torch.where(hidden, least, lost)
     if gE is not None:
         lost = lost + gaps.error * (gE.unsqueeze(-1) - gE.unsqueeze(-2)).abs()
     lost = lost * (used & distinct & ~gaps.equal)

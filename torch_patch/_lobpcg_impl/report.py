@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import warnings
-from typing import Any, List, Optional, Tuple, Type
+from typing import Any, Callable, List, Optional, Tuple, Type
 
 import torch
 from torch import Tensor
@@ -32,14 +32,14 @@ class OneWarning:
     """Of what is `found` inside the block only the worst is said, at its end; nothing, where the block raises.
 
     doubtful: whether something was found that rests on an estimate, or an estimate came near to what is worth a word.
-    hidden: what is left out of the factors of the gradient, where that was noted.
+    hidden(): what is left out of the factors of the gradient, where that was noted.
     """
 
     def __enter__(self) -> "OneWarning":
         self.outer = getattr(_this_thread, "block", None)
         self.entries: List[Tuple[str, float, Optional[float], Optional[float]]] = []
         self.doubtful = False
-        self.hidden: Optional[Tensor] = None
+        self.hidden: Callable[[], Optional[Tensor]] = lambda: None
         _this_thread.block = self
         return self
 
@@ -90,8 +90,8 @@ def doubt() -> None:
         block.doubtful = True
 
 
-def left_out(hidden: Tensor) -> None:
-    """Note what is known to be missing: (+, *, k, k)."""
+def left_out(hidden: Callable[[], Tensor]) -> None:
+    """Note what finds what is known to be missing: (+, *, k, k)."""
     block = getattr(_this_thread, "block", None)
     if block is not None:
         block.hidden = hidden

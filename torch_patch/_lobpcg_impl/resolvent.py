@@ -45,6 +45,7 @@ from torch._lobpcg_impl.transforms import (
     apply,
     batched_first,
     broadcast,
+    in_transform,
     refuse_nested_forward_mode,
     sum_to,
     without_autocast,
@@ -469,8 +470,10 @@ def mixed_by_residuals(pairs: Pairs, residual: Tensor, gap: Tensor) -> Tensor:
     |x_i^H r_j| from residuals in double precision where they are to be had: Rayleigh-Ritz leaves much less of it than
     of r_j, and of graded matrices the bound is thousands of times what is there.  Cost then: a product with k columns.
     """
-    tensors = (pairs.E, pairs.X, gap, pairs.T, pairs.Y, residual, pairs.size)
-    tensors = tuple(T.detach() for T in (*tensors, *pairs.pencil.parameters))
+    tensors: Any = (pairs.E, pairs.X, gap, pairs.T, pairs.Y, residual, pairs.size)
+    tensors = (*tensors, *pairs.pencil.parameters)
+    if torch.is_grad_enabled() or in_transform():
+        tensors = (T.detach() for T in tensors)
     return apply(_MixedByResiduals, pairs.pencil.bare(), pairs.options, *tensors)
 
 
