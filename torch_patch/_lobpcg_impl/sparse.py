@@ -38,8 +38,8 @@ def csr_matrix(crow: Tensor, col: Tensor, values: Tensor, m: int) -> Tensor:
 
 
 def columns_at_a_time(m: int, itemsize: int) -> int:
-    """How many columns of a block, of numbers of so many bytes, a sparse matrix should multiply at a time on a host: two
-    blocks of them stay in the cache, and a row of them is a line of it or more."""
+    """How many columns of a block, of numbers of so many bytes, a sparse matrix should multiply at a time on a host:
+    two blocks of them stay in the cache, and a row of them is a line of it or more."""
     return max(64 // itemsize, _BLOCK // (itemsize * max(1, m)) // 4 * 4)
 
 
