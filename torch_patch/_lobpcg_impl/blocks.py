@@ -6,7 +6,7 @@ block so.  A sum over m ends in a Space and nowhere else: here that of one proce
 """
 
 import math
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Tuple
 
 import torch
 from torch import Tensor
@@ -145,6 +145,12 @@ def all_finite(T: Tensor) -> bool:
     return bool(torch.isfinite(T).all())
 
 
+def unscaled_range(dtype: torch.dtype) -> Tuple[float, float]:
+    """Sizes of the largest entry for which safe_scale is 1."""
+    single = dtype in (torch.float32, torch.complex64)
+    return (1e-6, 1e6) if single else (1e-100, 1e100)
+
+
 def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Powers of 4 that bring entries of size `largest` near 1; 1 where squares neither overflow nor underflow anyway.
 
@@ -152,9 +158,7 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     asks for largest > 1e-12; 1e-6 leaves room for preconditioned residuals.  The double-precision bounds are the same
     argument.  A power of 4 has an exact square root, which undoes the scaling of B in X.
     """
-    low, high = (
-        (1e-6, 1e6) if dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
-    )
+    low, high = unscaled_range(dtype)
     if largest.dim() == 0:
         value = float(largest)
         if value == 0.0 or low <= value <= high:

@@ -64,6 +64,9 @@ class EigenPairs(NamedTuple):
 
     missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error:
     (*, k), bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
+
+    Of one dense matrix, rest: the pairs beyond k where they are asked for, which E and X lack then; numbers: E,
+    residual and scale on the host.
     """
 
     E: Tensor
@@ -73,6 +76,8 @@ class EigenPairs(NamedTuple):
     missed: Optional[Tensor] = None
     error: Optional[Tensor] = None
     at_rounding: bool = False
+    rest: Optional[Tuple[Tensor, Tensor]] = None
+    numbers: Optional[List[List[float]]] = None
 
 
 def _take(V: Tensor, index: Tensor) -> Tensor:
