@@ -31,6 +31,13 @@ def take(V: Tensor, index: Any) -> Tensor:
     return V.mT[..., index, :].mT
 
 
+def take_each(V: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` (*, p) of V (*, m, q), of each of a batch its own."""
+    if V.dim() == 2:
+        return V.mT.index_select(0, index).mT
+    return V.mT.gather(-2, index.unsqueeze(-1).expand(index.shape + V.shape[-2:-1])).mT
+
+
 def combine(V: Tensor, C: Tensor) -> Tensor:
     """V C with contiguous columns; V: (*, m, k), C: (*, k, q)."""
     return (C.mT @ V.mT).mT
