@@ -11,7 +11,7 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.accuracy import FEW, rows_are_clear
-from torch._lobpcg_impl.blocks import gram, norms
+from torch._lobpcg_impl.blocks import gram, norms, numbers_of
 from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.transforms import in_transform, is_traced
 
@@ -49,7 +49,7 @@ def weights_at_once(
         c = gram(pairs.Y, gX.to(E.dtype))  # (m - k, k)
         q = c / (T.unsqueeze(-1) - E)
         rows += [norms(q), norms(c), gram(X, gX).reshape(-1)]
-    numbers = torch.cat([E, T, *rows]).tolist()
+    numbers = numbers_of(E, T, *rows)
     start = k + T.shape[-1]
     each = [numbers[i : i + k] for i in range(start, len(numbers), k)]
     if gE is None:

@@ -145,6 +145,16 @@ WHOLE: Space = Space()
 UNSCALED = torch.ones([], dtype=torch.float64)
 
 
+def numbers_of(*rows: Tensor) -> List[float]:
+    """The numbers of some vectors on one device, one behind the other: of a device that is no host in one transfer."""
+    if rows[0].device.type != "cpu":
+        return torch.cat(rows).tolist()
+    found: List[float] = []
+    for row in rows:
+        found += row.tolist()
+    return found
+
+
 def all_finite(T: Tensor) -> bool:
     """Whether every number is finite; of a single one, without a kernel."""
     if T.numel() == 1:

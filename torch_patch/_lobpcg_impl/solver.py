@@ -7,7 +7,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import inner, is_single, norms
+from torch._lobpcg_impl.blocks import inner, is_single, norms, numbers_of
 from torch._lobpcg_impl.iteration import EigenPairs, LOBPCG
 from torch._lobpcg_impl.operand import operand, Pencil
 from torch._lobpcg_impl.report import members, warn
@@ -216,7 +216,7 @@ def _of_one(A: Tensor, E: Tensor, X: Tensor, options: Options) -> EigenPairs:
         else:
             rest = (E[k:], X[:, k:])
     residual = norms(torch.addcmul(A @ first, first, values, value=-1))
-    numbers = torch.cat([E, residual]).tolist()
+    numbers = numbers_of(E, residual)
     size = max(abs(numbers[0]), abs(numbers[m - 1]))
     wanted = numbers[m - k : m][::-1] if options.largest else numbers[:k]
     scale = [size + abs(value) for value in wanted]
