@@ -213,9 +213,13 @@ def _lobpcg(
     A: Any, B: Any, X: Any, iK: Any, numbers: Any, tracker: Any, ortho: Any
 ) -> tuple[Tensor, Tensor]:
     """lobpcg outside TorchScript: overridden, in a graph, or here."""
-    others = dict(
-        zip(("ortho_iparams", "ortho_fparams", "ortho_bparams"), ortho), tracker=tracker
-    )
+    iparams, fparams, bparams = ortho
+    others = {
+        "tracker": tracker,
+        "ortho_iparams": iparams,
+        "ortho_fparams": fparams,
+        "ortho_bparams": bparams,
+    }
     if has_torch_function((A, B, X, iK)):
         named = dict(zip(("k", "n", "niter", "tol", "largest", "method"), numbers))
         return handle_torch_function(
@@ -245,7 +249,8 @@ def _solve(
         options = options.with_derivative()
     if not (traced or differentiated):
         # A Function with nothing to record costs a fifth of a small solve.
-        with torch.no_grad(), without_autocast(pencil.device):
+        # Of the contexts that stop recording the one that costs least.
+        with torch.set_grad_enabled(False), without_autocast(pencil.device):
             E, X = find_pairs(pencil, X, options)
             return E, X
     # A transform puts other tensors in the place of these.

@@ -124,7 +124,8 @@ def options_of(
         )
     if isinstance(A, Tensor):
         check_matrix(A, "A")
-    check_dtype(model, name)
+    else:
+        check_dtype(model, name)
     if model.dim() < 2:
         raise ValueError(
             f"lobpcg: X has shape {list(model.shape)}; it must be (*, m, n)"

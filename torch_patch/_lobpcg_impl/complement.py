@@ -63,8 +63,8 @@ def system_tolerance(
 
     E: (*, k), length: |x_j|, (*, k) or 1, T: (*, p) further eigenvalues, residual: (*, k).  With e_j = |r_j| |x_j| /
     gap_j, the bound on that error, z_j inherits up to e_j |b_j| / gap_j from x_j; a residual tol |b_j| of its own adds
-    tol |b_j| / gap_j.  At least tol and at most 1e-3; tol without T, which leaves the gap unknown.  Ritz values in T lie
-    too far inside: the gap comes out too large and the tolerance too small, never the other way.
+    tol |b_j| / gap_j.  At least tol and at most 1e-3; tol without T, which leaves the gap unknown.  Ritz values in T
+    lie too far inside: the gap comes out too large and the tolerance too small, never the other way.
     """
     if T.shape[-1] == 0 or E.numel() == 0:
         return E.new_full((E.shape[-1],), tol)

@@ -164,7 +164,7 @@ def _rounded_at_once(
         X = X.hardshrink(tiny).to(dtype)
     else:
         exact = E[:0]
-    late = torch.zeros(options.k, dtype=torch.bool, device=E.device)
+    late = E.isnan()  # none: plain pairs are finite
     return (E, X, *found.rest, residual, scale, late, exact)
 
 

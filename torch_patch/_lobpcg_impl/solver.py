@@ -170,7 +170,7 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     m, k, batch = pencil.m, options.k, pencil.batch
     count = m if options.differentiated else k
     wide = pencil.dtype
-    if found_in_double(pencil):
+    if is_single(torch.finfo(wide).eps) and found_in_double(pencil):
         wide = torch.promote_types(wide, torch.float64)
     # Detached, since matmul chooses its way to a product by requires_grad too, and a graph's tensors have none.
     A = pencil.A.dense()
