@@ -301,6 +301,64 @@ class EigenpairsTest(FormulaTest):
         ):
             self.assertRelative(value, hermitian(reference), 1e-12)
 
+    def test_short_way_of_a_small_matrix(self):
+        """Right by all pairs, and what the long way gives to the bit, as graphs must have it."""
+        losses = {
+            "values": lambda E, X, M: E.sin().sum(),
+            "vectors": lambda E, X, M: (X @ X.mH * M).sum(),
+            "both": lambda E, X, M: ((X * E.sin()) @ X.mH * M).sum(),
+            "a column inside": lambda E, X, M: X[:, -1].norm()
+            + X[:, 0].square() @ M[0],
+        }
+        cases = itertools.product(
+            ((torch.float64, 1e-11), (torch.float32, 3e-5)),
+            ((6, 1), (20, 3), (100, 4)),
+            (False, True),
+            losses,
+        )
+        for (dtype, bound), (m, k), largest, name in cases:
+            W = hermitian(random(m, m, dtype=torch.float64, seed=3))
+            A = hermitian(random(m, m, dtype=torch.float64, seed=m)).to(dtype)
+            A = A.requires_grad_()
+
+            def gradient(pairs, A=A, W=W, loss=losses[name]):
+                return torch.autograd.grad(loss(*pairs, W.to(pairs[1].dtype)), A)[0]
+
+            with self.subTest(name, dtype=dtype, m=m, k=k, largest=largest):
+                short = gradient(torch.lobpcg(A, k, largest=largest))
+                never = mock.patch.object(
+                    derivative, "weights_at_once", return_value=None
+                )
+                with never:
+                    long = gradient(torch.lobpcg(A, k, largest=largest))
+                self.assertTrue(torch.equal(short, long))
+                E, X = torch.linalg.eigh(A.double())
+                E, X = (T.flip(-1)[..., :k] if largest else T[..., :k] for T in (E, X))
+                exact = gradient((E, X))
+                self.assertRelative(short, (exact + exact.mH) / 2, bound)
+
+    def test_short_way_is_taken(self):
+        """Without one linear system, but where something is to be said or a second derivative may follow."""
+        A = hermitian(random(30, 30, dtype=torch.float64))
+        double = A.clone()
+        double[:, :2] = double[:2] = 0.0
+        double[0, 0] = double[1, 1] = 40.0
+        for M, create_graph, systems in (
+            (A, False, 0),
+            (A.float(), False, 0),
+            (A, True, 1),
+            (double, False, 1),
+        ):
+            M = M.clone().requires_grad_()
+            _, X = torch.lobpcg(M, 2)
+            count = mock.patch.object(
+                derivative, "reduced_resolvent", wraps=reduced_resolvent
+            )
+            with count as solved:
+                loss = (X @ X.mH)[0, 1]
+                torch.autograd.grad(loss, M, create_graph=create_graph)
+            self.assertEqual(solved.call_count, systems)
+
     def test_pattern_that_is_not_symmetric(self):
         index = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]])
         values = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)

@@ -523,7 +523,7 @@ class TestLobpcgGraphs(LobpcgGradientCase):
                         (T.shape, T.dtype, T.stride()),
                         (made.shape, made.dtype, made.stride()),
                     )
-            E, X, T, Y, residual, scale, _ = pairs
+            E, X, T, Y, residual, scale, *_ = pairs
             b = (X * torch.arange(12).unsqueeze(-1)).requires_grad_()
             check(
                 operators.resolvent.default,

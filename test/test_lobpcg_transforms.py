@@ -255,8 +255,8 @@ class TestLobpcgGradientTransforms(LobpcgGradientCase):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda T: T):
             E, X = torch.lobpcg(A, B=B, **self.options)
-        # A, B, E, X, further pairs, residuals, their scale and which are missed: nine tensors, none twice.
-        self.assertEqual(len(packed), 9)
+        # A, B, E, X, further pairs, residuals, their scale, which are missed and values: ten tensors, none twice.
+        self.assertEqual(len(packed), 10)
         self.assertEqual(
             len({T.data_ptr() for T in packed if T.numel()}),
             len([T for T in packed if T.numel()]),

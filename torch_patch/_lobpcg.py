@@ -1,12 +1,11 @@
 """torch.lobpcg: k extreme eigenpairs of A x = lambda B x, differentiable in A and B."""
 
-import dataclasses
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options, options_of
-from torch._lobpcg_impl.derivative import copied, find_pairs, forward_mode, reverse_mode
+from torch._lobpcg_impl.derivative import find_pairs, forward_mode, reverse_mode
 from torch._lobpcg_impl.graph import (
     define_for_torchscript,
     hold_pencil,
@@ -22,6 +21,9 @@ from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.solver import pair_shapes
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
+    apply,
+    constant,
+    in_transform,
     is_traced,
     may_be_differentiated,
     over_processes,
@@ -211,9 +213,13 @@ def _lobpcg(
     A: Any, B: Any, X: Any, iK: Any, numbers: Any, tracker: Any, ortho: Any
 ) -> tuple[Tensor, Tensor]:
     """lobpcg outside TorchScript: overridden, in a graph, or here."""
-    others = dict(
-        zip(("ortho_iparams", "ortho_fparams", "ortho_bparams"), ortho), tracker=tracker
-    )
+    iparams, fparams, bparams = ortho
+    others = {
+        "tracker": tracker,
+        "ortho_iparams": iparams,
+        "ortho_fparams": fparams,
+        "ortho_bparams": bparams,
+    }
     if has_torch_function((A, B, X, iK)):
         named = dict(zip(("k", "n", "niter", "tol", "largest", "method"), numbers))
         return handle_torch_function(
@@ -234,28 +240,32 @@ def _solve(
     traced = is_traced(A, B, X, iK)
     if traced:
         refuse_in_graph(A, B, X, iK, options)
-    X, iK = (M.detach() if isinstance(M, Tensor) else M for M in (X, iK))
-    pencil = Pencil.of(hermitian_part(A), hermitian_part(B), iK, X).with_gradients()
+    X, iK = constant(X), constant(iK)
+    look = not (traced or in_transform())
+    A, B = hermitian_part(A, look), hermitian_part(B, look)
+    pencil = Pencil.of(A, B, iK, X).with_gradients()
     differentiated = may_be_differentiated(*pencil.parameters)
     if differentiated:
-        options = dataclasses.replace(options, differentiated=True)
+        options = options.with_derivative()
     if not (traced or differentiated):
         # A Function with nothing to record costs a fifth of a small solve.
-        with torch.no_grad(), without_autocast(pencil.device):
-            pairs = find_pairs(pencil, X, options)
-            return copied(pairs, pairs.E), copied(pairs, pairs.X)
-    arguments = (pencil.bare(), options, X, *pencil.parameters)
+        # Of the contexts that stop recording the one that costs least.
+        with torch.set_grad_enabled(False), without_autocast(pencil.device):
+            E, X = find_pairs(pencil, X, options)
+            return E, X
+    # A transform puts other tensors in the place of these.
+    arguments = (pencil if look else pencil.bare(), options, X, *pencil.parameters)
     if traced:
         tensors, held = hold_pencil(*arguments)
         outputs = torch.ops._lobpcg.solve(*tensors, **held)
     else:
-        outputs = LOBPCGAutogradFunction.apply(*arguments)
+        outputs = apply(LOBPCGAutogradFunction, *arguments)
     return outputs[0], outputs[1]
 
 
 @in_graphs(
     "solve",
-    f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({MATRICES}, Tensor? X, *, {NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda A, B, iK, X, **numbers: pair_shapes(
         Pencil.of(A, B, iK, X), Options.of_numbers(**numbers)
     ),
@@ -264,7 +274,7 @@ def _solve(
 )
 class LOBPCGAutogradFunction(Function):
     """(pencil, options, X, parameters of A, of B, of iK ...) -> E (*, k), X (*, m, k), and constants of the backward
-    solve: further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n), missed (*, k).
+    solve: further pairs T (*, p), Y (*, m, p), residual (*, n), scale (*, n), missed (*, k), values (*, k).
 
     A and B are differentiated in their parameters, the tensors that autograd sees: in the matrix itself, if it is one.
     What is computed follows from which of them needs a gradient: A alone, with B absent or fixed, B alone, or both.
@@ -276,12 +286,19 @@ class LOBPCGAutogradFunction(Function):
         pencil: Pencil, options: Options, X: Optional[Tensor], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         with without_autocast(pencil.device):
-            pairs = find_pairs(pencil.with_parameters(parameters, X), X, options)
-            return tuple(copied(pairs, T) for T in pairs.tensors)
+            if not pencil.holds(parameters):
+                pencil = pencil.with_parameters(parameters, X)
+            found = find_pairs(pencil, X, options)
+        if options.differentiated:
+            return found
+        # In a graph that was traced where no derivative is wanted.
+        shapes = pair_shapes(pencil, options)[2:]
+        return (*found, *(found[0].new_empty(s, dtype=t) for s, t in shapes))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.pencil, ctx.options, _, *parameters = inputs
+        pencil, ctx.options, _, *parameters = inputs
+        ctx.pencil = pencil.bare()
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *parameters)
@@ -313,7 +330,7 @@ class LOBPCGAutogradFunction(Function):
         else:
             with without_autocast(pairs.X.device):
                 dE, dX = forward_mode(pairs, dA, dB)
-        return (dE, dX, *(None,) * 5)
+        return (dE, dX, *(None,) * 6)
 
     @staticmethod
     def vmap(
@@ -328,12 +345,12 @@ class LOBPCGAutogradFunction(Function):
         pencil, mapped, (X,), _ = pencil.mapped(
             size, in_dims[3:], parameters, (X,), in_dims[2:3], (2,)
         )
-        return LOBPCGAutogradFunction.apply(pencil, options, X, *mapped), (0,) * 7
+        return LOBPCGAutogradFunction.apply(pencil, options, X, *mapped), (0,) * 8
 
 
 def _saved_pairs(ctx: Any) -> Pairs:
     saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
-    return Pairs(ctx.pencil.with_parameters(saved[7:]), ctx.options, *saved[:7])
+    return Pairs(ctx.pencil.with_parameters(saved[8:]), ctx.options, *saved[:8])
 
 
 define_for_torchscript(lobpcg)

@@ -4,7 +4,7 @@ from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import all_finite, Space, WHOLE
+from torch._lobpcg_impl.blocks import all_finite, Space, unscaled_range, WHOLE
 from torch._lobpcg_impl.report import members
 
 
@@ -72,6 +72,12 @@ class Operand:
         probe(), here and below: a block (*, m, 2) of fixed numbers; its product tells where entries are not known.
         """
         raise NotImplementedError
+
+    def is_near_one(self, probe: Probe, dtype: torch.dtype) -> bool:
+        """Whether this is one matrix, not zero, whose entries are finite, and its largest such that safe_scale is 1."""
+        largest = self.largest(probe)
+        low, high = unscaled_range(dtype)
+        return largest.dim() == 0 and low <= float(largest) <= high
 
     def mean_square(self, probe: Probe) -> Tensor:
         """||M||_F^2 / m, the mean of the squared eigenvalues, of each matrix: (*) or ()."""

@@ -21,7 +21,7 @@ from torch._lobpcg_impl.report import doubt, first, found, left_out, members
 # The relative error of a gradient from which on a second word is said on pairs that have not converged.
 LATE = 1e-3
 # Pairs up to which a loop over them on the host takes less time than the kernels that it spares.
-_FEW = 16
+FEW = 16
 
 
 def check_accuracy(
@@ -87,7 +87,7 @@ def is_clear(seen: Any, setting: Any) -> bool:
     """
     E, T, G, g, z = seen.E, seen.T, seen.G, seen.g, seen.z
     k = E.shape[-1]
-    if E.dim() > 1 or k > _FEW or (G is not None and G.is_complex()):
+    if E.dim() > 1 or k > FEW or (G is not None and G.is_complex()):
         return False
     if (g is None) != (z is None) or (g is not None and g.dim() > 1):
         return False
@@ -110,11 +110,12 @@ def is_clear(seen: Any, setting: Any) -> bool:
     # Negative, where a pair was missed.
     rest = [(numbers[-1] - value) * options.sign for value in each[0]]
     own = torch.finfo(seen.x.dtype).eps
-    return _is_clear([*each, rest], setting.m, own, setting.eps)
+    return rows_are_clear([*each, rest], setting.m, own, setting.eps)
 
 
-def _is_clear(rows: List[List[float]], m: int, own: float, eps: float) -> bool:
-    """own: unit rounding of the cotangents; eps: of the arithmetic of the pairs."""
+def rows_are_clear(rows: List[List[float]], m: int, own: float, eps: float) -> bool:
+    """The same from numbers on the host, a row of k each: E, residual, late, size, x, gE, g, z, left of Seen, and the
+    distance to the rest.  own: unit rounding of the cotangents; eps: of the arithmetic of the pairs."""
     E, r, late, size, x, gE, g, z, left, rest = rows
     total = max([abs(w) * a for w, a in zip(gE, x)] + z)
     if not total > 0.0 or any(late) or not min(rest) > 0.0:

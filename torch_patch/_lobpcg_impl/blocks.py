@@ -6,7 +6,7 @@ block so.  A sum over m ends in a Space and nowhere else: here that of one proce
 """
 
 import math
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Tuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ def columns(V: Tensor) -> Tensor:
 def take(V: Tensor, index: Any) -> Tensor:
     """Columns `index` of V (*, m, q), the same for all of a batch; contiguous if those of V are."""
     return V.mT[..., index, :].mT
+
+
+def take_each(V: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` (*, p) of V (*, m, q), of each of a batch its own."""
+    if V.dim() == 2:
+        return V.mT.index_select(0, index).mT
+    return V.mT.gather(-2, index.unsqueeze(-1).expand(index.shape + V.shape[-2:-1])).mT
 
 
 def combine(V: Tensor, C: Tensor) -> Tensor:
@@ -138,11 +145,27 @@ WHOLE: Space = Space()
 UNSCALED = torch.ones([], dtype=torch.float64)
 
 
+def numbers_of(*rows: Tensor) -> List[float]:
+    """The numbers of some vectors on one device, one behind the other: of a device that is no host in one transfer."""
+    if rows[0].device.type != "cpu":
+        return torch.cat(rows).tolist()
+    found: List[float] = []
+    for row in rows:
+        found += row.tolist()
+    return found
+
+
 def all_finite(T: Tensor) -> bool:
     """Whether every number is finite; of a single one, without a kernel."""
     if T.numel() == 1:
         return math.isfinite(float(T))
     return bool(torch.isfinite(T).all())
+
+
+def unscaled_range(dtype: torch.dtype) -> Tuple[float, float]:
+    """Sizes of the largest entry for which safe_scale is 1."""
+    single = dtype in (torch.float32, torch.complex64)
+    return (1e-6, 1e6) if single else (1e-100, 1e100)
 
 
 def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,9 +175,7 @@ def safe_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     asks for largest > 1e-12; 1e-6 leaves room for preconditioned residuals.  The double-precision bounds are the same
     argument.  A power of 4 has an exact square root, which undoes the scaling of B in X.
     """
-    low, high = (
-        (1e-6, 1e6) if dtype in (torch.float32, torch.complex64) else (1e-100, 1e100)
-    )
+    low, high = unscaled_range(dtype)
     if largest.dim() == 0:
         value = float(largest)
         if value == 0.0 or low <= value <= high:

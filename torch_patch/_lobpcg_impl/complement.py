@@ -93,10 +93,11 @@ def solve_on_complement(
     """z_j with (A - E_j B) z_j = (I - B X X^H) b_j and X^H B z_j = 0.
 
     E: (*, k), X: (*, m, k), b: (+, *, m, k) with any further leading dimensions, further: T (*, p) and Y (*, m, p),
-    more approximate eigenpairs.  Relative residual at most `tol`, or tol[j], in column j, or the
-    smallest that rounding allows; a column that misses both is reported.  A column inside span X, to rounding, is zero.
-    Components along which the operator is singular to rounding are left out, which is reported; where the use is a
-    "probe" they are divided by that rounding.  A probe and a "step" of Newton's report nothing.
+    more approximate eigenpairs; E, T and Y may be in double where X and b are in single precision.  Relative residual
+    at most `tol`, or tol[j], in column j, or the smallest that rounding allows; a column that misses both is reported.
+    A column inside span X, to rounding, is zero.  Components along which the operator is singular to rounding are left
+    out, which is reported; where the use is a "probe" they are divided by that rounding.  A probe and a "step" of
+    Newton's report nothing.
     """
     eps = torch.finfo(E.dtype).eps
     if (
@@ -104,9 +105,12 @@ def solve_on_complement(
         and not is_single(eps)
         and _is_all_of_it(pencil, X, b, further)
     ):
-        z = _by_known_pairs(E, b, *further, eps)
+        z = _by_known_pairs(E, b, *further)
         if z is not None:
             return z.to(b.dtype)
+    if E.dtype != X.dtype.to_real():
+        E = E.to(X.dtype.to_real())
+        eps = torch.finfo(E.dtype).eps
     if is_single(eps) and is_small(pencil):
         z = _solve_in_double(pencil, X, b, sign, tol, further, use)
     else:
@@ -122,9 +126,7 @@ def _is_all_of_it(
     return known and not pencil.generalized and b.shape == X.shape
 
 
-def _by_known_pairs(
-    E: Tensor, b: Tensor, T: Tensor, Y: Tensor, eps: float
-) -> Optional[Tensor]:
+def _by_known_pairs(E: Tensor, b: Tensor, T: Tensor, Y: Tensor) -> Optional[Tensor]:
     """z_j = Y (Y^H b_j / (T - E_j)), where dense `eigh` has found all pairs; None where a gap is at rounding level.
 
     As accurate as a solve: rounding in Y^H b_j is divided by the gap in both.
@@ -132,13 +134,14 @@ def _by_known_pairs(
     m, k = b.shape[-2:]
     if not T.shape[-1]:
         return torch.zeros_like(b)
+    eps, own = (torch.finfo(dtype).eps for dtype in (E.dtype, b.dtype))
     gap = T.unsqueeze(-1) - E.unsqueeze(-2)  # (*, m - k, k)
     size = torch.maximum(T.abs().amax(-1), E.abs().amax(-1))[..., None, None]
     if bool((gap.abs() <= m * eps * size).any()):
         return None
-    c = gram(Y, b)
+    c = gram(Y, b.to(Y.dtype))
     # The rule of `_right_hand_side`, with its bound on what rounding leaves of a column inside span X.
-    inside = norms(c, keepdim=True) <= 16 * eps * (1 + k) * norms(b, keepdim=True)
+    inside = norms(c, keepdim=True) <= 16 * own * (1 + k) * norms(b, keepdim=True)
     return Y @ (c / gap).masked_fill(inside, 0.0)
 
 

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch._lobpcg_impl.accuracy import least_residual
 from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.at_once import weights_at_once
 from torch._lobpcg_impl.blocks import gram, is_single, norms, safe_norms
 from torch._lobpcg_impl.complement import in_double, is_small, solve_on_complement
 from torch._lobpcg_impl.gauge import (
@@ -44,6 +45,7 @@ from torch._lobpcg_impl.gauge import (
     Seen,
     Setting,
 )
+from torch._lobpcg_impl.iteration import EigenPairs
 from torch._lobpcg_impl.measured import Gradient, measured_error
 from torch._lobpcg_impl.operand import Pencil
 from torch._lobpcg_impl.pairs import in_masses, longer, missed, Pairs, pencil_size
@@ -59,6 +61,7 @@ from torch._lobpcg_impl.solver import (
     dense_is_cheaper,
     dense_solve,
     found_in_double,
+    keeps_double,
     solve,
     warn_unconverged,
 )
@@ -77,15 +80,24 @@ WORTH_A_WORD, WORTH_A_WORD_IN_DOUBLE = 5e-3, 7e-4
 _NEAR = 16.0
 
 
-def find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
-    """The forward of one problem, with a warning where pairs have not converged."""
+def find_pairs(
+    pencil: Pencil, X: Optional[Tensor], options: Options
+) -> Tuple[Tensor, ...]:
+    """The forward of one problem, with a warning where pairs have not converged: E and X, and where a derivative may
+    follow the other tensors of Pairs.
+
+    They neither alias an argument nor keep a whole block alive, and what was found in double is rounded to the dtype of
+    the matrices, once.
+    """
     k = options.k
     found = solve(pencil, X, options)
+    if _is_plain(found, options):
+        return _rounded_at_once(found, pencil, options)
     warn_unconverged(found, pencil, options)
     # All m, of a dense solve, or as many as were asked for: columns may have joined the block on the way.
     n = found.E.shape[-1] if found.E.shape[-1] == pencil.m else options.n
     last = n if options.differentiated else k
-    further = (found.E[..., k:last], found.X[..., k:last])
+    further = found.rest or (found.E[..., k:last], found.X[..., k:last])
     residual, scale = found.residual[..., :n], found.scale[..., :n]
     pairs = Pairs(
         pencil,
@@ -96,20 +108,71 @@ def find_pairs(pencil: Pencil, X: Optional[Tensor], options: Options) -> Pairs:
         residual,
         scale,
         missed(residual[..., :k], scale[..., :k], pencil.m, options.tol),
+        found.E[..., : k if keeps_double(pencil, options) else 0],
     )
-    return corrected(pairs)
+    pairs = corrected(pairs)
+    kept = pairs.tensors if options.differentiated else pairs.tensors[:2]
+    return tuple(_rounded(pairs, T) for T in kept)
 
 
-def copied(pairs: Pairs, T: Tensor) -> Tensor:
-    """A tensor of the pairs as it is returned: a copy, so that it neither aliases an argument nor keeps the whole block
-    alive; what was found in double is rounded to the dtype of the matrices here, once.
-    """
+def _rounded(pairs: Pairs, T: Tensor) -> Tensor:
     dtype = pairs.pencil.dtype
     if T is pairs.missed:
         dtype = torch.bool
-    elif T is not pairs.X and T is not pairs.Y:
+    elif T is pairs.T or T is pairs.Y or T is pairs.values:
+        # In double where they were found in it, to stay in it.
+        wide = pairs.values is not None and pairs.values.shape[-1]
+        dtype = T.dtype if wide else dtype if T is pairs.Y else dtype.to_real()
+    elif T is not pairs.X:
         dtype = dtype.to_real()
     return T.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _is_plain(found: EigenPairs, options: Options) -> bool:
+    """Whether these are the pairs of one dense matrix of which nothing is to be said, and which `corrected` would leave
+    as they are, by the same rules from the numbers on the host."""
+    if found.numbers is None:
+        return False
+    values, residual, scale = found.numbers
+    for r, s in zip(residual, scale):
+        if not r <= options.tol * s:
+            return False
+    if not options.differentiated:
+        return True
+    if found.X.is_complex():
+        return False  # phases are turned
+    rounding = 20 * torch.finfo(found.E.dtype).eps * max(scale)
+    return all(abs(b - a) > rounding for a, b in zip(values, values[1:]))
+
+
+def _rounded_at_once(
+    found: EigenPairs, pencil: Pencil, options: Options
+) -> Tuple[Tensor, ...]:
+    """Plain pairs, whose memory is their own already, in the dtype of the matrices."""
+    E, X, residual, scale = found[:4]
+    dtype, exact = pencil.dtype, E
+    wide = X.dtype != dtype
+    if not options.differentiated or found.rest is None:
+        if wide:
+            E, X = E.to(dtype.to_real()), X.to(dtype)
+        return E, X
+    if wide:
+        real = dtype.to_real()
+        E, residual, scale = E.to(real), residual.to(real), scale.to(real)
+        # Columns of length one have an entry of their size nearly.
+        tiny = torch.finfo(dtype).tiny ** 0.5
+        X = X.hardshrink(tiny).to(dtype)
+    else:
+        exact = E[:0]
+    late = E.isnan()  # none: plain pairs are finite
+    return (E, X, *found.rest, residual, scale, late, exact)
+
+
+def _without_tiny(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """X in double, to be rounded to single precision, without what is left in it of entries that are zero: products of
+    two would leave the range."""
+    size, least = X.abs(), torch.finfo(dtype).tiny ** 0.5
+    return X.masked_fill(size < least * size.amax(-2, keepdim=True), 0.0)
 
 
 def corrected(pairs: Pairs) -> Pairs:
@@ -129,11 +192,7 @@ def corrected(pairs: Pairs) -> Pairs:
     k = pairs.E.shape[-1]
     E, X = pairs.E, pairs.X
     if X.dtype != pairs.pencil.dtype:
-        # What is left of entries that are zero: products of two would leave the range of single precision.
-        least = torch.finfo(pairs.pencil.dtype).tiny ** 0.5 * X.abs().amax(
-            -2, keepdim=True
-        )
-        X = X.masked_fill(X.abs() < least, 0.0)
+        X = _without_tiny(X, pairs.pencil.dtype)
         pairs = dataclasses.replace(pairs, X=X)
     if not wanted:
         return pairs
@@ -208,7 +267,10 @@ def _densely(pairs: Pairs) -> Pairs:
     found = dense_solve(pencil.checked(), pairs.options)
     k = pairs.E.shape[-1]
     n = k + pairs.T.shape[-1]
-    E, X = found.E[..., :n], found.X[..., :n]
+    E, X = found.E, found.X
+    if found.rest is not None:
+        E, X = (torch.cat(both, -1) for both in zip((E, X), found.rest))
+    E, X = E[..., :n], X[..., :n]
     residual = norms(_residuals(pencil, E, X))
     residual = torch.cat([residual, pairs.residual[..., n:]], -1)
     better = residual[..., :k].amax(-1) < pairs.residual[..., :k].amax(-1)
@@ -274,7 +336,9 @@ def _factors(
     Z: Optional[Tensor],
     forward_mode: bool = False,
 ) -> Tuple[Tensor, bool]:
-    """F, and whether some of the pairs are a cluster to it.  Z = [R_j b_j]; without b, in reverse mode, gX is 0."""
+    """F, in double precision where E is known in it, and whether some of the pairs are a cluster to it.
+
+    Z = [R_j b_j]; without b, in reverse mode, gX is 0."""
     known = pairs.constant() if _may_be_differentiated() else pairs
     T, space = known.T, known.pencil.space
     blocks = [known.X]
@@ -289,7 +353,10 @@ def _factors(
     g, z, left = lengths or (None, None, None)
     residual = known.residual[..., : known.E.shape[-1]]
     E, eps, values = pairs.E, torch.finfo(known.E.dtype).eps, known.E
-    if is_single(eps) and _was_in_double(known):
+    if is_single(eps) and known.exact is not None:
+        values, eps = known.exact, eps * eps
+        E = values + (E - known.E)
+    elif is_single(eps) and _was_in_double(known):
         values, nearest = _values_in_double(known)
         E, T = (
             values + (E - known.E),
@@ -317,7 +384,7 @@ def _factors(
     measured = is_small(pairs.pencil)
     setting = Setting(pairs.pencil.m, pairs.options, eps, measured, forward_mode)
     F, clustered = pair_factors(seen, errors, setting)
-    return F.to(known.E.dtype), clustered
+    return F, clustered
 
 
 def _was_in_double(pairs: Pairs) -> bool:
@@ -372,23 +439,30 @@ def reverse_mode(
     gE: (*, k) or None, gX: (*, m, k) or None, not both None.  Without gX there is no linear system to solve.
     """
     A, B, E, X = pairs.pencil.A, pairs.pencil.B, pairs.E, pairs.X
+    W: Any = None if need_B else weights_at_once(pairs, gE, gX)
+    if W is not None:
+        return A.pullback((W, X)), ()
     # (*, k, k)
     G = None if gX is None else pairs.pencil.space.gram(X, gX)
+    shifts = None if _may_be_differentiated() else pairs.exact
     with OneWarning() as said:
-        Z: Any = None if gX is None else reduced_resolvent(pairs, gX)
+        Z: Any = None if gX is None else reduced_resolvent(pairs, gX, shifts)
         F, clustered = _factors(pairs, G, gE, gX, Z)
         N = None
         if clustered and _may_be_differentiated():
             E, F, N = _in_cluster(pairs, F)
-        W: Any = None if gE is None else X * gE.unsqueeze(-2)
-        if G is not None and gX is not None:
-            K = (G - G.mH) / 2
-            C = K * F
+        if G is None or gX is None:
+            W = X * gE.unsqueeze(-2)  # type: ignore[union-attr]
+        else:
+            # In double precision where F is.
+            K = G.to(torch.promote_types(G.dtype, F.dtype))
+            K = (K - K.mH) / 2
+            C = (K * F).to(G.dtype)
             if N is not None:
-                C = (K + N @ C - C @ N) * F
+                C = (K.to(G.dtype) + N @ C - C @ N) * F
                 Z = reduced_resolvent(pairs, gX, E)
                 Z = Z + reduced_resolvent(pairs, B.product(Z @ N), E)
-            W = X @ C - Z if W is None else W + X @ C - Z
+            W = X @ (C if gE is None else C + torch.diag_embed(gE)) - Z
         if N is not None:
             W = SecondOrderAtMost.apply(W, F.detach(), 0)
         V: Any = None
@@ -472,7 +546,9 @@ def forward_mode(
     with OneWarning():
         Z = reduced_resolvent(pairs, b)
         F, _ = _factors(pairs, H, None, b, Z, forward_mode=True)
-    inside = H * F if dBX is None else H * F - X.mH @ dBX / 2
+    inside = (H * F).to(H.dtype)
+    if dBX is not None:
+        inside = inside - X.mH @ dBX / 2
     dX = X @ inside - Z
     return _real_diagonal(S), dX
 

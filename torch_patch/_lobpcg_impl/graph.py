@@ -11,7 +11,6 @@ Each operator is the forward of one autograd Function, and the Function has its 
     a graph that runs   the operator -> Function.apply -> forward
 """
 
-import dataclasses
 import inspect
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
@@ -137,7 +136,7 @@ def restore_pencil(
     pencil = Pencil.of(A, B, iK, None).with_gradients()
     options = Options.of_numbers(**numbers)
     if may_be_differentiated(*pencil.parameters):
-        options = dataclasses.replace(options, differentiated=True)
+        options = options.with_derivative()
     return [pencil.bare(), options, *tensors, *pencil.parameters]
 
 

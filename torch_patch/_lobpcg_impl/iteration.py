@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import FEW_ITERATIONS
 from torch._lobpcg_impl.basis import Basis
-from torch._lobpcg_impl.blocks import columns, deduct, inner, is_single, norms
+from torch._lobpcg_impl.blocks import (
+    columns,
+    deduct,
+    inner,
+    is_single,
+    norms,
+    take_each,
+)
 from torch._lobpcg_impl.chebyshev import Chebyshev, polynomial
 from torch._lobpcg_impl.convergence import (
     judge_batch,
@@ -64,6 +71,9 @@ class EigenPairs(NamedTuple):
 
     missed: (*, k), whether a wanted pair falls short of what was asked for, None: judged by the residual; error:
     (*, k), bounds on the errors of its eigenvalues; at_rounding: whether nothing better was to be had.
+
+    Of one dense matrix, rest: the pairs beyond k where they are asked for, which E and X lack then; numbers: E,
+    residual and scale on the host.
     """
 
     E: Tensor
@@ -73,13 +83,8 @@ class EigenPairs(NamedTuple):
     missed: Optional[Tensor] = None
     error: Optional[Tensor] = None
     at_rounding: bool = False
-
-
-def _take(V: Tensor, index: Tensor) -> Tensor:
-    """Columns `index` (*, p) of V (*, m, n)."""
-    if V.dim() == 2:
-        return V.mT.index_select(0, index).mT
-    return V.mT.gather(-2, index.unsqueeze(-1).expand(index.shape + V.shape[-2:-1])).mT
+    rest: Optional[Tuple[Tensor, Tensor]] = None
+    numbers: Optional[List[List[float]]] = None
 
 
 class Kept(NamedTuple):
@@ -504,8 +509,9 @@ class LOBPCG:
         """
         k = self.iparams["k"]
         if not self.joined:
-            # In the place of the caller's guards: only a column that nobody chose has to settle then.
-            self.probe = k
+            # In the place of the caller's guards: only a column that nobody chose has to settle then.  The others gain
+            # from its directions, a product each.
+            self.probe, self.seekers = k, 1
             self.join(k, max(self.n - k, _FRESH))
             return
         e, rho = self.before
@@ -528,7 +534,7 @@ class LOBPCG:
         new = basis.part(first, self.active)
         length = self.length
         if self.active < self.n:
-            length = length.gather(-1, self.w_index)
+            length = take_each(length.unsqueeze(-2), self.w_index).squeeze(-2)
         if self.pencil.iK is not None:
             W, length = self.precondition(length)
         elif self.polynomial is not None:
@@ -551,14 +557,14 @@ class LOBPCG:
         if out.dim() == 2:
             torch.index_select(self.W.mT, 0, self.w_index, out=out.mT)
             return out
-        return out.copy_(_take(self.W, self.w_index))
+        return out.copy_(take_each(self.W, self.w_index))
 
     def precondition(self, length: Tensor) -> Tuple[Tensor, Tensor]:
         """K R and its lengths, R the residuals that go on, `length` theirs; forms_K < 0 where r^H K r < 0 proves that
         K is not positive definite, beyond the dot product's rounding error, m eps ||r|| ||K r||.
         """
         assert self.pencil.iK is not None
-        R = self.W if self.active == self.n else _take(self.W, self.w_index)
+        R = self.W if self.active == self.n else take_each(self.W, self.w_index)
         W = self.pencil.iK.apply(R)
         product, length = length, norms(W)
         self.forms_K = inner(R, W) + self.eps * self.m * product * length

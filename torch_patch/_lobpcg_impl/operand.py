@@ -9,7 +9,6 @@ converted once for products stays with it.
 To add a kind of operand, write a subclass of Operand, as in module matrix_free, and name it in `operand`.
 """
 
-import itertools
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -23,6 +22,7 @@ from torch._lobpcg_impl.blocks import (
     safe_scale,
     Space,
     UNSCALED,
+    unscaled_range,
     WHOLE,
 )
 from torch._lobpcg_impl.constructor import around_constructor, keep_graph_of_values
@@ -166,9 +166,9 @@ class Dense(_Matrix):
 
     def pullback(self, *pairs: Tuple[Tensor, Tensor]) -> Tuple[Tensor, ...]:
         U, V = _side_by_side(self.tensor, pairs)
-        P = torch.matmul(U, V.mH)
+        P = torch.matmul(U, V.mH / 2)
         # One sum with the transpose, so that the result is Hermitian to the bit.
-        return (sum_to((P + _adjoint(P)) / 2, self.tensor.shape),)
+        return (sum_to(P + _adjoint(P), self.tensor.shape),)
 
     def tangent(self, tangents: Sequence[Optional[Tensor]], V: Tensor) -> Tensor:
         (M,) = tangents
@@ -178,6 +178,14 @@ class Dense(_Matrix):
         if self.tensor.shape[-1] == 0:
             return self.tensor.new_zeros(self.tensor.shape[:-2], dtype=torch.float64)
         return largest_entries(self.tensor.flatten(-2), -1).to(torch.float64)
+
+    def is_near_one(self, probe: Probe, dtype: torch.dtype) -> bool:
+        M = self.tensor
+        if M.dim() > 2 or M.is_complex() or not M.numel():
+            return super().is_near_one(probe, dtype)
+        least, most = map(float, torch.aminmax(M))
+        low, high = unscaled_range(dtype)
+        return low <= max(-least, most) <= high
 
     def mean_square(self, probe: Probe) -> Tensor:
         return (
@@ -490,20 +498,21 @@ def _at(T: Tensor, position: Tuple[int, ...], trailing: int = 0) -> Tensor:
     ]
 
 
-def hermitian_part(M: Any) -> Any:
-    """(M + M^H) / 2 of a dense matrix; M itself where that changes no bit, and for everything else."""
-    if not isinstance(M, Tensor) or is_sparse(M) or _is_hermitian(M):
+def hermitian_part(M: Any, look: bool = True) -> Any:
+    """(M + M^H) / 2 of a dense matrix; M itself where that changes no bit, and for everything else.
+
+    look: whether values can be looked at, which they cannot be under a transform or a tracer.
+    """
+    if not isinstance(M, Tensor) or is_sparse(M) or (look and _is_hermitian(M)):
         return M
     return (M + _adjoint(M)) / 2
 
 
 def _is_hermitian(M: Tensor) -> bool:
     """Whether dense M (*, m, m) equals M^H to the bit; by tiles, since the transpose as a whole would miss the cache
-    throughout.  False under a transform or a tracer, where values cannot be looked at.
-    """
-    if in_transform() or is_traced(M):
-        return False
-    M = M.detach()
+    throughout."""
+    if M.requires_grad:
+        M = M.detach()
     m, tile = M.shape[-1], 512
     if m <= tile:
         return torch.equal(M, M.mH)
@@ -565,14 +574,22 @@ class Pencil:
     @property
     def parameters(self) -> Tuple[Any, ...]:
         """Those of A, then of B, then of iK."""
-        return tuple(itertools.chain.from_iterable(M.parameters for M in self.operands))
+        both = (*self.A.parameters, *self.B.parameters)
+        return both if self.iK is None else (*both, *self.iK.parameters)
 
     def split(self, values: Sequence[Any]) -> List[Tuple[Any, ...]]:
         """One value for each parameter, as those of A, of B and of iK."""
-        given = iter(values)
-        return [
-            tuple(itertools.islice(given, len(M.parameters))) for M in self.operands
-        ]
+        first, own = 0, []
+        for M in self.operands:
+            last = first + len(M.parameters)
+            own.append(tuple(values[first:last]))
+            first = last
+        return own
+
+    def holds(self, parameters: Sequence[Any]) -> bool:
+        """Whether these are its own tensors, of which there are some."""
+        own = self.parameters
+        return bool(own) and all(S is T for S, T in zip(own, parameters))
 
     def probe(self) -> Tensor:
         """Two fixed vectors, (*, m, 2), of which no start block has one."""
@@ -583,15 +600,17 @@ class Pencil:
         self, parameters: Sequence[Any], X: Optional[Tensor] = None
     ) -> "Pencil":
         """The same pencil on other tensors; their batch shape may be another."""
-        operands = [
-            M.with_parameters(*own)
-            for M, own in zip(self.operands, self.split(parameters))
-        ]
-        same = self.of_operands(
-            operands[0], operands[1], None if self.iK is None else operands[2]
-        )
-        shapes = [M.batch for M in operands]
-        same.batch = broadcast(*shapes, () if X is None else X.shape[:-2])
+        A, B, iK = self.A, self.B, self.iK
+        of_A = len(A.parameters)
+        of_B = of_A + len(B.parameters)
+        same = twin(self)
+        same.A = A.with_parameters(*parameters[:of_A])
+        if of_B > of_A:
+            same.B = B.with_parameters(*parameters[of_A:of_B])
+        if iK is not None:
+            same.iK = iK.with_parameters(*parameters[of_B:])
+        batches = [M.batch for M in same.operands]
+        same.batch = broadcast(*batches, () if X is None else X.shape[:-2])
         return same
 
     def mapped(
@@ -640,6 +659,8 @@ class Pencil:
         if iK is not None and in_transform():
             # A constant, whose tensors a transform has wrapped all the same.
             iK = iK.with_gradient(self.probe)
+        if A is self.A and B is self.B and iK is self.iK:
+            return self
         return self.of_operands(A, B, iK)
 
     def bare(self) -> "Pencil":
@@ -670,6 +691,8 @@ class Pencil:
         return same
 
     def _near_one(self, M: Operand) -> Tuple[Operand, Tensor]:
+        if M.is_near_one(self.probe, self.dtype):
+            return M, UNSCALED
         scale = safe_scale(M.check_finite(self.probe), self.dtype)
         return (M if scale is UNSCALED else M.scaled(scale)), scale
 

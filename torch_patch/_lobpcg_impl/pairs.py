@@ -15,7 +15,9 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.blocks import is_single
 from torch._lobpcg_impl.operand import Operand, Pencil
+from torch._lobpcg_impl.transforms import constant
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Pairs:
     """k eigenpairs E (*, k), X (*, m, k), X^H B X = I, and more approximate ones T (*, p), Y (*, m, p).
 
     residual: (*, n), |r_j| of the k pairs, then of others.  scale: (*, n), N_j.  missed: (*, k), which pairs have
-    missed the tolerance; None where that is nobody's question.
+    missed the tolerance; None where that is nobody's question.  values: (*, k), E before it was rounded to single
+    precision, where T and Y are in double as well; None or empty where they are not.
     """
 
     pencil: Pencil
@@ -35,6 +38,7 @@ class Pairs:
     residual: Tensor
     scale: Tensor
     missed: Optional[Tensor] = None
+    values: Optional[Tensor] = None
 
     @property
     def tensors(self) -> Tuple[Any, ...]:
@@ -46,12 +50,20 @@ class Pairs:
             self.residual,
             self.scale,
             self.missed,
+            self.values,
         )
 
     @property
     def all_known(self) -> bool:
         """Whether the further pairs are all of the rest."""
         return self.E.shape[-1] + self.T.shape[-1] == self.pencil.m
+
+    @property
+    def exact(self) -> Optional[Tensor]:
+        """E as it was found, where that is with all other pairs in double precision; None elsewhere."""
+        if not is_single(torch.finfo(self.E.dtype).eps):
+            return self.E if self.all_known else None
+        return self.values if self.T.dtype != self.E.dtype else None
 
     @property
     def size(self) -> Tensor:
@@ -69,14 +81,9 @@ class Pairs:
 
     def constant(self) -> "Pairs":
         """The same, of which autograd knows nothing."""
-        parameters = (_constant(T) for T in self.pencil.parameters)
-        pencil = self.pencil.with_parameters(list(parameters))
-        tensors: Any = map(_constant, self.tensors)
-        return Pairs(pencil, self.options, *tensors)
-
-
-def _constant(T: Optional[Tensor]) -> Optional[Tensor]:
-    return T if T is None else T.detach()
+        parameters = list(map(constant, self.pencil.parameters))
+        pencil = self.pencil.with_parameters(parameters)
+        return Pairs(pencil, self.options, *map(constant, self.tensors))
 
 
 def missed(residual: Tensor, scale: Tensor, m: int, tol: float) -> Tensor:

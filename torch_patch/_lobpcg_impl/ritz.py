@@ -10,6 +10,7 @@ from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch._lobpcg_impl.blocks import take_each
 
 
 class Ritz(NamedTuple):
@@ -88,10 +89,7 @@ def next_P(
     n = C_X.shape[-1]
     Z = C_rest.narrow(-2, 0, n).mH
     if columns is not None:
-        C_1 = C_X.narrow(-2, 0, n)
-        Z = Z @ C_1.gather(
-            -1, columns.unsqueeze(-2).expand(C_1.shape[:-1] + columns.shape[-1:])
-        )
+        Z = Z @ take_each(C_X.narrow(-2, 0, n), columns)
     if host:
         Q, R = torch.linalg.qr(Z)
         own: List[float] = R.diagonal(dim1=-2, dim2=-1).abs().tolist()
@@ -99,7 +97,7 @@ def next_P(
             return Q, None
     # Longest columns first: the direction that Q invents for a column of noise must not be taken out of a true one.
     order = torch.sort(torch.linalg.vector_norm(Z, dim=-2), dim=-1, descending=True)[1]
-    Q, R = torch.linalg.qr(Z.gather(-1, order.unsqueeze(-2).expand(Z.shape)))
+    Q, R = torch.linalg.qr(take_each(Z, order))
     lost = R.diagonal(dim1=-2, dim2=-1).abs() <= noise
     return Q.masked_fill(lost.unsqueeze(-2), 0.0), lost
 

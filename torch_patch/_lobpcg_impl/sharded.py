@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._lobpcg_impl.abstract_operand import Operand, Probe
 from torch._lobpcg_impl.arguments import declared, Options, options_of
 from torch._lobpcg_impl.blocks import largest_entries
-from torch._lobpcg_impl.derivative import copied, find_pairs, reverse_mode
+from torch._lobpcg_impl.derivative import find_pairs, reverse_mode
 from torch._lobpcg_impl.matrix_free import MatrixFree, products_of, takes_arrays
 from torch._lobpcg_impl.operand import Identity, Pencil
 from torch._lobpcg_impl.pairs import Pairs
@@ -243,15 +243,14 @@ def _over_rows(
         tracker = _TogetherTracked(options.tracker, space)
         options = dataclasses.replace(options, tracker=tracker)
     if space.agree(may_be_differentiated(*pencil.parameters)):
-        options = dataclasses.replace(options, differentiated=True)
+        options = options.with_derivative()
         # Where this process has nothing to differentiate, others have, and wait for it in backward.
         anchor = torch.zeros((), requires_grad=True)
         E, X = _OverRows.apply(pencil.bare(), options, X, anchor, *pencil.parameters)
     else:
         with torch.no_grad(), without_autocast(space.device):
-            found = find_pairs(pencil, X, options)
+            E, X = find_pairs(pencil, X, options)
         space.agree()
-        E, X = copied(found, found.E), copied(found, found.X)
     return _wrapped(E, X, m, layout)
 
 
@@ -297,17 +296,16 @@ class _OverRows(Function):
     ) -> Any:
         ctx.pencil, ctx.options = pencil, options
         with without_autocast(pencil.device):
-            pairs = find_pairs(pencil.with_parameters(parameters, X), X, options)
+            kept = find_pairs(pencil.with_parameters(parameters, X), X, options)
         pencil.space.agree()
         ctx.set_materialize_grads(False)
-        kept = [copied(pairs, T) for T in pairs.tensors]
         ctx.save_for_backward(*kept, *parameters)
         return kept[0], kept[1]
 
     @staticmethod
     def backward(ctx: Any, gE: Optional[Tensor], gX: Optional[Tensor]) -> Any:
         saved = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
-        kept, parameters = saved[:7], saved[7:]
+        kept, parameters = saved[:8], saved[8:]
         pencil = ctx.pencil.with_parameters(parameters)
         pairs = Pairs(pencil, ctx.options, *kept)
         E, X = kept[:2]

@@ -1,12 +1,13 @@
 """From a pencil to eigenpairs, without autograd: a dense solve or the iteration, batches under a tracker."""
 
 import itertools
+import math
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import inner, is_single, norms
+from torch._lobpcg_impl.blocks import inner, is_single, norms, numbers_of
 from torch._lobpcg_impl.iteration import EigenPairs, LOBPCG
 from torch._lobpcg_impl.operand import operand, Pencil
 from torch._lobpcg_impl.report import members, warn
@@ -46,7 +47,7 @@ def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
     pairs = [iterate(pencil.member(p), start[p], options) for p in positions]
     stacked: Any = (
         torch.stack(field).reshape([*batch, *field[0].shape])
-        for field in list(zip(*pairs))[:-1]
+        for field in list(zip(*pairs))[:6]
     )
     at_rounding = all(one.at_rounding for one in pairs)
     return EigenPairs(*stacked, at_rounding=at_rounding)  # type: ignore[misc]
@@ -124,16 +125,33 @@ def _dense_up_to(pencil: Pencil, options: Options) -> int:
 def pair_shapes(
     pencil: Pencil, options: Options
 ) -> List[Tuple[Sequence[int], torch.dtype]]:
-    """Shape and dtype of the tensors of Pairs, in their order.  No value decides how many pairs are found."""
+    """Shape and dtype of the tensors of Pairs, in their order; behind E and X empty ones, where no derivative follows.
+    No value decides how many pairs are found."""
     batch, m, k = pencil.batch, pencil.m, options.k
     dense = 0 not in batch and dense_is_cheaper(pencil, options)
     found, n = (m, k) if dense else (options.n, options.n)
-    further = found - k if options.differentiated else 0
-    vectors = ([*batch, m, k], [*batch, m, further])
-    values = ([*batch, p] for p in (k, further, n, n))
-    X, Y = ((shape, pencil.dtype) for shape in vectors)
-    E, T, residual, scale = ((shape, pencil.dtype.to_real()) for shape in values)
-    return [E, X, T, Y, residual, scale, ([*batch, k], torch.bool)]
+    further, known = found - k, k
+    if not options.differentiated:
+        further = known = n = 0
+    wide = keeps_double(pencil, options)
+    dtype = torch.promote_types(pencil.dtype, torch.float64) if wide else pencil.dtype
+    X, Y = ([*batch, m, k], pencil.dtype), ([*batch, m, further], dtype)
+    E, residual, scale = (([*batch, p], pencil.dtype.to_real()) for p in (k, n, n))
+    T, values = (([*batch, p], dtype.to_real()) for p in (further, k if wide else 0))
+    return [E, X, T, Y, residual, scale, ([*batch, known], torch.bool), values]
+
+
+def keeps_double(pencil: Pencil, options: Options) -> bool:
+    """Whether what a derivative needs of single precision beyond E and X is kept in double, in which it was found: its
+    linear systems are sums over the pairs then."""
+    return (
+        options.differentiated
+        and is_single(torch.finfo(pencil.dtype).eps)
+        and not pencil.generalized
+        and pencil.m <= _DOUBLE_UP_TO
+        and 0 not in pencil.batch
+        and dense_is_cheaper(pencil, options)
+    )
 
 
 def found_in_double(pencil: Pencil) -> bool:
@@ -152,15 +170,18 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     m, k, batch = pencil.m, options.k, pencil.batch
     count = m if options.differentiated else k
     wide = pencil.dtype
-    if found_in_double(pencil):
+    if is_single(torch.finfo(wide).eps) and found_in_double(pencil):
         wide = torch.promote_types(wide, torch.float64)
     # Detached, since matmul chooses its way to a product by requires_grad too, and a graph's tensors have none.
-    A = pencil.A.dense().detach().to(wide)
+    A = pencil.A.dense()
+    A = (A.detach() if A.requires_grad else A).to(wide)
     if pencil.generalized:
         E, X, residual, scale = _generalized(pencil, A, options, count)
     else:
         E, X = torch.linalg.eigh(A)
-        size = E.abs().amax(-1, keepdim=True)
+        if E.dim() == 1 and not batch and not pencil.rescaled:
+            return _of_one(A, E, X, options)
+        size = torch.linalg.vector_norm(E, math.inf, -1, keepdim=True)
         E, X = (_wanted(T, count, options.largest) for T in (E, X))
         first, values = X.narrow(-1, 0, k), E.narrow(-1, 0, k)
         residual = norms(A @ first - first * values.unsqueeze(-2))
@@ -178,6 +199,36 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         )
         X = X.expand([*batch, m, count])
     return EigenPairs(E, X, residual, scale, at_rounding=True)
+
+
+def _of_one(A: Tensor, E: Tensor, X: Tensor, options: Options) -> EigenPairs:
+    """The pairs of one matrix from all of them in ascending order: in memory of their own, with the numbers that they
+    are judged by on the host, since a small matrix is solved before a few more kernels have started."""
+    k, m = options.k, E.shape[-1]
+    first, values = (_wanted(T, k, options.largest) for T in (X, E))
+    if not options.largest:
+        first, values = first.clone(), values.clone()
+    rest = None
+    if options.differentiated:
+        # The others in their order, nearest ones first.
+        if options.largest:
+            rest = (E[: m - k].flip(0), X[:, : m - k].flip(1))
+        else:
+            rest = (E[k:], X[:, k:])
+    residual = norms(torch.addcmul(A @ first, first, values, value=-1))
+    numbers = numbers_of(E, residual)
+    size = max(abs(numbers[0]), abs(numbers[m - 1]))
+    wanted = numbers[m - k : m][::-1] if options.largest else numbers[:k]
+    scale = [size + abs(value) for value in wanted]
+    return EigenPairs(
+        values,
+        first,
+        residual,
+        values.abs().add_(size),
+        at_rounding=True,
+        rest=rest,
+        numbers=[wanted, numbers[m:], scale],
+    )
 
 
 def _generalized(
@@ -213,8 +264,8 @@ def _generalized(
 def _wanted(T: Tensor, count: int, largest: bool) -> Tensor:
     """The `count` wanted of what stands in ascending order in the last dimension, wanted ones first."""
     if largest:
-        return T.narrow(-1, T.shape[-1] - count, count).flip(-1)
-    return T.narrow(-1, 0, count)
+        return T[..., T.shape[-1] - count :].flip(-1)
+    return T[..., :count]
 
 
 def warn_unconverged(found: EigenPairs, pencil: Pencil, options: Options) -> None:
