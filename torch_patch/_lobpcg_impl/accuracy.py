@@ -178,7 +178,11 @@ def _check_outside(
     """Pairs that missed the tolerance, are close to the rest of the spectrum, or are not the extreme ones."""
     E, T, k = seen.E, seen.T, seen.E.shape[-1]
     options, eps = setting.options, setting.eps
-    nearest, error = gaps.rest, seen.moved
+    nearest = gaps.rest
+    # Vectors turned among each other are solved for as if their eigenvalues were equal.
+    spread = (gaps.gap * gaps.exactly).amax(-1)
+    apart = spread / torch.where(nearest > 0, nearest, torch.ones_like(nearest))
+    error = torch.maximum(seen.moved, apart)
     residual = torch.maximum(
         seen.residual, least_residual(seen.residual, gaps.rounding)
     )

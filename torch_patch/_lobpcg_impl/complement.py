@@ -111,10 +111,11 @@ def solve_on_complement(
     if E.dtype != X.dtype.to_real():
         E = E.to(X.dtype.to_real())
         eps = torch.finfo(E.dtype).eps
-    if is_single(eps) and is_small(pencil):
-        z = _solve_in_double(pencil, X, b, sign, tol, further, use)
-    else:
+    z = None
+    if not (is_single(eps) and is_small(pencil)):
         z = _solve(pencil, E, X, b, sign, tol, further, use, eps)
+    if z is None:
+        z = _solve_in_double(pencil, X, b, sign, tol, further, use)
     return z.to(b.dtype)
 
 
@@ -155,8 +156,9 @@ def _solve(
     further: Optional[Tuple[Tensor, Tensor]],
     use: str,
     eps: float,
-) -> Tensor:
-    """The same in the precision of X; eps: unit rounding of the precision that b was computed in."""
+) -> Optional[Tensor]:
+    """The same in the precision of X, or None where single precision does not suffice; eps: unit rounding of the
+    precision that b was computed in."""
     k = E.shape[-1]
     batch = X.shape[:-2]
     b, more = _columns_of_further_dimensions(b, len(batch))
@@ -185,6 +187,8 @@ def _solve(
         z = _factorised(op, b, k)
     else:
         z = _iterate(op, b, further, tol)
+    if z is None:
+        return None
     z = op.project(z) * (size * op.sign / op.scale)
     return _further_dimensions_of_columns(z, more, len(batch))
 
@@ -232,13 +236,13 @@ def _solve_in_double(
     use: str,
 ) -> Tensor:
     """The same in double precision: eps / gap of single precision would be up to three of its seven digits."""
-    eps, known = torch.finfo(b.dtype).eps, X.shape[-1]
-    if further is not None and known + further[0].shape[-1] == X.shape[-2]:
+    eps = torch.finfo(b.dtype).eps
+    if further is not None:
         further = (in_double(further[0]), in_double(further[1]))
-    else:
-        further = None
     pencil, E, X = _pairs_in_double(pencil, X)
-    return _solve(pencil, E, X, in_double(b), sign, tol, further, use, eps)
+    z = _solve(pencil, E, X, in_double(b), sign, tol, further, use, eps)
+    assert z is not None
+    return z
 
 
 def _pairs_in_double(pencil: Pencil, X: Tensor) -> Tuple[Pencil, Tensor, Tensor]:
@@ -518,8 +522,10 @@ def _iterate(
     b: Tensor,
     further: Optional[Tuple[Tensor, Tensor]],
     tol: Union[float, Tensor],
-) -> Tensor:
-    """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance."""
+) -> Optional[Tensor]:
+    """Conjugate gradients with every fallback; the result of the first stage that meets the tolerance.
+
+    None, in single precision alone, where none meets it that could in double."""
     eps = torch.finfo(op.shifts.dtype).eps
     m = op.pencil.m
     dense = op.pencil.is_dense()
@@ -548,11 +554,15 @@ def _iterate(
         )
         budget = budget if budget >= 50 else 0
     none = torch.zeros_like(op.scale)
-    state = State(math.inf, 0.0, False, False, none, none)
+    state = State(math.inf, 0.0, False, True, False, none, none)
     if budget:
         z, state = conjugate_gradients(
             op, b, None, deflation, precondition, rtol, budget
         )
+    # What single precision cannot resolve goes on in double.
+    single = is_single(eps) and op.pencil.is_known() and not op.space.split
+    if single and budget and state.lost:
+        return None
     if state.all_done:
         return _without_cut_cluster(op, b, z, state, precondition, rtol)
     if dense and not state.indefinite:
@@ -573,6 +583,8 @@ def _iterate(
         z, state = conjugate_gradients(op, b, None, deflation, None, rtol, budget)
         if state.all_done:
             return z
+    if single:
+        return None
     if m < _SPECTRAL_BELOW and not op.space.split:
         return _spectral(op, b, *op.dense())
     if not op.quiet:
@@ -672,6 +684,8 @@ def _without_cut_cluster(
         cut = cut & ~told
     singular = cut.reshape(-1, large.numel()).any(0)
     if not bool(singular.any()):
+        if state.lost and not op.quiet:
+            _report_residual(state)
         return z
     if not op.quiet:
         every = torch.zeros_like(

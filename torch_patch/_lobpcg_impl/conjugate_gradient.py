@@ -25,6 +25,8 @@ from torch._lobpcg_impl.blocks import (
 
 
 _RESTARTS = 2
+# A relative residual above this is no solution, whatever rounding allows: the error of a gradient that is worth a word.
+_LOST = 1e-2
 
 
 class Deflation:
@@ -79,18 +81,21 @@ class Deflation:
 
 class State:
     """How a run of conjugate gradients ended: the relative residual that most exceeds the one asked for, and that one,
-    whether curvature was not positive, |K|, and the lengths of the columns of z, (*, q)."""
+    whether one is no solution, whether curvature was not positive, |K|, and the lengths of the columns
+    of z, (*, q)."""
 
     def __init__(
         self,
         residual: float,
         asked: float,
         all_done: bool,
+        lost: bool,
         indefinite: bool,
         norm: Tensor,
         lengths: Tensor,
     ) -> None:
-        self.residual, self.asked, self.all_done = residual, asked, all_done
+        self.residual, self.asked = residual, asked
+        self.all_done, self.lost = all_done, lost
         self.indefinite, self.norm, self.lengths = indefinite, norm, lengths
 
 
@@ -129,8 +134,9 @@ def conjugate_gradients(
         lengths.index_copy_(-1, columns, length)
         # Two products and a subtraction, each with an error of a few eps |K| |z|.
         attainable = 16 * eps * (1 + norm * length)
+        # NaN is late, too.
         late = (
-            (size > torch.maximum(attainable, 2 * rtol[columns]))
+            (~(size <= torch.maximum(attainable, 2 * rtol[columns])))
             .reshape(-1, columns.numel())
             .any(0)
         )
@@ -138,7 +144,8 @@ def conjugate_gradients(
             (size / rtol[columns]).reshape(-1, columns.numel()).amax(0).max(0)
         )
         asked = float(rtol[columns][worst])
-        all_done = not bool(late.any())
+        any_late, lost = torch.stack([late.any(), ~(size <= _LOST).all()]).tolist()
+        all_done = not any_late
         if all_done or budget <= 0 or indefinite:
             break
         columns, r = columns[late], take(r, late)
@@ -147,6 +154,7 @@ def conjugate_gradients(
         float(excess) * asked,
         asked,
         all_done,
+        lost,
         indefinite and not all_done,
         norm,
         lengths,
