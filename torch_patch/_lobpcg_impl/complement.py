@@ -111,8 +111,11 @@ def solve_on_complement(
     if E.dtype != X.dtype.to_real():
         E = E.to(X.dtype.to_real())
         eps = torch.finfo(E.dtype).eps
+    # With all pairs at hand a solution in double precision costs products alone.
+    found = further is not None and X.shape[-1] + further[0].shape[-1] == pencil.m
+    wide = is_small(pencil) or (found and pencil.is_known() and not pencil.space.split)
     z = None
-    if not (is_single(eps) and is_small(pencil)):
+    if not (is_single(eps) and wide):
         z = _solve(pencil, E, X, b, sign, tol, further, use, eps)
     if z is None:
         z = _solve_in_double(pencil, X, b, sign, tol, further, use)
@@ -179,6 +182,8 @@ def _solve(
         z = torch.zeros_like(b)
     elif further is not None and further[0].shape[-1] == m - k:
         z = _by_all_pairs(op, b, *further)
+        # Where that fails, those are of use that an iteration would have carried.
+        further = (further[0][..., : k + 4], further[1][..., : k + 4])
     if z is not None:
         pass
     elif k >= _SPECTRAL_FROM and _SPECTRAL_FRACTION * k >= m and m < _SPECTRAL_BELOW:
