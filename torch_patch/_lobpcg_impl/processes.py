@@ -38,7 +38,7 @@ class Processes(Space):
 
     def __init__(self, mesh: Any, along: int, device: torch.device) -> None:
         dims = [along, *(d for d in range(mesh.ndim) if d != along)]
-        self.groups = [mesh.get_group(d) for d in dims]
+        self.mesh, self.dims = mesh, dims
         # Rank of the first process of each group.
         self.firsts = [dist.get_global_rank(group, 0) for group in self.groups]
         self.ranks = [dist.get_rank(group) for group in self.groups]
@@ -46,6 +46,12 @@ class Processes(Space):
         self.twins = mesh.size() // self.count
         self.device, self.complex = device, False
         self.fault: Optional[BaseException] = None
+
+    @property
+    def groups(self) -> List[Any]:
+        """Of the rows, then of their twins.  Looked up, not held: what a cycle of references keeps alive beyond
+        destroy_process_group() aborts the interpreter at its exit, now and then."""
+        return [self.mesh.get_group(d) for d in self.dims]
 
     def hold(self, m: int, dtype: torch.dtype) -> None:
         """Take the rows of an m x m problem."""

@@ -8,6 +8,7 @@ the results are compared with the closed form.
 """
 
 import argparse
+import gc
 import math
 import os
 import time
@@ -164,6 +165,9 @@ def main() -> None:
     try:
         solve(given.side, given.k, given.niter, not given.no_gradient)
     finally:
+        # A cycle of references that holds the mesh, and with it the group, must not
+        # live on until the interpreter exits, when its threads are gone.
+        gc.collect()
         dist.destroy_process_group()
 
 
