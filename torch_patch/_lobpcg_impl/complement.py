@@ -100,19 +100,17 @@ def solve_on_complement(
     Newton's report nothing.
     """
     eps = torch.finfo(E.dtype).eps
-    if (
-        further is not None
-        and not is_single(eps)
-        and _is_all_of_it(pencil, X, b, further)
-    ):
+    # Whether all pairs are at hand.
+    found = further is not None and X.shape[-1] + further[0].shape[-1] == pencil.m
+    alone = not pencil.generalized and b.shape == X.shape
+    if further is not None and found and alone and not is_single(eps):
         z = _by_known_pairs(E, b, *further)
         if z is not None:
             return z.to(b.dtype)
     if E.dtype != X.dtype.to_real():
         E = E.to(X.dtype.to_real())
         eps = torch.finfo(E.dtype).eps
-    # With all pairs at hand a solution in double precision costs products alone.
-    found = further is not None and X.shape[-1] + further[0].shape[-1] == pencil.m
+    # With all pairs a solution in double precision costs products alone.
     wide = is_small(pencil) or (found and pencil.is_known() and not pencil.space.split)
     z = None
     if not (is_single(eps) and wide):
@@ -120,14 +118,6 @@ def solve_on_complement(
     if z is None:
         z = _solve_in_double(pencil, X, b, sign, tol, further, use)
     return z.to(b.dtype)
-
-
-def _is_all_of_it(
-    pencil: Pencil, X: Tensor, b: Tensor, further: Tuple[Tensor, Tensor]
-) -> bool:
-    """Whether X and the further vectors are all eigenvectors of a matrix, and b has no further dimensions."""
-    known = X.shape[-1] + further[0].shape[-1] == pencil.m
-    return known and not pencil.generalized and b.shape == X.shape
 
 
 def _by_known_pairs(E: Tensor, b: Tensor, T: Tensor, Y: Tensor) -> Optional[Tensor]:

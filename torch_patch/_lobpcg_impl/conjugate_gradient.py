@@ -9,7 +9,7 @@ the dual of the complement, and K p is orthogonal to Y.  So the first group is t
 of it a direction is algebra on small matrices; the second of K p before its projection.
 """
 
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -79,24 +79,18 @@ class Deflation:
         return deduct(t, self.Y, self.coefficients(c))
 
 
-class State:
+class State(NamedTuple):
     """How a run of conjugate gradients ended: the relative residual that most exceeds the one asked for, and that one,
     whether one is no solution, whether curvature was not positive, |K|, and the lengths of the columns
     of z, (*, q)."""
 
-    def __init__(
-        self,
-        residual: float,
-        asked: float,
-        all_done: bool,
-        lost: bool,
-        indefinite: bool,
-        norm: Tensor,
-        lengths: Tensor,
-    ) -> None:
-        self.residual, self.asked = residual, asked
-        self.all_done, self.lost = all_done, lost
-        self.indefinite, self.norm, self.lengths = indefinite, norm, lengths
+    residual: float
+    asked: float
+    all_done: bool
+    lost: bool
+    indefinite: bool
+    norm: Tensor
+    lengths: Tensor
 
 
 def conjugate_gradients(

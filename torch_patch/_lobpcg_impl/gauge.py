@@ -23,6 +23,7 @@ from torch._lobpcg_impl.transforms import (
     apply,
     batched_first,
     broadcast,
+    Constant,
     in_transform,
     is_traced,
 )
@@ -150,7 +151,7 @@ _SEEN = (
     _hold_mask,
     _restore_mask,
 )
-class _PairMask(Function):
+class _PairMask(Constant):
     """(setting, *seen) -> mask (+, *, k, k) of 0 and 1; a constant to autograd."""
 
     @staticmethod
@@ -160,18 +161,6 @@ class _PairMask(Function):
         mask = _pair_mask(seen, setting).to(seen.E.dtype)
         setting.clustered = setting.clustered or bool((mask.sum(-1) < k - 1).any())
         return mask.expand(_mask_shape(seen)).contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, _: Any) -> Any:
-        return (None,) * (1 + len(Seen._fields))
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        return None
 
     @staticmethod
     def vmap(info: Any, in_dims: Tuple[Any, ...], setting: Any, *tensors: Any) -> Any:

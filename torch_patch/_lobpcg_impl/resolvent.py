@@ -45,6 +45,7 @@ from torch._lobpcg_impl.transforms import (
     apply,
     batched_first,
     broadcast,
+    Constant,
     in_transform,
     refuse_nested_forward_mode,
     sum_to,
@@ -279,7 +280,7 @@ def _number_shape(*tensors: Any, **numbers: Any) -> Outputs:
     hold_pencil,
     restore_pencil,
 )
-class _NearestOutside(Function):
+class _NearestOutside(Constant):
     @staticmethod
     def forward(
         pencil: Pencil,
@@ -317,18 +318,6 @@ class _NearestOutside(Function):
                 pencil, E, X, b, options.sign, tol, (T, Y), use="probe"
             )
             return distance_of_quotient(pencil, E[..., -1:], z[..., -1:], options.sign)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, _: Any) -> Any:
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        return None
 
     @staticmethod
     def vmap(
@@ -389,7 +378,7 @@ def _rows_shape(*tensors: Any, **numbers: Any) -> Outputs:
     hold_pencil,
     restore_pencil,
 )
-class _MovedByResiduals(Function):
+class _MovedByResiduals(Constant):
     @staticmethod
     def forward(
         pencil: Pencil,
@@ -429,18 +418,6 @@ class _MovedByResiduals(Function):
         return torch.where(clear, found, bound)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, _: Any) -> Any:
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        return None
-
-    @staticmethod
     def vmap(
         info: Any,
         in_dims: Tuple[Any, ...],
@@ -448,19 +425,36 @@ class _MovedByResiduals(Function):
         options: Options,
         *tensors: Any,
     ) -> Any:
-        E, X, late, T, Y, residual, nearest, size = tensors[:8]
-        rows, dims = [late, residual, nearest, size], [in_dims[4], *in_dims[7:10]]
-        if dims[2] is None:  # the result has the shape of the distances at least
-            rows[2], dims[2] = nearest.expand((info.batch_size, *nearest.shape)), 0
-        (late, *rows), _ = batched_first(info.batch_size, dims, rows, (1,) * 4)
-        pencil, (E, X, _, T, Y, _, *parameters) = _mapped(
-            info.batch_size,
-            (*in_dims[2:4], None, *in_dims[5:8], *in_dims[10:]),
-            pencil,
-            (E, X, X, T, Y, residual, *tensors[8:]),
+        pencil, arguments = _mapped_rows(
+            info.batch_size, in_dims[2:], pencil, tensors, (1, 1, 1, 1)
         )
-        arguments = (E, X, late, T, Y, *rows, *parameters)
         return _MovedByResiduals.apply(pencil, options, *arguments), 0
+
+
+def _mapped_rows(
+    size: int,
+    in_dims: Tuple[Any, ...],
+    pencil: Pencil,
+    tensors: Tuple[Any, ...],
+    trailing: Tuple[int, ...],
+) -> Tuple[Pencil, Tuple[Any, ...]]:
+    """The pencil and the arguments of a Function of E, X, row, T, Y, residual and more rows, parameters, with the
+    mapped dimension first.  trailing: dimensions of the rows that are not batches."""
+    last = 4 + len(trailing)
+    (E, X, row, T, Y, residual), (_, _, at, _, _, own) = tensors[:6], in_dims[:6]
+    if own is None:  # the result has the mapped dimension at least
+        expanded, own = residual.expand((size, *residual.shape)), 0
+    else:
+        expanded = residual
+    rows, dims = [row, expanded, *tensors[6:last]], [at, own, *in_dims[6:last]]
+    (row, *rows), _ = batched_first(size, dims, rows, trailing)
+    pencil, (E, X, _, T, Y, _, *parameters) = _mapped(
+        size,
+        (*in_dims[:2], None, *in_dims[3:6], *in_dims[last:]),
+        pencil,
+        (E, X, X, T, Y, residual, *tensors[last:]),
+    )
+    return pencil, (E, X, row, T, Y, *rows, *parameters)
 
 
 def mixed_by_residuals(pairs: Pairs, residual: Tensor, gap: Tensor) -> Tensor:
@@ -490,7 +484,7 @@ def _square_shape(*tensors: Any, **numbers: Any) -> Outputs:
     hold_pencil,
     restore_pencil,
 )
-class _MixedByResiduals(Function):
+class _MixedByResiduals(Constant):
     @staticmethod
     def forward(
         pencil: Pencil,
@@ -520,18 +514,6 @@ class _MixedByResiduals(Function):
         return torch.minimum(bound, S)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, _: Any) -> Any:
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        return None
-
-    @staticmethod
     def vmap(
         info: Any,
         in_dims: Tuple[Any, ...],
@@ -539,18 +521,9 @@ class _MixedByResiduals(Function):
         options: Options,
         *tensors: Any,
     ) -> Any:
-        E, X, gap, T, Y, residual, size = tensors[:7]
-        rows, dims = [gap, residual, size], [in_dims[4], *in_dims[7:9]]
-        if dims[1] is None:  # the result has the mapped dimension at least
-            rows[1], dims[1] = residual.expand((info.batch_size, *residual.shape)), 0
-        (gap, *rows), _ = batched_first(info.batch_size, dims, rows, (2, 1, 1))
-        pencil, (E, X, _, T, Y, _, *parameters) = _mapped(
-            info.batch_size,
-            (*in_dims[2:4], None, *in_dims[5:8], *in_dims[9:]),
-            pencil,
-            (E, X, X, T, Y, residual, *tensors[7:]),
+        pencil, arguments = _mapped_rows(
+            info.batch_size, in_dims[2:], pencil, tensors, (2, 1, 1)
         )
-        arguments = (E, X, gap, T, Y, *rows, *parameters)
         return _MixedByResiduals.apply(pencil, options, *arguments), 0
 
 

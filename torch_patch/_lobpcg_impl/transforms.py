@@ -80,6 +80,22 @@ def without_autocast(where: torch.device) -> ContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+class Constant(Function):
+    """A Function of one output that is a constant to autograd."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+
 def apply(function: Any, *arguments: Any) -> Any:
     """function.apply, or its forward alone where nothing records it, which spares a small problem a tenth of its time
     for each Function."""
