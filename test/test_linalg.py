@@ -943,6 +943,53 @@ class TestLobpcgPolynomial(LobpcgTestCase):
         f = torch.tensor(values, dtype=V.dtype)
         return ((V * f) @ (V.mH @ (R / root.unsqueeze(-1)))) / root.unsqueeze(-1)
 
+    def test_filter_is_its_definition(self):
+        """T_12(x(C)) / T_12(x(0)) in the measure diag(A), a thirtieth at most where C is above share of its bound."""
+        from unittest import mock
+
+        from numpy.polynomial import chebyshev
+
+        from torch._lobpcg_impl import product_form
+        from torch._lobpcg_impl.chebyshev import low_pass
+        from torch._lobpcg_impl.operand import Pencil
+
+        share = math.tanh(math.acosh(30.0) / 24) ** 2
+        for p in (self.problems.laplacian(9, 8), self.problems.ring(45, 1.0)):
+            dtype = torch.complex128 if p.is_complex else torch.float64
+            with self.subTest(problem=p.name):
+                A, _ = p.build(dtype, torch.sparse_csr)
+                dense = A.to_dense()
+                dense = (
+                    dense
+                    + 0.1 * torch.diag(torch.linspace(0, 5, p.m))
+                    + 3.0 * p.is_complex * torch.eye(p.m)
+                )
+                R, d = self.start(p.m, 3, dtype), torch.real(dense.diagonal())
+                with mock.patch.object(product_form, "_BLURRED", math.inf):
+                    p_of_C = low_pass(
+                        Pencil.of(dense.to_sparse_csr(), None, None, R), 1.0
+                    )
+                up = float((dense.abs().sum(-1) / d).max())
+                e, V = torch.linalg.eigh(dense / d.sqrt() / d.sqrt().unsqueeze(-1))
+                x = ((1 + share) - 2 * e.numpy() / up) / (1 - share)
+                T = chebyshev.Chebyshev.basis(12)
+                f = torch.from_numpy(T(x) / T((1 + share) / (1 - share))).to(dtype)
+                self.assertLess(float(f.abs()[e > share * up].max()), 1 / 30 + 1e-12)
+                root = d.sqrt().unsqueeze(-1)
+                exact = ((V * f) @ (V.mH @ (R * root))) / root
+                self.assertEqual(p_of_C(R), exact, atol=1e-12, rtol=1e-10)
+
+    def test_filter_leaves_what_it_cannot_serve(self):
+        from torch._lobpcg_impl.chebyshev import low_pass
+        from torch._lobpcg_impl.operand import Pencil
+
+        A, _ = self.problems.laplacian(9, 8).build(torch.float64, torch.sparse_csr)
+        m, R = A.shape[0], self.start(A.shape[0], 3, torch.float64)
+        indefinite = (A.to_dense() - 3.0 * torch.eye(m)).to_sparse_csr()
+        self.assertIs(low_pass(Pencil.of(indefinite, None, None, R), 1.0)(R), R)
+        for M, sign in ((A, -1.0), (A.to_dense(), 1.0), (A * -1.0, 1.0)):
+            self.assertIsNone(low_pass(Pencil.of(M, None, None, R), sign))
+
     def test_polynomial_is_its_definition(self):
         for p in (
             self.problems.laplacian(9, 8),

@@ -14,7 +14,10 @@ import signal
 import threading
 import warnings
 
+import numpy
 import pytest
+import scipy.sparse
+import scipy.sparse.linalg
 
 import torch
 from torch.testing._internal import lobpcg_ordinary as ordinary
@@ -750,15 +753,37 @@ def free_grid(p, q):
     return torch.kron(L[0], I[1]) + torch.kron(I[0], L[1])
 
 
+def scipy_grid(p, q):
+    """free_grid as a SciPy matrix."""
+    L, I = [], [scipy.sparse.eye_array(s) for s in (p, q)]
+    for s in (p, q):
+        chain = scipy.sparse.diags_array([numpy.ones(s - 1)] * 2, offsets=[1, -1])
+        L.append(scipy.sparse.diags_array(numpy.asarray(chain.sum(1)).ravel()) - chain)
+    return scipy.sparse.kron(L[0], I[1]) + scipy.sparse.kron(I[0], L[1])
+
+
+def csr(M, dtype):
+    """A SciPy matrix as a tensor."""
+    M = scipy.sparse.csr_array(M)
+    return torch.sparse_csr_tensor(M.indptr, M.indices, M.data, M.shape, dtype=dtype)
+
+
+def grid_values(p, q):
+    """Its eigenvalues."""
+    e = [4 * torch.sin(math.pi * torch.arange(s, dtype=DOUBLE) / (2 * s)) ** 2 for s in (p, q)]
+    return (e[0].unsqueeze(-1) + e[1]).flatten()
+
+
 class TestSingularPreconditioners:
     """A wanted vector in the null space of iK, which no new direction holds."""
 
+    @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_csr])
     @pytest.mark.parametrize("method", ["ortho", "basic"])
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("start", [False, True])
     @pytest.mark.parametrize("kind", ["pseudoinverse", "multigrid", "multigrid, constants removed"])
     @pytest.mark.parametrize("sizes", [[(15, 14)], [(9, 8), (8, 7), (10, 9)]])
-    def test_null_vectors_are_found(self, sizes, kind, start, dtype, method):
+    def test_null_vectors_are_found(self, sizes, kind, start, dtype, method, layout):
         blocks = [free_grid(*s) for s in sizes]
         cycles = []
         for A, s in zip(blocks, sizes):
@@ -768,12 +793,38 @@ class TestSingularPreconditioners:
             cycles.append(rest @ K @ rest if "removed" in kind else K)
         A, K = torch.block_diag(*blocks), hermitian(torch.block_diag(*cycles))
         X = torch.randn(A.shape[0], 5, generator=generator(0), dtype=dtype) if start else None
-        (E, X), said = call(lambda: torch.lobpcg(A.to(dtype), k=4, iK=K.to(dtype), X=X, largest=False, method=method))
+        M = A.to(dtype) if layout == torch.strided else A.to(dtype).to_sparse_csr()
+        (E, X), said = call(lambda: torch.lobpcg(M, k=4, iK=K.to(dtype), X=X, largest=False, method=method))
         exact = torch.linalg.eigvalsh(A)
         assert said == []
         bound = 20 * torch.finfo(dtype).eps * exact[-1] + (1e-3 if dtype == SINGLE else 1e-7) * exact[:4]
         assert ((E.double() - exact[:4]).abs() <= bound).all()
         assert (X.mT @ X - torch.eye(4)).abs().max() <= 200 * torch.finfo(dtype).eps
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("weights", [1.0, 1e3])
+    @pytest.mark.parametrize("sides", [(70, 71), (150, 149)])
+    def test_null_vectors_of_large_graphs(self, sides, weights, dtype):
+        """Rows of a graph's Laplacian of two grids, scaled to differ, and solutions with it but for its null space."""
+        parts = [scipy_grid(*sides), scipy_grid(sides[0] // 2, sides[1])]
+        L = scipy.sparse.block_diag([parts[0], parts[1] * weights], format="csc")
+        ones = numpy.zeros((L.shape[0], 2))
+        ones[: parts[0].shape[0], 0] = ones[parts[0].shape[0] :, 1] = 1.0
+        ones /= numpy.linalg.norm(ones, axis=0)
+        solve = scipy.sparse.linalg.splu(L + 1e-6 * scipy.sparse.eye_array(L.shape[0], format="csc")).solve
+
+        def iK(R):
+            V = R.double().numpy()
+            V = solve(V - ones @ (ones.T @ V))
+            return torch.from_numpy(V - ones @ (ones.T @ V)).to(R.dtype)
+
+        e = [grid_values(*sides), grid_values(sides[0] // 2, sides[1]) * weights]
+        exact = torch.cat(e).sort().values[:4]
+        A = csr(L, dtype)
+        (E, _), said = call(lambda: torch.lobpcg(A, k=4, iK=iK, largest=False, method="ortho"))
+        assert said == []
+        bound = 20 * torch.finfo(dtype).eps * 8 * weights + (1e-3 if dtype == SINGLE else 1e-7) * exact
+        assert ((E.double() - exact).abs() <= bound).all()
 
     @pytest.mark.parametrize("method", [None, "ortho", "basic"])
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -817,6 +868,16 @@ class TestSingularPreconditioners:
         product = lambda R: (columns.append(R.shape[-1]), K @ R)[1]
         torch.lobpcg(A, k=3, n=6, iK=product, largest=False, method="ortho")
         assert max(columns) <= 6
+
+    def test_callable_preconditioners_serve_the_wanted_columns_alone(self):
+        """Multigrid for 2304 unknowns: guard columns without products of their own halve the number of columns, and a
+        smooth start spares what the look for null vectors costs."""
+        A, columns = free_grid(48, 48) + 1e-3 * torch.eye(2304, dtype=DOUBLE), []
+        K = two_grids(A, 48, 48)
+        product = lambda R: (columns.append(R.shape[-1]), K @ R)[1]
+        torch.lobpcg(A.to_sparse_csr(), k=4, iK=product, largest=False, method="ortho")
+        assert max(columns) <= 6
+        assert sum(columns) <= 55
 
 
 # Narrow gaps in single precision ------------------------------------------------------------------------------------

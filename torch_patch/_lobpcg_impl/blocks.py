@@ -95,15 +95,20 @@ def fixed_block(
     """
     rows = torch.empty([count, m], dtype=like.dtype, device=like.device)
     position = torch.arange(offset, offset + m, dtype=torch.int64, device=like.device)
+    position *= 747796405
     column = torch.arange(first + 1, first + count + 1, device=like.device)
     column = column.unsqueeze(-1) * 891646097
     some = max(1, _TABLE // max(1, m))
     for i in range(0, count, some):
-        h = (position * 747796405 + column[i : i + some]) & 0x7FFFFFFF
-        h = ((h ^ (h >> 15)) * 1274126177) & 0x7FFFFFFF
-        h = ((h ^ (h >> 13)) * 668265263) & 0x7FFFFFFF
-        h = h ^ (h >> 16)
-        rows[i : i + some] = (h.to(torch.float64) / 1073741823.5 - 1.0).to(like.dtype)
+        # In place: new pages would cost as much as the arithmetic.
+        h = (position + column[i : i + some]).bitwise_and_(0x7FFFFFFF)
+        t = h >> 15
+        h.bitwise_xor_(t).mul_(1274126177).bitwise_and_(0x7FFFFFFF)
+        torch.bitwise_right_shift(h, 13, out=t)
+        h.bitwise_xor_(t).mul_(668265263).bitwise_and_(0x7FFFFFFF)
+        torch.bitwise_right_shift(h, 16, out=t)
+        h.bitwise_xor_(t)
+        rows[i : i + some] = h.to(torch.float64).div_(1073741823.5).sub_(1.0)
     return rows.mT
 
 

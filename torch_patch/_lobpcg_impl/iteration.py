@@ -32,7 +32,7 @@ from torch._lobpcg_impl.blocks import (
     norms,
     take_each,
 )
-from torch._lobpcg_impl.chebyshev import Chebyshev, polynomial
+from torch._lobpcg_impl.chebyshev import Chebyshev, low_pass, polynomial
 from torch._lobpcg_impl.convergence import (
     judge_batch,
     judge_one,
@@ -42,7 +42,7 @@ from torch._lobpcg_impl.convergence import (
     settled,
     Verdict,
 )
-from torch._lobpcg_impl.operand import Pencil
+from torch._lobpcg_impl.operand import Pencil, Sparse
 from torch._lobpcg_impl.report import members
 from torch._lobpcg_impl.ritz import (
     hermitian,
@@ -167,11 +167,13 @@ class LOBPCG:
             "chosen", self.n
         )  # index of the first column that no caller has chosen
         # Guard columns gain from the wanted ones' directions without directions of their own: a third of the work less
-        # for a tenth more iterations, which pays where work and not the number of kernels makes the time.
-        stored = max(
-            self.pencil.A.stored, 0 if self.pencil.iK is None else self.pencil.iK.stored
-        )
-        self.small = max(stored, 100 * self.m * math.prod(self.batch)) <= 262144
+        # for a tenth more iterations, which pays where work and not the number of kernels makes the time: above a
+        # size, and where a callable, a multigrid cycle say, preconditions a sparse matrix column by column.
+        A, iK = self.pencil.A, self.pencil.iK
+        stored = max(A.stored, 0 if iK is None else iK.stored)
+        called = iK is not None and iK.stored == 0 and isinstance(A, Sparse)
+        sizes = max(stored, 100 * self.m * math.prod(self.batch))
+        self.small = sizes <= 262144 and not called
         self.orthogonal_left = 0  # iterations for which W is projected explicitly
         self.drift = (
             0.0  # bound on the loss of the invariants since they were last enforced
@@ -394,7 +396,11 @@ class LOBPCG:
         whole = niter < 0 or niter >= FEW_ITERATIONS
         if whole and self.pencil.iK is not None:
             count = min(self.iparams["k"], self.m - self.n)
-            Z = unreached(self.pencil, self.sign, count)
+            smooth = low_pass(self.pencil, self.sign)
+            if smooth is not None and self.probe < self.n:
+                given, own = self.W[..., : self.probe], self.W[..., self.probe :]
+                self.W = torch.cat([given.mT, smooth(own).mT], -2).mT
+            Z = unreached(self.pencil, self.sign, count, smooth)
             self.W = torch.cat([self.W.mT, Z.mT], -2).mT
         self.complete_start(0)
         if whole:

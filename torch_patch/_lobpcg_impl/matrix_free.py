@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.abstract_operand import Operand, Probe
-from torch._lobpcg_impl.blocks import largest_entries
+from torch._lobpcg_impl.blocks import all_finite
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     in_transform,
@@ -344,10 +344,10 @@ class MatrixFree(Operand):
             )
 
     def _check_finite(self, U: Tensor) -> None:
-        # Seen here a NaN has a name; later it would be a factorisation that fails.
-        if U.numel() > 0 and not bool(
-            torch.isfinite(largest_entries(U.detach())).all()
-        ):
+        # Seen here a NaN has a name; later it would be a factorisation that fails.  The norm of all is one pass over
+        # memory in any order, and infinite besides where only squares overflow.
+        U = U.detach()
+        if not all_finite(torch.linalg.vector_norm(U)) and not all_finite(U):
             raise ValueError(
                 f"lobpcg: {self.name} returned NaN or infinite values for a finite block; check the callable "
                 f"{self.name}"

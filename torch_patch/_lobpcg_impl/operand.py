@@ -375,13 +375,21 @@ class Sparse(_Matrix):
         )
 
     def row_squares(self, d: Tensor) -> Tensor:
-        squares = twin(self)
-        M = self.rows
-        values = M.values().abs().to(torch.float64).square()
-        rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
-        squares.made = {"rows": rows}
         d = d.unsqueeze(-1)
+        squares = self._with_entries(lambda v: v.abs().to(torch.float64).square())
         return (squares._multiply(1.0 / d) / d)[..., 0]
+
+    def row_sums(self) -> Tensor:
+        """Sums of |a_ij| over j, (*, m)."""
+        sizes = self._with_entries(torch.abs)
+        return sizes._multiply(torch.ones_like(self.diagonal()).unsqueeze(-1))[..., 0]
+
+    def _with_entries(self, change: Callable[[Tensor], Tensor]) -> "Sparse":
+        other, M = twin(self), self.rows
+        values = change(M.values())
+        rows = csr_matrix(M.crow_indices(), M.col_indices(), values, M.shape[0])
+        other.made = {"rows": rows}
+        return other
 
     def _times(self, scale: Tensor) -> Tensor:
         M, m = self.rows, self.tensor.shape[-1]
