@@ -63,6 +63,11 @@ def inner(U: Tensor, V: Tensor, keepdim: bool = False) -> Tensor:
     return (U * V).sum(-2, keepdim=keepdim)
 
 
+def squares(V: Tensor) -> Tensor:
+    """|v_ij|^2, without a root in between."""
+    return torch.real(V.conj() * V) if V.is_complex() else V * V
+
+
 def norms(V: Tensor, keepdim: bool = False) -> Tensor:
     """2-norms of the columns, (*, p), or (*, 1, p) with keepdim."""
     return torch.linalg.vector_norm(V, dim=-2, keepdim=keepdim)

@@ -19,7 +19,7 @@ from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._lobpcg_impl.blocks import fixed_block, inner, is_single, norms
+from torch._lobpcg_impl.blocks import fixed_block, inner, is_single, norms, squares
 from torch._lobpcg_impl.operand import Operand, Pencil, Sparse
 from torch._lobpcg_impl.product_form import Interval, ProductForm
 from torch._lobpcg_impl.sparse import row_indices
@@ -164,8 +164,7 @@ class Polynomial:
     def _forms(self, X: Tensor) -> Tensor:
         """x^H D x, (*, p)."""
         assert self.D is not None
-        squares = torch.real(X.conj() * X) if X.is_complex() else X * X
-        return (squares.mT @ self.D.unsqueeze(-1)).squeeze(-1)
+        return (squares(X).mT @ self.D.unsqueeze(-1)).squeeze(-1)
 
     def widen(self) -> None:
         """Chebyshev.widen."""

@@ -30,6 +30,7 @@ from torch._lobpcg_impl.blocks import (
     inner,
     is_single,
     norms,
+    squares,
     take_each,
 )
 from torch._lobpcg_impl.chebyshev import Chebyshev, low_pass, polynomial
@@ -706,10 +707,10 @@ class LOBPCG:
     def graded_numbers(self, X: Tensor) -> List[Tensor]:
         """Columns (*, n, 1), of the rows held here: rho = |D^-1/2 r|; sums of x_a^2 D_a w_a^2 and of x_a^4 D_a^2 w_a^2,
         w the row norms of A, then of B, in the scale of D."""
-        squares = X.abs().square()
+        sizes = squares(X)
         rows: Any = self.rows
         masses: Any = self.d_B
-        ends = squares.mT @ rows, squares.square().mT @ (rows * masses)
+        ends = sizes.mT @ rows, sizes.square().mT @ (rows * masses)
         root: Any = self.root
         rho = norms(self.W * root).unsqueeze(-1)
         return [rho, *(column for end in ends for column in end.split(1, -1))]
