@@ -851,6 +851,25 @@ class TestSingularPreconditioners:
             assert said == []
             assert ((E.double() - e[:4]).abs() <= bound).all()
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("start", [False, True])
+    @pytest.mark.parametrize("method", ["ortho", "basic"])
+    @pytest.mark.parametrize("size", [1e4, 1e8, 1e12, 1e16])
+    def test_products_that_are_null_vectors_but_for_rounding(self, size, method, start, dtype):
+        """As of multigrid whose coarsest matrix has an eigenvalue of a rounding error: all directions are parallel, and
+        a block must not take their noise for vectors, nor a vector that has become zero for a pair."""
+        L = free_grid(23, 19)
+        m = L.shape[0]
+        K = torch.linalg.pinv(L, hermitian=True, rtol=1e-10) + size / m
+        X = torch.randn(m, 7, generator=generator(0), dtype=dtype) if start else None
+        iK = lambda R: (K @ R.double()).to(R.dtype)
+        A = L.to(dtype).to_sparse_csr()
+        (E, X), said = call(lambda: torch.lobpcg(A, k=6, iK=iK, X=X, largest=False, method=method, niter=300))
+        exact = torch.linalg.eigvalsh(L)
+        assert (X.mT @ X - torch.eye(6)).abs().max() <= 1000 * torch.finfo(dtype).eps
+        bound = 20 * torch.finfo(dtype).eps * exact[-1] + (1e-3 if dtype == SINGLE else 1e-7) * exact[:6]
+        assert said or ((E.double() - exact[:6]).abs() <= bound).all()
+
     def test_one_member_of_a_batch(self):
         L = free_grid(12, 11)
         A = torch.stack([L + torch.eye(132, dtype=DOUBLE), L])

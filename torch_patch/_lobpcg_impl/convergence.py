@@ -84,13 +84,12 @@ class Rules(NamedTuple):
     """What is decided by.  k: pairs that are wanted.  Of the first `candidates` columns those go on that have not been
     done with, of the first `more` where the wanted pairs have converged but not settled.
 
-    drop: Ritz.d above which a direction was kept; loss: under which digits were lost.
+    loss: Ritz.d under which digits were lost.
     """
 
     k: int
     candidates: int
     more: int
-    drop: float
     loss: float
 
 
@@ -184,7 +183,7 @@ def judge_one(
     kernels.
 
     done (n,): which pairs have converged; locked (n,): which need no direction any more; settled: whether no pair was
-    missed; d, least: as in Ritz, kept above drop; definite: least_B and least_K.  index: the columns that went on
+    missed; d, least: as in Ritz; definite: least_B and least_K.  index: the columns that went on
     before, returned if they are what goes on now.
     """
     rerr, n, p = measures.rerr, measures.rerr.shape[0], d.shape[0]
@@ -214,7 +213,7 @@ def judge_one(
             awaited += 1
     losses = least < rules.loss
     for i in range(n, n + p):
-        if values[i] > rules.drop:
+        if values[i] > 0.0:
             least = min(least, values[i])
         losses = losses or values[i] < rules.loss
     if len(running) != index.shape[0] or len(running) < n:
@@ -269,7 +268,7 @@ def judge_batch(
         number = number.masked_fill(unsettled.squeeze(-1), -1.0)
     least, losses = torch.ones_like(definite[0]), torch.zeros_like(definite[0])
     if d.shape[-1] > 0:
-        least = d.masked_fill(d <= rules.drop, 1.0).min()
+        least = d.masked_fill(d <= 0.0, 1.0).min()
         # Fillers show as zeros in d: more small ones than those are losses.
         losses = ((d < rules.loss).sum(-1) - masked).max().to(rerr.dtype)
     counts = [waiting.sum(-1).max().to(rerr.dtype), lead.min().to(rerr.dtype)]

@@ -44,6 +44,7 @@ from torch._lobpcg_impl.gauge import (
     SecondOrderAtMost,
     Seen,
     Setting,
+    undetermined,
 )
 from torch._lobpcg_impl.iteration import EigenPairs
 from torch._lobpcg_impl.measured import Gradient, measured_error
@@ -189,22 +190,36 @@ def corrected(pairs: Pairs) -> Pairs:
     if not (wanted or pairs.pencil.generalized) or not pairs.X.numel():
         return pairs
     pairs = _newton_step(pairs)
-    k = pairs.E.shape[-1]
-    E, X = pairs.E, pairs.X
+    X = pairs.X
     if X.dtype != pairs.pencil.dtype:
         X = _without_tiny(X, pairs.pencil.dtype)
         pairs = dataclasses.replace(pairs, X=X)
     if not wanted:
         return pairs
     size, residual = pencil_size(pairs), _in_masses(pairs)
-    known = (size[..., :k].to(E.dtype), residual[..., :k].to(E.dtype))
-    turned = generic_basis(E, X, *known, torch.finfo(E.dtype).eps)
+    pairs = dataclasses.replace(pairs, residual=residual, scale=size)
+    turned = _generic(pairs)
     if X.is_complex():
         turned = generic_phases(turned)
     if turned is not X:
         pairs = dataclasses.replace(pairs, X=turned)
-        X, residual = turned, _in_masses(pairs)
-    return dataclasses.replace(pairs, X=X, residual=residual, scale=size)
+        pairs = dataclasses.replace(pairs, residual=_in_masses(pairs))
+    return pairs
+
+
+def _generic(pairs: Pairs) -> Tensor:
+    """generic_basis() of the wanted pairs."""
+    E, X, k = pairs.E, pairs.X, pairs.E.shape[-1]
+    eps = torch.finfo(E.dtype).eps
+    size, r = (T[..., :k].to(E.dtype) for T in (pairs.scale, pairs.residual))
+
+    def width() -> Tensor:
+        if not is_single(eps):
+            return undetermined(E, size, r, None, eps)
+        gap = (E.unsqueeze(-1) - E.unsqueeze(-2)).abs()
+        return undetermined(E, size, r, mixed_by_residuals(pairs, r, gap), eps)
+
+    return generic_basis(E, X, eps * size, width)
 
 
 def _in_masses(pairs: Pairs) -> Tensor:

@@ -232,36 +232,50 @@ def _pairwise(a: Tensor) -> Tensor:
     return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
 
 
-def undetermined(size: Tensor, residual: Tensor, eps: float) -> Tensor:
+def undetermined(
+    E: Tensor, size: Tensor, residual: Tensor, mixed: Optional[Tensor], eps: float
+) -> Tensor:
     """(*, k, k): the gap up to which rounding leaves two vectors undetermined: that of an eigensolver in eps, a modest
     multiple of eps N; but where residuals came out smaller, as those of vectors do that live where a graded matrix is
     small, a multiple of these, which determine the vectors above it.  Residuals far below rounding tell nothing: those
-    of unit vectors, as of a diagonal matrix, are zero in a cluster too."""
+    of unit vectors, as of a diagonal matrix, are zero in a cluster too.
+
+    mixed: of pairs in single precision, what mixes x_i and x_j, times their gap, and on the diagonal what E_i is off
+    by, as seen in double.  Copies of one eigenvalue are twice the latter apart at most, whatever the former is by
+    chance; so what is ten times farther apart than both, and than the rounding of E, is told apart.
+    """
     noise = eps * size
     noise = torch.where(residual > 1e-3 * noise, torch.minimum(residual, noise), noise)
-    return 10 * _pairwise(noise)
+    width = _pairwise(noise)
+    if mixed is not None and is_single(eps):
+        own = mixed.diagonal(dim1=-2, dim2=-1) + eps * E.abs()
+        width = torch.minimum(width, torch.maximum(mixed, _pairwise(own)))
+    return 10 * width
 
 
 def generic_basis(
-    E: Tensor, X: Tensor, size: Tensor, residual: Tensor, eps: float
+    E: Tensor, X: Tensor, size: Tensor, width: Callable[[], Tensor]
 ) -> Tensor:
     """X: (*, m, k) with the vectors that rounding leaves undetermined turned by fixed angles.
+
+    size: (*, k), rounding eps N of their eigenvalues; width(): undetermined() of them, asked for where a gap is below
+    20 of it.
 
     A loss tr(M X diag(E) X^H) has no gradient computable from gE and G at equal eigenvalues, only its diagonal in the
     basis X.  It is recognised by the differences in gE, which vanish in a special basis: in that of unit vectors, which
     a diagonal matrix leads to, if diag(M) = 0.  In a generic basis they do not.  A residual grows by half of the gap at
-    most, 5 eps N, which is below the rounding of the residual itself.
+    most, which is below the rounding of the residual itself.
     """
     k = E.shape[-1]
     if k == 1 or E.numel() == 0:
         return X
     # Pairs stand in order: most matrices are done with here.
     nearest = (E[..., 1:] - E[..., :-1]).abs().amin(-1)
-    if bool((nearest > 20 * eps * size.amax(-1)).all()):
+    if bool((nearest > 20 * size.amax(-1)).all()):
         return X
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
     distinct = ~torch.eye(k, dtype=torch.bool, device=E.device)
-    equal = (gap <= undetermined(size, residual, eps)) & distinct
+    equal = (gap <= width()) & distinct
     if not bool(equal.any()):
         return X
     t = torch.arange(1, k * k + 1, dtype=E.dtype, device=E.device).reshape(k, k)
@@ -296,12 +310,13 @@ def _gaps(seen: Seen, setting: Setting) -> Gaps:
     distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
     rounding = 10 * setting.eps * seen.size
     # An error asks for more than a warning: residuals that leave the vectors undetermined.
-    exactly = distinct & (gap <= undetermined(seen.size, r, setting.eps))
+    assert seen.mixed is not None
+    width = undetermined(E, seen.size, r, seen.mixed, setting.eps)
+    exactly = distinct & (gap <= width)
     blur = 10 * setting.eps * _pairwise(seen.size)
     if is_single(setting.eps):
         # Of a graded matrix that is far above what residuals leave undetermined, and a factor left out is an error.
-        blur = undetermined(seen.size, r, setting.eps)
-    assert seen.mixed is not None
+        blur = width
     error = seen.mixed
     rest = torch.full_like(E, math.inf)
     if T.shape[-1]:

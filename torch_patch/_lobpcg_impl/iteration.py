@@ -301,7 +301,7 @@ class LOBPCG:
         least = self.eps ** (0.25 if self.settling else 0.5)
         current = max(self.fparams["tol"], min(self.best_rerr, least))
         if self.drift > max(0.05 * current, 64.0 * self.eps):
-            self.refresh()
+            self.restore()
         self.update_residual()
         self.update_converged_count()
         if self.converged() and self.drift > 8.0 * self.eps:
@@ -313,7 +313,7 @@ class LOBPCG:
                 self.drift > 1e-3 * self.fparams["tol"]
                 or self.orthonormality_loss() > rounding
             ):
-                self.refresh()
+                self.restore()
                 self.update_residual()
                 self.update_converged_count()
         if self.guarded and self.converged() and self.n < self.m:
@@ -677,6 +677,15 @@ class LOBPCG:
         self.d = self.d[..., :0]
         self.drift = 4.0 * self.eps
 
+    def restore(self) -> None:
+        """refresh(), and fresh columns in the place of those of X that depend on the others: where rounding has eaten
+        all that directions bring, a zero would pass for an eigenvector."""
+        self.refresh()
+        n = self.n
+        if self.lost is not None and bool(self.lost[..., :n].any()):
+            self.W = columns(self.basis.part(0, n).clone())
+            self.complete_start(5 * n + 17 + 100 * self.ivars["istep"])
+
     def update_residual(self) -> None:
         """W := A X - B X E of all n columns, their norms, and rerr."""
         basis, n = self.basis, self.n
@@ -753,7 +762,7 @@ class LOBPCG:
             candidates = more = min(self.n, max(self.probe, k) + self.seekers)
         elif self.bparams.get("separate", False) and self.n > k:
             settled, more = self.separated(), max(candidates, k + 1)
-        rules = Rules(k, candidates, more, self.eps**0.5, self.loss())
+        rules = Rules(k, candidates, more, self.loss())
         definite: Optional[Tensor] = None
         if self.pencil.generalized or self.pencil.iK is not None or not self.host:
             definite = torch.stack([self.least_B, self.least_K])

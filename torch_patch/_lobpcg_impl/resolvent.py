@@ -39,7 +39,7 @@ from torch._lobpcg_impl.graph import (
     restore_pencil,
 )
 from torch._lobpcg_impl.operand import Pencil
-from torch._lobpcg_impl.pairs import Pairs
+from torch._lobpcg_impl.pairs import Pairs, root_of_masses
 from torch._lobpcg_impl.transforms import (
     accepts_legacy_vmap,
     apply,
@@ -414,7 +414,10 @@ class _MovedByResiduals(Constant):
             )
             form = pencil.space.inner(z, pencil.B.product(z))
             length = form.clamp_min(0).sqrt()
-        found = torch.minimum(length.to(bound.dtype) + _ROUGH * bound, bound)
+        # What is solved with is the residual itself, however large one must be taken to be.
+        R = R / root_of_masses(pencil) if pencil.generalized else R
+        left = _ROUGH * (pencil.space.norms(R) / far).to(bound.dtype)
+        found = torch.minimum(length.to(bound.dtype) + left, bound)
         return torch.where(clear, found, bound)
 
     @staticmethod
@@ -462,7 +465,8 @@ def mixed_by_residuals(pairs: Pairs, residual: Tensor, gap: Tensor) -> Tensor:
 
     residual: |r_j|, (+, *, k), gap: (*, k, k).  The bound max(|r_i|, |r_j|), or, where it is not small beside the gap,
     |x_i^H r_j| from residuals in double precision where they are to be had: Rayleigh-Ritz leaves much less of it than
-    of r_j, and of graded matrices the bound is thousands of times what is there.  Cost then: a product with k columns.
+    of r_j, and of graded matrices the bound is thousands of times what is there.  On the diagonal then, what E_j is off
+    by from the Rayleigh quotient.  Cost: a product with k columns.
     """
     tensors: Any = (pairs.E, pairs.X, gap, pairs.T, pairs.Y, residual, pairs.size)
     tensors = (*tensors, *pairs.pencil.parameters)
@@ -506,7 +510,8 @@ class _MixedByResiduals(Constant):
         with without_autocast(X.device):
             pencil = pencil.with_parameters(parameters)
             e, R = residuals_in_double(pencil, X)
-            S = pencil.space.gram(X.to(R.dtype), R).abs().to(bound.dtype)
+            S = pencil.space.gram(X.to(R.dtype), R).abs()
+            S = (S + torch.diag_embed((e - E).abs()).to(S.dtype)).to(bound.dtype)
         noise = torch.finfo(e.dtype).eps * size
         S = torch.maximum(S, S.mT) + torch.maximum(
             noise.unsqueeze(-1), noise.unsqueeze(-2)

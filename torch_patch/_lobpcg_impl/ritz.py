@@ -13,12 +13,17 @@ from torch import Tensor
 from torch._lobpcg_impl.blocks import take_each
 
 
+# A direction whose squared sine against [X P] is below this many roundings is noise: two of its digits at most are its
+# own.
+_NOISE = 100.0
+
+
 class Ritz(NamedTuple):
     """e: (*, n) eigenvalues, wanted ones first; C: (*, q, n + p) columns are the coordinates of the new X, then P, in
     [X P W]; G: (*, n + p, n + p) the new [X P]^H A [X P]; lost: (*, n + p) whether a vector is zero, None if none is.
 
-    d: (*, p) squared sines of the angles that W's directions make with [X P] and with each other, or empty and least
-    the smallest of them, where the host has looked at it.
+    d: (*, p) lower bounds of the squared sines of the angles that W's directions make with [X P] and with each other,
+    zero for those left out; or empty and least the smallest of them, where the host has looked at it.
     """
 
     e: Tensor
@@ -140,7 +145,14 @@ def orthonormal_coordinates(
             )
     HH, gram_W = gram_B.split((q - p, p), -1)
     H = HH.mH
-    whitened, d, dropped = whiten_scaled(gram_W - HH @ H, eps**0.5, tiny)
+    rest = gram_W - HH @ H
+    # What is left of a column beside [X P] has the rounding errors of the whole column.
+    left = real_diagonal(rest) / real_diagonal(gram_W).clamp_min(tiny)
+    noise = left <= _NOISE * eps
+    rest = rest.masked_fill(noise.unsqueeze(-1) | noise.unsqueeze(-2), 0.0)
+    whitened, d, dropped = whiten_scaled(rest, eps**0.5, tiny)
+    left = left.masked_fill(noise, 1.0).amin(-1, keepdim=True).clamp_max(1.0)
+    d = (d * left).masked_fill(dropped, 0.0)
     V = torch.cat([-(H @ whitened), whitened], -2)
     unit = unit.narrow(-1, 0, q - p).expand(gram_B.shape[:-2] + (q, q - p))
     return Coordinates(torch.cat([unit, V], -1), dropped, d, 1.0)
