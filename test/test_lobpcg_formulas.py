@@ -8,6 +8,7 @@ import warnings
 from unittest import mock
 
 import torch
+import torch._lobpcg_impl.accuracy as accuracy
 import torch._lobpcg_impl.complement as complement
 import torch._lobpcg_impl.derivative as derivative
 from torch._lobpcg_impl.arguments import settle
@@ -306,25 +307,28 @@ class EigenpairsTest(FormulaTest):
         losses = {
             "values": lambda E, X, M: E.sin().sum(),
             "vectors": lambda E, X, M: (X @ X.mH * M).sum(),
-            "both": lambda E, X, M: ((X * E.sin()) @ X.mH * M).sum(),
-            "a column inside": lambda E, X, M: X[:, -1].norm()
-            + X[:, 0].square() @ M[0],
+            "both": lambda E, X, M: ((X * E.sin().unsqueeze(-2)) @ X.mH * M).sum(),
+            "a column inside": lambda E, X, M: X[..., -1].norm(dim=-1).sum()
+            + (X[..., 0].square() @ M[0]).sum(),
         }
         cases = itertools.product(
             ((torch.float64, 1e-11), (torch.float32, 3e-5)),
             ((6, 1), (20, 3), (100, 4)),
+            ((), (3, 2)),
             (False, True),
             losses,
         )
-        for (dtype, bound), (m, k), largest, name in cases:
+        for (dtype, bound), (m, k), batch, largest, name in cases:
             W = hermitian(random(m, m, dtype=torch.float64, seed=3))
-            A = hermitian(random(m, m, dtype=torch.float64, seed=m)).to(dtype)
+            A = hermitian(random(*batch, m, m, dtype=torch.float64, seed=m)).to(dtype)
             A = A.requires_grad_()
 
             def gradient(pairs, A=A, W=W, loss=losses[name]):
                 return torch.autograd.grad(loss(*pairs, W.to(pairs[1].dtype)), A)[0]
 
-            with self.subTest(name, dtype=dtype, m=m, k=k, largest=largest):
+            with self.subTest(
+                name, dtype=dtype, m=m, k=k, batch=batch, largest=largest
+            ):
                 short = gradient(torch.lobpcg(A, k, largest=largest))
                 never = mock.patch.object(
                     derivative, "weights_at_once", return_value=None
@@ -348,6 +352,9 @@ class EigenpairsTest(FormulaTest):
             (A.float(), False, 0),
             (A, True, 1),
             (double, False, 1),
+            (torch.stack([A, -A]), False, 0),
+            (torch.stack([A, -A]).float(), False, 0),
+            (torch.stack([A, double]), False, 1),
         ):
             M = M.clone().requires_grad_()
             _, X = torch.lobpcg(M, 2)
@@ -355,9 +362,65 @@ class EigenpairsTest(FormulaTest):
                 derivative, "reduced_resolvent", wraps=reduced_resolvent
             )
             with count as solved:
-                loss = (X @ X.mH)[0, 1]
+                loss = (X @ X.mH)[..., 0, 1].sum()
                 torch.autograd.grad(loss, M, create_graph=create_graph)
             self.assertEqual(solved.call_count, systems)
+
+    def test_short_way_across_a_narrow_gap(self):
+        """Of a batch: no factor where the loss tells no vectors apart, as in the long way, and right by all pairs."""
+        for gap in (3e-2, 1e-2, 3e-3):
+            e = torch.linspace(1, 4, 20, dtype=torch.float64)
+            e[1] = e[0] + gap
+            Q = torch.linalg.qr(random(3, 20, 20, dtype=torch.float64)).Q
+            A = hermitian((Q * e) @ Q.mH)
+            W = hermitian(random(20, 20, dtype=torch.float64, seed=3))
+            for largest, M in ((False, A), (True, -A)):
+                M = M.float().requires_grad_()
+
+                def gradient(X, M=M):
+                    return torch.autograd.grad((X @ X.mH * W.to(X.dtype)).sum(), M)[0]
+
+                with self.subTest(gap=gap, largest=largest):
+                    count = mock.patch.object(
+                        derivative, "reduced_resolvent", wraps=reduced_resolvent
+                    )
+                    with count as solved:
+                        short = gradient(torch.lobpcg(M, 2, largest=largest)[1])
+                    self.assertEqual(solved.call_count, 0)
+                    never = mock.patch.object(
+                        derivative, "weights_at_once", return_value=None
+                    )
+                    with never:
+                        long = gradient(torch.lobpcg(M, 2, largest=largest)[1])
+                    self.assertTrue(torch.equal(short, long))
+                    exact = self.all_pairs_gradient(M.double(), W, largest)
+                    self.assertRelative(short, exact, 3e-6)
+
+    def all_pairs_gradient(self, M, W, largest):
+        """Of sum(W o X X^T), X the first two vectors: divided differences."""
+        E, X = torch.linalg.eigh(-M if largest else M)
+        S = X.mH @ W @ X
+        D = torch.zeros_like(S)
+        D[..., :2, 2:] = S[..., :2, 2:] / (E[..., :2, None] - E[..., None, 2:])
+        D = D + D.mH
+        return (X @ D @ X.mH).detach() * (-1 if largest else 1)
+
+    def test_rules_of_a_batch_are_those_of_one(self):
+        g = torch.Generator().manual_seed(5)
+        seen = set()
+        for _ in range(300):
+            k = int(torch.randint(1, 5, (), generator=g))
+            E, size, x = torch.rand(3, k, generator=g, dtype=torch.float64) + 1
+            gE, g_, z, left, rest = torch.rand(5, k, generator=g, dtype=torch.float64)
+            noise = 10.0 ** float(-14 * torch.rand((), generator=g))
+            E = 1 + E * 10.0 ** float(-6 * torch.rand((), generator=g))
+            r, zero = noise * torch.rand(k, generator=g, dtype=torch.float64), 0 * x
+            rows = [E, r, zero, size, x, gE, g_, z, left, rest]
+            eps = 2.0**-52
+            one = accuracy.rows_are_clear([row.tolist() for row in rows], 50, eps, eps)
+            self.assertEqual(accuracy.batch_is_clear(rows, 50, eps, eps), one)
+            seen.add(one)
+        self.assertEqual(seen, {True, False})
 
     def test_pattern_that_is_not_symmetric(self):
         index = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]])

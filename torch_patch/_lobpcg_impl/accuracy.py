@@ -139,6 +139,33 @@ def rows_are_clear(rows: List[List[float]], m: int, own: float, eps: float) -> b
     return True
 
 
+def batch_is_clear(rows: List[Tensor], m: int, own: float, eps: float) -> bool:
+    """The same of a batch, from tensors (*, k) in double precision, without a transfer for each member."""
+    E, r, late, size, x, gE, g, z, left, rest = rows
+    zero = torch.zeros_like(z)
+    total = torch.maximum(gE.abs() * x, z).amax(-1, keepdim=True)
+    blur = 10 * eps * size
+    most = 3e-3 if is_single(own) else 1e-4
+    share = torch.where(left > 0, g / left, zero).clamp_min(1.0)
+    seen = gE.abs() * x + torch.maximum(z * share, g / (rest * m**0.5))
+    clear = (total > 0) & (rest > 100 * blur) & (r * seen <= most * rest * total)
+    clear = clear & (rest > 0) & (late == 0)
+    gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
+    mixing = 4 * r.unsqueeze(-1) * r.unsqueeze(-2)
+    mixing = _pairwise(blur) + mixing * _pairwise(1.0 / rest)
+    amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)
+    amplitude = (amplitude + amplitude.mT) / 2
+    # A gap times what is lost of its factor, so that the diagonal divides by nothing.
+    lost = mixing * (amplitude + gap * (gE.unsqueeze(-2) - gE.unsqueeze(-1)).abs())
+    lost = (lost + own * gap * amplitude) * _pairwise(x)
+    wide = _pairwise(size)
+    least = 0.3 * own**0.5 + 2.7 * own**0.5 * (gap > own ** (1 / 3) * wide)
+    apart = gap > eps ** (1 / 3) * wide
+    apart = apart & (lost <= least * gap.square() * total.unsqueeze(-1))
+    apart.diagonal(dim1=-2, dim2=-1).fill_(True)
+    return bool(clear.all() & apart.all())
+
+
 def _pairwise(a: Tensor) -> Tensor:
     return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
 

@@ -149,22 +149,18 @@ def _is_plain(found: EigenPairs, options: Options) -> bool:
 def _rounded_at_once(
     found: EigenPairs, pencil: Pencil, options: Options
 ) -> Tuple[Tensor, ...]:
-    """Plain pairs, whose memory is their own already, in the dtype of the matrices."""
+    """Plain pairs, in memory of their own and in the dtype of the matrices."""
     E, X, residual, scale = found[:4]
-    dtype, exact = pencil.dtype, E
-    wide = X.dtype != dtype
-    if not options.differentiated or found.rest is None:
-        if wide:
-            E, X = E.to(dtype.to_real()), X.to(dtype)
-        return E, X
-    if wide:
-        real = dtype.to_real()
-        E, residual, scale = E.to(real), residual.to(real), scale.to(real)
+    dtype, exact = pencil.dtype, E[:0]
+    real, wide = dtype.to_real(), X.dtype != dtype
+    if options.differentiated and wide:
         # Columns of length one have an entry of their size nearly.
-        tiny = torch.finfo(dtype).tiny ** 0.5
-        X = X.hardshrink(tiny).to(dtype)
-    else:
-        exact = E[:0]
+        X = X.hardshrink(torch.finfo(dtype).tiny ** 0.5)
+        exact, residual, scale = E.clone(), residual.to(real), scale.to(real)
+    E = E.to(real, copy=True)
+    X = X.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if found.rest is None:
+        return E, X
     late = E.isnan()  # none: plain pairs are finite
     return (E, X, *found.rest, residual, scale, late, exact)
 

@@ -521,7 +521,7 @@ def _is_hermitian(M: Tensor) -> bool:
     throughout."""
     if M.requires_grad:
         M = M.detach()
-    m, tile = M.shape[-1], 512
+    m, tile = M.shape[-1], 256
     if m <= tile:
         return torch.equal(M, M.mH)
     for i in range(0, m, tile):

@@ -24,6 +24,9 @@ _DENSE_DOUBLE, _DENSE_SINGLE = (715.0, 7.0, 0.17), (690.0, 12.0, 0.2)
 # Up to this order a standard problem in single precision is solved in double: eigh takes 1.4 to 1.6 times as long, and
 # what corrected its pairs in double before took more.  Above, eigh in single precision, backward stable as well.
 _DOUBLE_UP_TO = 256
+# Bytes of a row from which on eigh reads the upper triangle of a matrix on a CPU: with MKL that takes 0.89 to 0.98 of
+# the time of the lower one, beyond m = 200 in double and m = 400 in single precision; below 1.0 to 1.1.
+_UPPER_FROM = 1600
 
 
 def solve(pencil: Pencil, X: Optional[Tensor], options: Options) -> EigenPairs:
@@ -175,16 +178,23 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     # Detached, since matmul chooses its way to a product by requires_grad too, and a graph's tensors have none.
     A = pencil.A.dense()
     A = (A.detach() if A.requires_grad else A).to(wide)
+    # The largest are the smallest of -A: a matrix that is negated costs less than all vectors put in order.
+    negated = options.largest and count == m
     if pencil.generalized:
-        E, X, residual, scale = _generalized(pencil, A, options, count)
+        E, X, residual, scale = _generalized(pencil, A, options, count, negated)
     else:
-        E, X = torch.linalg.eigh(A)
-        if E.dim() == 1 and not batch and not pencil.rescaled:
-            return _of_one(A, E, X, options)
-        size = torch.linalg.vector_norm(E, math.inf, -1, keepdim=True)
-        E, X = (_wanted(T, count, options.largest) for T in (E, X))
+        if negated:
+            A = A.neg() if wide == pencil.dtype else A.neg_()
+        E, X, every = _in_order(A, count, options.largest and not negated)
         first, values = X.narrow(-1, 0, k), E.narrow(-1, 0, k)
-        residual = norms(A @ first - first * values.unsqueeze(-2))
+        off = torch.addcmul(A @ first, first, values.unsqueeze(-2), value=-1)
+        if negated:
+            E = 0.0 - E  # no zero is negative
+            values = E.narrow(-1, 0, k)
+        if E.dim() == 1 and not batch and not pencil.rescaled:
+            return _of_one(E, X, norms(off), every, options)
+        residual = norms(off)
+        size = torch.linalg.vector_norm(every, math.inf, -1, keepdim=True)
         scale = size + values.abs()
     if pencil.rescaled:
         up, root = (
@@ -201,25 +211,31 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     return EigenPairs(E, X, residual, scale, at_rounding=True)
 
 
-def _of_one(A: Tensor, E: Tensor, X: Tensor, options: Options) -> EigenPairs:
-    """The pairs of one matrix from all of them in ascending order: in memory of their own, with the numbers that they
-    are judged by on the host, since a small matrix is solved before a few more kernels have started."""
-    k, m = options.k, E.shape[-1]
-    first, values = (_wanted(T, k, options.largest) for T in (X, E))
-    if not options.largest:
-        first, values = first.clone(), values.clone()
-    rest = None
+def _in_order(A: Tensor, count: int, last: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    """`count` eigenpairs of Hermitian A, E (*, count) and X (*, m, count): the lowest in ascending order, or the last
+    in descending order; and all eigenvalues in ascending order."""
+    upper = A.device.type == "cpu" and A.shape[-1] * A.element_size() >= _UPPER_FROM
+    E, X = torch.linalg.eigh(A, UPLO="U" if upper else "L")
+    if last:
+        start = A.shape[-1] - count
+        return E[..., start:].flip(-1), X[..., start:].flip(-1), E
+    return E[..., :count], X[..., :count], E
+
+
+def _of_one(
+    E: Tensor, X: Tensor, residual: Tensor, every: Tensor, options: Options
+) -> EigenPairs:
+    """The pairs of one matrix, with the numbers that they are judged by on the host, since a small matrix is solved
+    before a few more kernels have started.
+
+    E, X: the wanted pairs first, parts of larger tensors perhaps; every: all eigenvalues, or their negatives.
+    """
+    k, m = options.k, every.shape[0]
+    values, first, rest = E, X, None
     if options.differentiated:
-        # The others in their order, nearest ones first.
-        if options.largest:
-            rest = (E[: m - k].flip(0), X[:, : m - k].flip(1))
-        else:
-            rest = (E[k:], X[:, k:])
-    residual = norms(torch.addcmul(A @ first, first, values, value=-1))
-    numbers = numbers_of(E, residual)
-    size = max(abs(numbers[0]), abs(numbers[m - 1]))
-    wanted = numbers[m - k : m][::-1] if options.largest else numbers[:k]
-    scale = [size + abs(value) for value in wanted]
+        values, first, rest = E[:k], X[:, :k], (E[k:], X[:, k:])
+    numbers = numbers_of(values, residual, every)
+    wanted, size = numbers[:k], max(abs(numbers[2 * k]), abs(numbers[2 * k + m - 1]))
     return EigenPairs(
         values,
         first,
@@ -227,14 +243,15 @@ def _of_one(A: Tensor, E: Tensor, X: Tensor, options: Options) -> EigenPairs:
         values.abs().add_(size),
         at_rounding=True,
         rest=rest,
-        numbers=[wanted, numbers[m:], scale],
+        numbers=[wanted, numbers[k : 2 * k], [size + abs(value) for value in wanted]],
     )
 
 
 def _generalized(
-    pencil: Pencil, A: Tensor, options: Options, count: int
+    pencil: Pencil, A: Tensor, options: Options, count: int, negated: bool
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E, X, residual, scale of a pencil with B, of whose A a copy in the precision of the solve is given."""
+    """E, X, residual, scale of a pencil with B, of whose A a copy in the precision of the solve is given; negated:
+    whether by way of -A."""
     k = options.k
     B = pencil.B.dense().detach().to(A.dtype)
     L, info = torch.linalg.cholesky_ex(B)
@@ -245,7 +262,12 @@ def _generalized(
         )
     half = torch.linalg.solve_triangular(L, A, upper=False)
     C = torch.linalg.solve_triangular(L, half.mH, upper=False)
-    E, V = (_wanted(T, count, options.largest) for T in torch.linalg.eigh(hermitian(C)))
+    C = hermitian(C)
+    if negated:
+        E, V, _ = _in_order(C.neg_(), count, False)
+        E = -E
+    else:
+        E, V, _ = _in_order(C, count, options.largest)
     X = torch.linalg.solve_triangular(L.mH, V, upper=True)
     # A product costs m^2 a column: for the pairs that are asked for, not for all.
     first = X.narrow(-1, 0, k)
@@ -259,13 +281,6 @@ def _generalized(
     )
     scale = (norm_A + quotients.abs() * norm_B) * norms(first)
     return E, X, norms(AX - BX * quotients.unsqueeze(-2)), scale
-
-
-def _wanted(T: Tensor, count: int, largest: bool) -> Tensor:
-    """The `count` wanted of what stands in ascending order in the last dimension, wanted ones first."""
-    if largest:
-        return T[..., T.shape[-1] - count :].flip(-1)
-    return T[..., :count]
 
 
 def warn_unconverged(found: EigenPairs, pencil: Pencil, options: Options) -> None:
