@@ -943,6 +943,71 @@ class TestLobpcgPolynomial(LobpcgTestCase):
         f = torch.tensor(values, dtype=V.dtype)
         return ((V * f) @ (V.mH @ (R / root.unsqueeze(-1)))) / root.unsqueeze(-1)
 
+    def test_polynomial_of_a_dense_matrix(self):
+        """By its recurrence, up to a factor for each column; without B, in one matrix of a certain size."""
+        from unittest import mock
+
+        from torch._lobpcg_impl import chebyshev, product_form
+        from torch._lobpcg_impl.operand import Pencil
+
+        def unit(Z):
+            return Z / torch.linalg.vector_norm(Z, dim=-2, keepdim=True)
+
+        g = torch.Generator().manual_seed(7)
+        cases = itertools.product(
+            (torch.float64, torch.complex128), (1.0, -1.0), (1.0, 1e70), (True, False)
+        )
+        for dtype, sign, size, exact in cases:
+            A = torch.randn(60, 60, generator=g, dtype=dtype) * size
+            A = A + A.mH
+            E = torch.linalg.eigvalsh(A)
+            E = E[:8] if sign > 0 else E.flip(-1)[:8]
+            R = torch.randn(60, 5, generator=g, dtype=dtype)
+            R[:, 0] *= 1e-60
+            far = math.inf if exact else product_form._BLURRED
+            with (
+                mock.patch.object(chebyshev, "_DENSE_FROM", 0),
+                mock.patch.object(product_form, "_BLURRED", far),
+                self.subTest(dtype=dtype, sign=sign, size=size, exact=exact),
+            ):
+                q = chebyshev.polynomial(Pencil.of(A, None, None, R), sign)
+                q.aim(E, R)
+                self.assertEqual(q.chosen.degree, 4)
+                expected = self.exact_directions(A, None, sign, q.chosen, R)
+                bound = 1e-12 if exact else 2e-6
+                error = (unit(q(R)) - unit(expected)).abs().max()
+                self.assertLess(float(error), bound)
+                self.assertIs(q(R, R), R)
+                self.assertLess(float((unit(R) - unit(expected)).abs().max()), bound)
+        for M, B in ((A, torch.eye(60, dtype=dtype)), (A.expand(2, 60, 60), None)):
+            self.assertIsNone(chebyshev.polynomial(Pencil.of(M, B, None, None), 1.0))
+
+    def test_dense_solve_takes_a_third_of_the_iterations(self):
+        """With q, and as right as without, at both ends and of an indefinite matrix in single precision."""
+        g = torch.Generator().manual_seed(7)
+        G = torch.randn(700, 700, generator=g, dtype=torch.float64) / 700**0.5
+        for dtype, largest in itertools.product(
+            (torch.float64, torch.float32), (True, False)
+        ):
+            A = (G + G.mT).to(dtype)
+            steps = {}
+            for degree in (1, 60):
+                seen = []
+                E, _, messages = self.solve(
+                    A,
+                    k=4,
+                    largest=largest,
+                    tracker=lambda w, seen=seen: seen.append(w.ivars["istep"]),
+                    ortho_iparams={"degree": degree},
+                )
+                self.assertEqual(messages, [])
+                steps[degree] = seen[-1]
+                exact = torch.linalg.eigvalsh(A.double())
+                exact = exact.flip(-1)[:4] if largest else exact[:4]
+                bound = 1e-9 if dtype == torch.float64 else 1e-3
+                self.assertLess(float((E - exact).abs().max()), bound)
+            self.assertLess(steps[60], 0.5 * steps[1])
+
     def test_filter_is_its_definition(self):
         """T_12(x(C)) / T_12(x(0)) in the measure diag(A), a thirtieth at most where C is above share of its bound."""
         from unittest import mock

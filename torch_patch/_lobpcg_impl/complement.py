@@ -609,7 +609,7 @@ def _polynomial(
 
     A product in it costs no inner product, projection or look at the residual, which are four fifths of an iteration.
     """
-    if further is None or further[0].shape[-1] == 0:
+    if further is None or further[0].shape[-1] == 0 or op.pencil.is_dense():
         return None
     q = polynomial(op.pencil, op.sign)
     if q is None:

@@ -121,8 +121,7 @@ class ProductForm:
         moves = any(far) or not far
         if moves:
             self._move([0.0 if abs(i.s) <= _NEAR * i.half else i.s for i in intervals])
-        clear = all(i.a - i.s > _BLURRED * i.half for i in intervals)
-        dtype = _single(self.rows.dtype) if clear else self.rows.dtype
+        dtype = precision(self.rows.dtype, intervals)
         if moves or dtype != self.dtype:
             self._set_precision(dtype, intervals)
         each = [_factors(i, o, degree) for i, o in zip(intervals, self.origins)]
@@ -236,6 +235,12 @@ class ProductForm:
         else:
             torch.mul(T, c, out=out)
             torch.addmm(out, self.M, U, alpha=self.alpha, out=out)
+
+
+def precision(dtype: torch.dtype, intervals: List[Interval]) -> torch.dtype:
+    """In which products are with a matrix of that dtype."""
+    clear = all(i.a - i.s > _BLURRED * i.half for i in intervals)
+    return _single(dtype) if clear else dtype
 
 
 def _single(dtype: torch.dtype) -> torch.dtype:

@@ -18,9 +18,9 @@ from torch._lobpcg_impl.ritz import hermitian
 # for them, near 512.
 _DENSE_UP_TO, _DENSE_UP_TO_WITH_IK = 512, 128
 # Elsewhere up to c + c' k + c'' k^2.  Measured on one thread: dense matrices with the spectrum of the Gaussian ensemble
-# break even at m = 720, 750, 930, 1550 and about 3100 for k = 1, 5, 20, 50 and 100 in double, at 690, 740, 1060 and
-# 1850 for the first four in single: the small matrices of an iteration, (3 n)^3 with n = 2 k, outgrow its products.
-_DENSE_DOUBLE, _DENSE_SINGLE = (715.0, 7.0, 0.17), (690.0, 12.0, 0.2)
+# break even at m = 630, 630, 750, 1170 and about 2100 for k = 1, 5, 20, 50 and 100 in double, at 600, 600, 840, 1390
+# and about 2500 in single: the small matrices of an iteration, (3 n)^3 with n = 2 k, outgrow its products.
+_DENSE_DOUBLE, _DENSE_SINGLE = (610.0, 5.0, 0.115), (570.0, 10.0, 0.12)
 # Up to this order a standard problem in single precision is solved in double: eigh takes 1.4 to 1.6 times as long, and
 # what corrected its pairs in double before took more.  Above, eigh in single precision, backward stable as well.
 _DOUBLE_UP_TO = 256
