@@ -157,6 +157,9 @@ def _rounded_at_once(
         # Columns of length one have an entry of their size nearly.
         X = X.hardshrink(torch.finfo(dtype).tiny ** 0.5)
         exact, residual, scale = E.clone(), residual.to(real), scale.to(real)
+    if found.rest is None and options.largest and options.k < pencil.m:
+        # Put in order, they have memory of their own.
+        return (E.to(real), X.to(dtype)) if wide else (E, X)
     E = E.to(real, copy=True)
     X = X.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if found.rest is None:

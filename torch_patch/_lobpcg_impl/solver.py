@@ -186,13 +186,19 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
         if negated:
             A = A.neg() if wide == pencil.dtype else A.neg_()
         E, X, every = _in_order(A, count, options.largest and not negated)
-        first, values = X.narrow(-1, 0, k), E.narrow(-1, 0, k)
-        off = torch.addcmul(A @ first, first, values.unsqueeze(-2), value=-1)
+        first, values = X, E
+        if k < count:
+            first, values = X.narrow(-1, 0, k), E.narrow(-1, 0, k)
+        rows = values if values.dim() == 1 else values.unsqueeze(-2)
+        off = torch.addcmul(A @ first, first, rows, value=-1)
         if negated:
-            E = 0.0 - E  # no zero is negative
-            values = E.narrow(-1, 0, k)
+            E = torch.rsub(E, 0.0)  # no zero is negative
+            values = E.narrow(-1, 0, k) if k < count else E
         if E.dim() == 1 and not batch and not pencil.rescaled:
-            return _of_one(E, X, norms(off), every, options)
+            rest = None
+            if options.differentiated:
+                rest = (E.narrow(0, k, m - k), X.narrow(1, k, m - k))
+            return _of_one(values, first, norms(off), every, rest)
         residual = norms(off)
         size = torch.linalg.vector_norm(every, math.inf, -1, keepdim=True)
         scale = size + values.abs()
@@ -214,33 +220,34 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
 def _in_order(A: Tensor, count: int, last: bool) -> Tuple[Tensor, Tensor, Tensor]:
     """`count` eigenpairs of Hermitian A, E (*, count) and X (*, m, count): the lowest in ascending order, or the last
     in descending order; and all eigenvalues in ascending order."""
-    upper = A.device.type == "cpu" and A.shape[-1] * A.element_size() >= _UPPER_FROM
-    E, X = torch.linalg.eigh(A, UPLO="U" if upper else "L")
-    if last:
-        start = A.shape[-1] - count
-        return E[..., start:].flip(-1), X[..., start:].flip(-1), E
-    return E[..., :count], X[..., :count], E
+    m = A.shape[-1]
+    if m * A.itemsize >= _UPPER_FROM and A.is_cpu:
+        E, X = torch.linalg.eigh(A, UPLO="U")
+    else:
+        E, X = torch.linalg.eigh(A)
+    start, every = m - count if last else 0, E
+    if count < m:
+        E, X = E.narrow(-1, start, count), X.narrow(-1, start, count)
+    return (E.flip(-1), X.flip(-1), every) if last else (E, X, every)
 
 
 def _of_one(
-    E: Tensor, X: Tensor, residual: Tensor, every: Tensor, options: Options
+    E: Tensor,
+    X: Tensor,
+    residual: Tensor,
+    every: Tensor,
+    rest: Optional[Tuple[Tensor, Tensor]],
 ) -> EigenPairs:
-    """The pairs of one matrix, with the numbers that they are judged by on the host, since a small matrix is solved
-    before a few more kernels have started.
-
-    E, X: the wanted pairs first, parts of larger tensors perhaps; every: all eigenvalues, or their negatives.
-    """
-    k, m = options.k, every.shape[0]
-    values, first, rest = E, X, None
-    if options.differentiated:
-        values, first, rest = E[:k], X[:, :k], (E[k:], X[:, k:])
-    numbers = numbers_of(values, residual, every)
+    """The k pairs of one matrix, with the numbers that they are judged by on the host, since a small matrix is solved
+    before a few more kernels have started; every: all eigenvalues, or their negatives."""
+    k, m = E.shape[0], every.shape[0]
+    numbers = numbers_of(E, residual, every)
     wanted, size = numbers[:k], max(abs(numbers[2 * k]), abs(numbers[2 * k + m - 1]))
     return EigenPairs(
-        values,
-        first,
+        E,
+        X,
         residual,
-        values.abs().add_(size),
+        E.abs().add_(size),
         at_rounding=True,
         rest=rest,
         numbers=[wanted, numbers[k : 2 * k], [size + abs(value) for value in wanted]],
