@@ -153,17 +153,15 @@ def _rounded_at_once(
     E, X, residual, scale = found[:4]
     dtype, exact = pencil.dtype, E[:0]
     real, wide = dtype.to_real(), X.dtype != dtype
-    if options.differentiated and wide:
-        # Columns of length one have an entry of their size nearly.
-        X = X.hardshrink(torch.finfo(dtype).tiny ** 0.5)
-        exact, residual, scale = E.clone(), residual.to(real), scale.to(real)
-    if found.rest is None and options.largest and options.k < pencil.m:
-        # Put in order, they have memory of their own.
-        return (E.to(real), X.to(dtype)) if wide else (E, X)
-    E = E.to(real, copy=True)
-    X = X.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not (options.largest or wide):
+        E, X = E.clone(), X.clone()
     if found.rest is None:
-        return E, X
+        return (E.to(real), X.to(dtype)) if wide else (E, X)
+    if wide:
+        # Columns of length one have an entry of their size nearly.
+        X = X.hardshrink(torch.finfo(dtype).tiny ** 0.5).to(dtype)
+        exact = E if options.largest else E.clone()
+        E, residual, scale = E.to(real), residual.to(real), scale.to(real)
     late = E.isnan()  # none: plain pairs are finite
     return (E, X, *found.rest, residual, scale, late, exact)
 

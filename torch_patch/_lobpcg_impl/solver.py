@@ -178,27 +178,22 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     # Detached, since matmul chooses its way to a product by requires_grad too, and a graph's tensors have none.
     A = pencil.A.dense()
     A = (A.detach() if A.requires_grad else A).to(wide)
-    # The largest are the smallest of -A: a matrix that is negated costs less than all vectors put in order.
-    negated = options.largest and count == m
+    single = not (A.dim() > 2 or batch or pencil.rescaled or pencil.generalized)
+    # The largest are the smallest of -A: a batch that is negated costs less than all vectors put in order.
+    negated = options.largest and count == m and not single
     if pencil.generalized:
         E, X, residual, scale = _generalized(pencil, A, options, count, negated)
+    elif single:
+        return _of_one(A, options)
     else:
         if negated:
             A = A.neg() if wide == pencil.dtype else A.neg_()
         E, X, every = _in_order(A, count, options.largest and not negated)
-        first, values = X, E
-        if k < count:
-            first, values = X.narrow(-1, 0, k), E.narrow(-1, 0, k)
-        rows = values if values.dim() == 1 else values.unsqueeze(-2)
-        off = torch.addcmul(A @ first, first, rows, value=-1)
+        first, values = X.narrow(-1, 0, k), E.narrow(-1, 0, k)
+        off = torch.addcmul(A @ first, first, values.unsqueeze(-2), value=-1)
         if negated:
             E = torch.rsub(E, 0.0)  # no zero is negative
-            values = E.narrow(-1, 0, k) if k < count else E
-        if E.dim() == 1 and not batch and not pencil.rescaled:
-            rest = None
-            if options.differentiated:
-                rest = (E.narrow(0, k, m - k), X.narrow(1, k, m - k))
-            return _of_one(values, first, norms(off), every, rest)
+            values = E.narrow(-1, 0, k)
         residual = norms(off)
         size = torch.linalg.vector_norm(every, math.inf, -1, keepdim=True)
         scale = size + values.abs()
@@ -217,32 +212,41 @@ def dense_solve(pencil: Pencil, options: Options) -> EigenPairs:
     return EigenPairs(E, X, residual, scale, at_rounding=True)
 
 
+def _eigh(A: Tensor) -> Tuple[Tensor, Tensor]:
+    if A.shape[-1] * A.itemsize >= _UPPER_FROM and A.is_cpu:
+        return torch.linalg.eigh(A, UPLO="U")
+    return torch.linalg.eigh(A)
+
+
 def _in_order(A: Tensor, count: int, last: bool) -> Tuple[Tensor, Tensor, Tensor]:
     """`count` eigenpairs of Hermitian A, E (*, count) and X (*, m, count): the lowest in ascending order, or the last
     in descending order; and all eigenvalues in ascending order."""
-    m = A.shape[-1]
-    if m * A.itemsize >= _UPPER_FROM and A.is_cpu:
-        E, X = torch.linalg.eigh(A, UPLO="U")
-    else:
-        E, X = torch.linalg.eigh(A)
-    start, every = m - count if last else 0, E
-    if count < m:
-        E, X = E.narrow(-1, start, count), X.narrow(-1, start, count)
+    every, X = _eigh(A)
+    start = A.shape[-1] - count if last else 0
+    E, X = every.narrow(-1, start, count), X.narrow(-1, start, count)
     return (E.flip(-1), X.flip(-1), every) if last else (E, X, every)
 
 
-def _of_one(
-    E: Tensor,
-    X: Tensor,
-    residual: Tensor,
-    every: Tensor,
-    rest: Optional[Tuple[Tensor, Tensor]],
-) -> EigenPairs:
-    """The k pairs of one matrix, with the numbers that they are judged by on the host, since a small matrix is solved
-    before a few more kernels have started; every: all eigenvalues, or their negatives."""
-    k, m = E.shape[0], every.shape[0]
-    numbers = numbers_of(E, residual, every)
-    wanted, size = numbers[:k], max(abs(numbers[2 * k]), abs(numbers[2 * k + m - 1]))
+def _of_one(A: Tensor, options: Options) -> EigenPairs:
+    """The pairs of one matrix, with the numbers that they are judged by on the host, since a small matrix is solved
+    before a few more kernels have started.  Of the largest ones E and X have memory of their own."""
+    k, m, rest = options.k, A.shape[-1], None
+    every, V = _eigh(A)
+    if options.largest:
+        E, X = every[m - k :].flip(0), V[:, m - k :].flip(1)
+    else:
+        E, X = every[:k], V[:, :k]
+    if options.differentiated:
+        # The others in their order, nearest ones first.
+        if options.largest:
+            rest = (every[: m - k].flip(0), V[:, : m - k].flip(1))
+        else:
+            rest = (every[k:], V[:, k:])
+    residual = norms(torch.addcmul(A @ X, X, E, value=-1))
+    numbers = numbers_of(every, residual)
+    size = max(abs(numbers[0]), abs(numbers[m - 1]))
+    wanted = numbers[m - k : m][::-1] if options.largest else numbers[:k]
+    scale = [size + abs(value) for value in wanted]
     return EigenPairs(
         E,
         X,
@@ -250,7 +254,7 @@ def _of_one(
         E.abs().add_(size),
         at_rounding=True,
         rest=rest,
-        numbers=[wanted, numbers[k : 2 * k], [size + abs(value) for value in wanted]],
+        numbers=[wanted, numbers[m:], scale],
     )
 
 
