@@ -58,6 +58,12 @@ from torch._lobpcg_impl.unreached import unreached
 
 # Fresh columns that join a caller's block: a second one saves a third of the iterations and none of the products.
 _FRESH = 1
+# A caller's block holds no more of the last pair found than this many times what was blended into it of any vector: a
+# tenth less than random delays a vector by a few iterations, of the dozens in which the found ones have come out of it.
+_GENERIC = 10.0
+# Columns of a caller's block with a relative residual above this may be as far from eigenvectors as random ones, which
+# have a third to one; what is nearer gains by staying as it is.
+_FAR = 0.1
 # Columns that go on behind those that are known while fresh ones have to settle.  A start that is right pays for them,
 # so there are no more until one has turned out to be wrong twice.
 _SEEKERS = 2
@@ -181,6 +187,8 @@ class LOBPCG:
         )
         self.guarded = False  # fresh columns join the block and have to settle
         self.joined = 0  # how many did, last
+        self.given = X if iparams.get("chosen", 0) > 0 else None  # the caller's block
+        self.blended: Optional[Tensor] = None  # how long what was added to it is: (*)
         self.seekers = (
             _SEEKERS  # columns behind the wanted ones that go on then, at most
         )
@@ -467,7 +475,8 @@ class LOBPCG:
 
     def guard_against_missed_pairs(self) -> None:
         """Decide when fresh columns join a caller's block, which may lack a wanted vector with nothing in it to show
-        that: now if it is almost invariant, else once its pairs have converged (see search()).
+        that: now if it is almost invariant, else once its pairs have converged (see search()).  What is not almost
+        invariant is blended with generic columns; where it was no better than these, that is all.
 
         An exact solution and a wrong invariant subspace (eigenvectors, but not the extreme ones) cannot be told apart
         by their residuals, nor can vectors of all of a matrix from those of one of its blocks.  The joined columns see
@@ -487,6 +496,52 @@ class LOBPCG:
             self.probe = max(k, self.n - _FRESH)
             self.join(self.probe, _FRESH)
             self.guarded = False
+        elif self.guarded and self.n < self.m:
+            self.blend()
+        if self.blended is None:
+            self.given = None
+
+    def blend(self) -> None:
+        """Add a generic vector to each of the caller's columns that is far from an eigenvector, as long as its relative
+        residual, which its error is no less than.
+
+        A random block stays one, but lacks no vector any more.  Cost: n products.
+        """
+        X = self.basis.part(0, self.n)
+        first = 3 * self.n + 7
+        Z = self.space.fixed_block(self.m, self.n, first, self.W)
+        rerr = self.tvars["rerr"]
+        if not bool((rerr > _FAR).any(-1).all()):
+            return
+        size = rerr.masked_fill(rerr <= _FAR, 0.0).to(X.device, X.dtype.to_real())
+        size = size * self.space.norms(X)
+        self.blended = torch.linalg.vector_norm(size, dim=-1).to(self.place)
+        self.W = X + Z * (size / self.space.norms(Z)).unsqueeze(-2)
+        self.complete_start(first + self.n)
+        self.update_residual()
+        self.update_converged_count()
+
+    def is_generic(self) -> bool:
+        """Whether the caller's block held hardly more of the last wanted pair found than it holds, since it was
+        blended, of any vector: then one that is missed, which is farther out, would have been found before that pair,
+        as from a random block.
+
+        Cost: a product with B for each column, and no memory beyond the caller's block but a copy for the time.
+        """
+        if self.given is None or self.blended is None:
+            return False
+        k, B = self.iparams["k"], self.pencil.B
+        V = columns(self.given.clone())
+        self.unit_columns(V)
+        x = self.basis.part(k - 1, 1)
+        Bx = B.apply(x)
+        both = [self.space.gram(V, B.apply(V)), self.space.gram(V, Bx)]
+        G, S = self.down(*both)
+        T = whiten_scaled(hermitian(G), self.eps**0.5 * V.shape[-1], self.tiny)[0]
+        share = torch.linalg.vector_norm(T.mH @ S, dim=(-2, -1))
+        length = self.space.norms(Bx).squeeze(-1).to(share.device, share.dtype)
+        mixed = self.blended.to(share.dtype) * length / self.m**0.5
+        return bool((share <= _GENERIC * mixed).all())
 
     def join(self, kept: int, count: int) -> None:
         """Go on with the first `kept` columns of X and `count` fresh ones, P empty."""
@@ -516,6 +571,9 @@ class LOBPCG:
         """
         k = self.iparams["k"]
         if not self.joined:
+            if self.is_generic():
+                self.guarded = False
+                return
             # In the place of the caller's guards: only a column that nobody chose has to settle then.  The others gain
             # from its directions, a product each.
             self.probe, self.seekers = k, 1
