@@ -746,6 +746,18 @@ class TestStarts:
         assert said == []
         assert relative(E, e[:k]) < 1e-3
 
+    @pytest.mark.parametrize("k", [4, 8])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_random_start_that_lacks_copies(self, dtype, k):
+        """Eigenvalues 1, 2, ... five times each, and a block without half of the vectors of each."""
+        e = torch.arange(1.0, 81.0, dtype=DOUBLE).repeat_interleave(5)
+        Q = torch.linalg.qr(torch.randn(400, 400, dtype=DOUBLE, generator=generator(400))).Q
+        A = hermitian((Q * e) @ Q.T).to(dtype)
+        R = torch.randn(400, k, dtype=DOUBLE, generator=generator(k))
+        R[::2] = 0
+        (E, _), _ = call(lambda: torch.lobpcg(lambda V: A @ V, k=k, X=(Q @ R).to(dtype), largest=False))
+        assert relative(E, e[:k]) < 1e-3
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_random_start_costs_what_the_default_one_does(self, dtype):
         """Blocks in which nothing is to be guarded: at most a tenth more products than with none, in the mean over
