@@ -108,17 +108,19 @@ def lobpcg(
         k (int, optional): number of pairs. Default: the columns of :attr:`X`, or 1.
         B (Tensor, optional): :math:`(*, m, m)`, as :attr:`A`. Default: the identity.
         X (Tensor, optional): start block :math:`(*, m, n)`, with at least :attr:`k` independent columns; not changed,
-            not differentiated. Default: fixed pseudo-random numbers, the same in every call.
+            not differentiated. Columns far from eigenvectors, with a relative residual above 0.1, start with a
+            pseudo-random part as long as that, so that pairs which :attr:`X` lacks are found. Default: fixed
+            pseudo-random numbers, the same in every call.
         n (int, optional): columns of the default start block, at least :attr:`k`. The pairs beyond :attr:`k` are not
             returned; they speed up the iteration and the gradient. Default: max(4, k) more, or 4 where a polynomial
-            stands in for :attr:`iK` and k >= 20, if m >= 3 n allows.
+            of a sparse :attr:`A` stands in for :attr:`iK` and k >= 20, if m >= 3 n allows.
         iK (Tensor, optional): preconditioner, Hermitian positive definite, an approximation of :math:`A^{-1}` (or of
             :math:`(A - \sigma B)^{-1}`) where the smallest pairs are sought: :math:`(*, m, m)` in any layout, or,
             outside TorchScript, a callable on blocks. Used in backward as well; not differentiated. Default: where
-            :attr:`A` is sparse, a Chebyshev polynomial in :attr:`A` that approximates :math:`(A - \sigma)^{-1}`, at up
-            to 60 products an iteration, in single precision where that tells the pairs from the rest;
-            ``ortho_iparams={"degree": 0}``, a callable that returns its argument, or :attr:`niter` below 200 switch it
-            off.
+            :attr:`A` is sparse, or dense without :attr:`B`, a Chebyshev polynomial in :attr:`A` that approximates
+            :math:`(A - \sigma)^{-1}`, at up to 60 products an iteration (4 of a dense matrix, none in backward), in
+            single precision where that tells the pairs from the rest; ``ortho_iparams={"degree": 0}``, a callable that
+            returns its argument, or :attr:`niter` below 200 switch it off.
         niter (int, optional): most iterations. 0: Rayleigh-Ritz on the start block alone; -1: until the residual
             cannot improve any more. Default: 1000.
         tol (float, optional): a pair has converged when
