@@ -507,12 +507,11 @@ class LOBPCG:
 
         A random block stays one, but lacks no vector any more.  Cost: n products.
         """
-        X = self.basis.part(0, self.n)
-        first = 3 * self.n + 7
-        Z = self.space.fixed_block(self.m, self.n, first, self.W)
         rerr = self.tvars["rerr"]
         if not bool((rerr > _FAR).any(-1).all()):
             return
+        X, first = self.basis.part(0, self.n), 3 * self.n + 7
+        Z = self.space.fixed_block(self.m, self.n, first, self.W)
         size = rerr.masked_fill(rerr <= _FAR, 0.0).to(X.device, X.dtype.to_real())
         size = size * self.space.norms(X)
         self.blended = torch.linalg.vector_norm(size, dim=-1).to(self.place)
