@@ -1054,6 +1054,19 @@ class TestNarrowGapsInSingle:
         assert said or error < 1e-2
         assert m > 1000 or not said
 
+    @pytest.mark.parametrize("differentiated", [False, True])
+    @pytest.mark.parametrize(("m", "grading"), [(1000, 100.0), (3000, 100.0), (6000, 10.0)])
+    def test_pairs_of_a_graded_bar_are_not_mixed(self, m, grading, differentiated):
+        """Gaps of 30 beside a rounding of 3000: Rayleigh-Ritz leaves a hundredth, and nothing turns the vectors."""
+        K, M = graded_bar(m, grading)
+        A = K.to_sparse_csr().requires_grad_(differentiated)
+        E, X = torch.lobpcg(A, k=4, B=M.to_sparse_csr(), largest=False)
+        V = X.detach().double()
+        H, G = V.mT @ (K.double() @ V), V.mT @ (M.double() @ V)
+        gap = (E[1:] - E[:-1]).min()
+        assert (H - torch.diag(H.diagonal())).abs().max() < 1e-2 * gap
+        assert (G - torch.eye(4)).abs().max() < 1e-5
+
     @pytest.mark.parametrize("seed", [9005, 9018, 9020, 40033, 40059])
     def test_close_pairs_of_elements_are_quiet(self, seed):
         """Residuals point everywhere but to each other: as a bound they are thousands of times what mixes two pairs."""
