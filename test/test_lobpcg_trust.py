@@ -799,24 +799,18 @@ def two_grids(A, p, q):
     return hermitian(K + smoother @ (I - A @ K))
 
 
-def free_grid(p, q):
-    """Laplacian of a grid without a boundary condition: constants have eigenvalue zero."""
-    L = []
-    for s in (p, q):
-        chain = torch.diag(torch.ones(s - 1, dtype=DOUBLE), 1)
-        chain = chain + chain.T
-        L.append(torch.diag(chain.sum(-1)) - chain)
-    I = [torch.eye(s, dtype=DOUBLE) for s in (p, q)]
-    return torch.kron(L[0], I[1]) + torch.kron(I[0], L[1])
-
-
 def scipy_grid(p, q):
-    """free_grid as a SciPy matrix."""
+    """Laplacian of a grid without a boundary condition: constants have eigenvalue zero."""
     L, I = [], [scipy.sparse.eye_array(s) for s in (p, q)]
     for s in (p, q):
         chain = scipy.sparse.diags_array([numpy.ones(s - 1)] * 2, offsets=[1, -1])
         L.append(scipy.sparse.diags_array(numpy.asarray(chain.sum(1)).ravel()) - chain)
     return scipy.sparse.kron(L[0], I[1]) + scipy.sparse.kron(I[0], L[1])
+
+
+def free_grid(p, q):
+    """scipy_grid as a dense tensor."""
+    return torch.from_numpy(scipy_grid(p, q).toarray())
 
 
 def csr(M, dtype):

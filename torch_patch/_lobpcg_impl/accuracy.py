@@ -13,7 +13,7 @@ from typing import Any, List
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import is_single, norms
+from torch._lobpcg_impl.blocks import is_single, norms, pairwise
 from torch._lobpcg_impl.complement import report_cut_cluster, TOLD_APART
 from torch._lobpcg_impl.report import doubt, first, found, left_out, members
 
@@ -35,7 +35,7 @@ def check_accuracy(
     width = torch.where(gaps.gap > 0, gaps.gap, torch.ones_like(gaps.gap))
     share, total = _shares(seen, gaps, skew / width, setting)
     left_out(lambda: (lost / width).masked_fill(mask, 0.0))
-    relative = lost / width * _pairwise(seen.x) / total.unsqueeze(-1)
+    relative = lost / width * pairwise(seen.x) / total.unsqueeze(-1)
     # More than half of the digits: 4e-7 in double precision, 1e-2 in single.  A loss of vectors alone, or of values
     # alone, has no terms in gE and G that could cancel: a tenth of what is worth a word.
     most = 30 * math.sqrt(torch.finfo(seen.x.dtype).eps)
@@ -49,12 +49,10 @@ def check_accuracy(
     if bool(bad.any()):
         worst = torch.where(bad, relative, torch.zeros_like(relative))
         i, j = first(worst == worst.max(), 2)
-        gap, size = (
-            float(T[..., i, j].min()) for T in (gaps.gap, _pairwise(seen.size))
-        )
+        gap, size = (float(T[..., i, j].min()) for T in (gaps.gap, pairwise(seen.size)))
         where = members(bad[..., i, j], seen.E.dim() - 1)
         # Vectors that were turned are not those which others are found beside.
-        used = gaps.gap > 2 * _pairwise(gaps.rounding)
+        used = gaps.gap > 2 * pairwise(gaps.rounding)
         used = bool(used.expand_as(bad)[..., i, j].all())
         least = 0.0 if is_single(torch.finfo(seen.x.dtype).eps) else most
         found(
@@ -152,22 +150,18 @@ def batch_is_clear(rows: List[Tensor], m: int, own: float, eps: float) -> bool:
     clear = clear & (rest > 0) & (late == 0)
     gap = (E.unsqueeze(-2) - E.unsqueeze(-1)).abs()
     mixing = 4 * r.unsqueeze(-1) * r.unsqueeze(-2)
-    mixing = _pairwise(blur) + mixing * _pairwise(1.0 / rest)
+    mixing = pairwise(blur) + mixing * pairwise(1.0 / rest)
     amplitude = x.unsqueeze(-1) * g.unsqueeze(-2)
     amplitude = (amplitude + amplitude.mT) / 2
     # A gap times what is lost of its factor, so that the diagonal divides by nothing.
     lost = mixing * (amplitude + gap * (gE.unsqueeze(-2) - gE.unsqueeze(-1)).abs())
-    lost = (lost + own * gap * amplitude) * _pairwise(x)
-    wide = _pairwise(size)
+    lost = (lost + own * gap * amplitude) * pairwise(x)
+    wide = pairwise(size)
     least = 0.3 * own**0.5 + 2.7 * own**0.5 * (gap > own ** (1 / 3) * wide)
     apart = gap > eps ** (1 / 3) * wide
     apart = apart & (lost <= least * gap.square() * total.unsqueeze(-1))
     apart.diagonal(dim1=-2, dim2=-1).fill_(True)
     return bool(clear.all() & apart.all())
-
-
-def _pairwise(a: Tensor) -> Tensor:
-    return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
 
 
 def _shares(seen: Any, gaps: Any, C: Tensor, setting: Any) -> Any:

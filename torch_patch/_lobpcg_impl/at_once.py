@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.accuracy import batch_is_clear, FEW, rows_are_clear
-from torch._lobpcg_impl.blocks import gram, norms, numbers_of
+from torch._lobpcg_impl.blocks import gram, norms, numbers_of, pairwise
 from torch._lobpcg_impl.pairs import Pairs
 from torch._lobpcg_impl.transforms import in_transform, is_traced
 
@@ -121,12 +121,9 @@ def _of_batch(pairs: Pairs, E: Tensor, gE: Optional[Tensor], sizes: Sizes) -> In
     skew = (G - G.mT) / 2
     F = E.unsqueeze(-2) - E.unsqueeze(-1)
     # The rule of module gauge: across a narrow gap no factor where the loss does not tell the two apart.
-    amplitude = g.unsqueeze(-1) + g.unsqueeze(
-        -2
-    )  # twice that of module gauge, as |x| = 1
-    close = F.abs() <= own ** (1 / 3) * torch.maximum(
-        size.unsqueeze(-1), size.unsqueeze(-2)
-    )
+    # Twice that of module gauge, as |x| = 1.
+    amplitude = g.unsqueeze(-1) + g.unsqueeze(-2)
+    close = F.abs() <= own ** (1 / 3) * pairwise(size)
     close = close & (skew.abs() <= 4 * math.sqrt(m) * own * amplitude)
     F = F.masked_fill_(close, math.inf).reciprocal_()
     C = (skew * F).to(pairs.X.dtype)

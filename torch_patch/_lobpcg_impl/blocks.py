@@ -68,6 +68,11 @@ def squares(V: Tensor) -> Tensor:
     return torch.real(V.conj() * V) if V.is_complex() else V * V
 
 
+def pairwise(a: Tensor) -> Tensor:
+    """max(a_i, a_j), (*, k, k)."""
+    return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
+
+
 def norms(V: Tensor, keepdim: bool = False) -> Tensor:
     """2-norms of the columns, (*, p), or (*, 1, p) with keepdim."""
     if V.dim() > 2 and V.shape[-1] > 1 and V.stride(-2) != 1:

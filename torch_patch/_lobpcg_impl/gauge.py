@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._lobpcg_impl.accuracy import check_accuracy, is_clear
 from torch._lobpcg_impl.arguments import Options
-from torch._lobpcg_impl.blocks import is_single
+from torch._lobpcg_impl.blocks import is_single, pairwise
 from torch._lobpcg_impl.graph import Held, in_graphs, NUMBERS, Outputs
 from torch._lobpcg_impl.report import first, found, members, warn
 from torch._lobpcg_impl.transforms import (
@@ -227,11 +227,6 @@ class SecondOrderAtMost(Function):
 # ------------------------------------------------------------------------------------- equal eigenvalues
 
 
-def _pairwise(a: Tensor) -> Tensor:
-    """(*, k, k): the larger of a_i and a_j."""
-    return torch.maximum(a.unsqueeze(-1), a.unsqueeze(-2))
-
-
 def undetermined(
     E: Tensor, size: Tensor, residual: Tensor, mixed: Optional[Tensor], eps: float
 ) -> Tensor:
@@ -246,10 +241,10 @@ def undetermined(
     """
     noise = eps * size
     noise = torch.where(residual > 1e-3 * noise, torch.minimum(residual, noise), noise)
-    width = _pairwise(noise)
+    width = pairwise(noise)
     if mixed is not None and is_single(eps):
         own = mixed.diagonal(dim1=-2, dim2=-1) + eps * E.abs()
-        width = torch.minimum(width, torch.maximum(mixed, _pairwise(own)))
+        width = torch.minimum(width, torch.maximum(mixed, pairwise(own)))
     return 10 * width
 
 
@@ -313,7 +308,7 @@ def _gaps(seen: Seen, setting: Setting) -> Gaps:
     assert seen.mixed is not None
     width = undetermined(E, seen.size, r, seen.mixed, setting.eps)
     exactly = distinct & (gap <= width)
-    blur = 10 * setting.eps * _pairwise(seen.size)
+    blur = 10 * setting.eps * pairwise(seen.size)
     if is_single(setting.eps):
         # Of a graded matrix that is far above what residuals leave undetermined, and a factor left out is an error.
         blur = width
@@ -347,7 +342,7 @@ def _pair_mask(seen: Seen, setting: Setting) -> Tensor:
     if G is None:
         skew = rounding = torch.zeros_like(gaps.gap)
     elif setting.forward_mode:
-        skew, rounding = G.abs(), eps * math.sqrt(m) * _pairwise(seen.size)
+        skew, rounding = G.abs(), eps * math.sqrt(m) * pairwise(seen.size)
         _check_split(G, gaps, 16 * rounding)
         rounding = torch.zeros_like(rounding)
     else:
@@ -360,13 +355,13 @@ def _pair_mask(seen: Seen, setting: Setting) -> Tensor:
         # Rounding in G of a loss that does not see the gauge: inner products of length m.
         noise = 2 * math.sqrt(m) * rounding
         # A column of gX whose terms cancel, as of x exp(-x) at 1, keeps the rounding of the others.
-        floor = 4 * eps * _pairwise(x * g.amax(-1, keepdim=True))
+        floor = 4 * eps * pairwise(x * g.amax(-1, keepdim=True))
         _check_gauge(seen, gaps, skew, noise + floor, amplitude)
         # With a loss of values too, a skew part beyond the usual rounding, 4 eps for any m, may be more.
         used = used | (skew > (noise if gE is None else rounding))
         # Division by a gap below eps^(1/3) turns rounding in G into more than eps^(2/3).  A loss that is invariant in a
         # cluster has a Hermitian block there, skew part zero up to noise: the exact factor is zero.
-        close = gaps.gap <= eps ** (1 / 3) * _pairwise(seen.size)
+        close = gaps.gap <= eps ** (1 / 3) * pairwise(seen.size)
         mask = mask & ~(close & (skew <= noise))
     # What rounding and residuals change in the numerators of C = Skew(G) o F, or, without their factor, all of it.
     lost = torch.where(mask, gaps.error * skew / width + rounding, skew)
@@ -391,7 +386,7 @@ def _slopes(gE: Tensor, G: Tensor) -> Tensor:
     diagonal = H.diagonal(dim1=-2, dim2=-1).square()
     size = ((diagonal.unsqueeze(-1) + diagonal.unsqueeze(-2)) / 2).sqrt()
     there = size > 0
-    slopes = _pairwise(gE.abs()) * H / torch.where(there, size, torch.ones_like(size))
+    slopes = pairwise(gE.abs()) * H / torch.where(there, size, torch.ones_like(size))
     return slopes.masked_fill(~there, math.inf)
 
 
@@ -518,6 +513,6 @@ def _is_lost_in(seen: Seen) -> Tensor:
     assert seen.gE is not None
     assert seen.z is not None
     x, z = seen.x, seen.z
-    part = (seen.gE.unsqueeze(-1) - seen.gE.unsqueeze(-2)).abs() * _pairwise(x)
+    part = (seen.gE.unsqueeze(-1) - seen.gE.unsqueeze(-2)).abs() * pairwise(x)
     least = 1e-3 if is_single(torch.finfo(x.dtype).eps) else 1e-4
     return part <= least * z.amax(-1)[..., None, None]

@@ -406,11 +406,11 @@ class LOBPCG:
         if whole and self.pencil.iK is not None:
             count = min(self.iparams["k"], self.m - self.n)
             smooth = low_pass(self.pencil, self.sign)
-            if smooth is not None and self.probe < self.n:
-                given, own = self.W[..., : self.probe], self.W[..., self.probe :]
-                self.W = torch.cat([given.mT, smooth(own).mT], -2).mT
+            given, own = self.W[..., : self.probe], self.W[..., self.probe :]
+            if smooth is not None and own.shape[-1] > 0:
+                own = smooth(own)
             Z = unreached(self.pencil, self.sign, count, smooth)
-            self.W = torch.cat([self.W.mT, Z.mT], -2).mT
+            self.W = torch.cat([given.mT, own.mT, Z.mT], -2).mT
         self.complete_start(0)
         if whole:
             most = self.iparams.get("ortho_degree", 60)

@@ -22,6 +22,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 from torch._lobpcg_impl.arguments import Options
+from torch._lobpcg_impl.blocks import pairwise
 from torch._lobpcg_impl.complement import (
     is_small,
     mixed_with_others,
@@ -502,7 +503,7 @@ class _MixedByResiduals(Constant):
         size: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        bound = torch.maximum(residual.unsqueeze(-1), residual.unsqueeze(-2))
+        bound = pairwise(residual)
         bound = bound.expand(broadcast(bound.shape, gap.shape))
         distinct = ~torch.eye(E.shape[-1], dtype=torch.bool, device=E.device)
         if not bool((distinct & (bound > _LOOK * gap)).any()):
@@ -513,9 +514,7 @@ class _MixedByResiduals(Constant):
             S = pencil.space.gram(X.to(R.dtype), R).abs()
             S = (S + torch.diag_embed((e - E).abs()).to(S.dtype)).to(bound.dtype)
         noise = torch.finfo(e.dtype).eps * size
-        S = torch.maximum(S, S.mT) + torch.maximum(
-            noise.unsqueeze(-1), noise.unsqueeze(-2)
-        )
+        S = torch.maximum(S, S.mT) + pairwise(noise)
         return torch.minimum(bound, S)
 
     @staticmethod
